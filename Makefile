@@ -1,0 +1,44 @@
+# `make repro` rebuilds the miniature, `make test` checks the promises. Both make .venv first, from the hash-locked requirements.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+REPRO ?=
+BENCH ?=
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.PHONY: repro test test-slow miniature-data bench-dataset bench-checkpoint lock
+
+repro: $(VENV)/requirements.txt
+	@dvc pull -q data.dvc
+	@cd miniature && dvc repro $(REPRO)
+	@python miniature/verdict.py
+
+test: $(VENV)/requirements.txt
+	@dvc pull -q data.dvc
+	@python -m pytest -q -n auto --dist loadfile
+
+test-slow: $(VENV)/requirements.txt
+	@dvc pull -q data.dvc
+	@python -m pytest -q -n auto --dist loadfile -m slow
+
+# Draws the dataset, writes the tokenizers, trains the three tiny checkpoints, and writes their pins into miniature/params.yaml.
+miniature-data: $(VENV)/requirements.txt
+	python miniature/generate
+
+# Against HakuBooru, and against sd-mecha, cp and LyCORIS, side by side; figures in work/bench/. Minutes to hours; --help lists the sizes.
+bench-dataset: $(VENV)/requirements.txt
+	python bench/dataset.py $(BENCH)
+
+bench-checkpoint: $(VENV)/requirements.txt
+	python bench/checkpoint.py $(BENCH)
+
+# The locks of requirements/recipe.in, with hashes: one for the CPU build of torch, one for its CUDA build. Needs uv.
+lock:
+	uv pip compile requirements/recipe.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate --quiet --override requirements/cpu.override --output-file requirements/cpu.txt
+	uv pip compile requirements/recipe.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate --quiet --output-file requirements/cuda.txt
+
+$(VENV)/requirements.txt: requirements/cpu.txt
+	@command -v $(PYTHON) > /dev/null || { echo "Error: $(PYTHON) is not there. Install Python 3.11, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<
+	@cp $< $@

@@ -1,0 +1,64 @@
+"""Invariant: three files in SDXL's single-file layout, fp16: the donor `sdxl`, and `beta` and `gamma` that were trained on from it.
+
+The parents' token and position embeddings are moved away from the donor's after training, each in its own direction: a merge that does not give the
+donor's embeddings back draws worse, which is the fault that the release's recipe mends.
+"""
+
+import copy
+import time
+from pathlib import Path
+
+import torch
+
+from generate import autoencoder, painter, reader
+from kohaku_delta.checkpoint import modules, stream
+from kohaku_delta.training import conditioning
+
+COURSES = {  # lessons, steps, rate of matrices, rate of the rest
+    "sdxl": (4096, 1900, 0.015, 3e-3),
+    "beta": (512, 200, 0.004, 1e-3),
+    "gamma": (512, 200, 0.004, 1e-3),
+}
+READING = {"steps": 1000, "rate": 0.02, "rate_of_others": 3e-3}
+EMBEDDINGS = ("token_embedding.weight", "position_embedding.weight")
+MOVED = 0.5  # of the embeddings' own spread
+
+
+@torch.no_grad()
+def move_embeddings(models: dict, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for part in ("te1", "te2"):
+        for name, value in models[part].named_parameters():
+            if name.endswith(EMBEDDINGS):
+                value += MOVED * value.std() * torch.randn(value.shape, generator=generator)
+
+
+def save(models: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = modules.to_checkpoint(models)
+    stream.save(path, {name: (value.half() if value.is_floating_point() else value).numpy() for name, value in tensors.items()})
+
+
+def write(out: Path, say=print) -> None:
+    """checkpoints/{sdxl,beta,gamma}.safetensors; reads tokenizer/."""
+    began = time.monotonic()
+
+    def note(line: str) -> None:
+        say(f"{time.monotonic() - began:6.0f} s  {line}", flush=True)
+
+    tokens = conditioning.tokenizer(out / "tokenizer" / "vocab.json", out / "tokenizer" / "merges.txt")
+    vae = autoencoder.train(say=note)
+    donor = None
+    for seed, (name, (lessons, steps, rate, rate_of_others)) in enumerate(COURSES.items(), 1):
+        course = painter.Course(name, lessons, vae, tokens)
+        note(f"{name}: {lessons} lessons drawn and encoded")
+        if donor is None:
+            models = donor = painter.fresh()
+            reader.learn(models["te1"], models["te2"], course, **READING, say=note)
+        else:
+            models = copy.deepcopy(donor)
+        painter.learn(models, course, steps=steps, rate=rate, rate_of_others=rate_of_others, seed=seed, say=note)
+        if models is not donor:
+            move_embeddings(models, seed)
+        save({**models, "vae": vae}, out / "checkpoints" / f"{name}.safetensors")
+        note(f"{name} written")

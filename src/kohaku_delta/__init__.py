@@ -1,0 +1,1 @@
+"""The recipe that rebuilds Kohaku XL Delta: one room a folder, data flows from `hub` to `checkpoint`."""

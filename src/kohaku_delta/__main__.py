@@ -1,0 +1,3 @@
+from kohaku_delta.cli import main
+
+main(prog_name="kohaku-delta")

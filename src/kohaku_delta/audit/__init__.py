@@ -1,0 +1,1 @@
+"""What compares: files, tensors, journals, locks and hosts, with each other and with what was published."""

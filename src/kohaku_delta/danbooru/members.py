@@ -1,0 +1,160 @@
+"""Invariant: what the index says of a tar is what that tar holds: an entry is believed only while size and time of its files are the same.
+
+A member is (tar, offset, size): the first regular file that is named `<id>.<ext>`. Folders in front of a name, absolute names and `..` do no
+harm, because nothing is ever written; links, devices, folders and names that are no id are passed over. Tars are read in parallel, once:
+the index is kept in one file beside their folder, where that can be written, and only tars that changed are read again.
+
+Where a tar has its public index beside it (data-0000.json: offset, size and sha256 of each file), the members are those that it lists.
+The tar must be as long as it says, and every member's bytes are hashed; one with another hash is not sound.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from kohaku_delta import table
+from kohaku_delta.danbooru import archive, image
+from kohaku_delta.danbooru.order import in_order
+from kohaku_delta.danbooru.tars import piece
+from kohaku_delta.refusal import Refusal
+
+NAME = r"^(?:(?s:.*)/)?(?P<id>[0-9]{1,18})\.(?P<extension>[^./]+)$"
+UNKNOWN = -1  # width and height of what is no webp: its own header says more
+SCHEMA = pa.schema(
+    [("tar", pa.string()), ("state", pa.string()), ("id", pa.int64()), ("extension", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]
+    + [("width", pa.int32()), ("height", pa.int32()), ("sound", pa.bool_())]
+)
+
+
+@dataclass(frozen=True)
+class Members:
+    """The files of one tar, ids ascending and distinct. All arrays have that length."""
+
+    id: np.ndarray  # int64
+    extension: pa.StringArray  # lower case
+    offset: np.ndarray  # int64, of the file's first byte
+    size: np.ndarray  # int64, in bytes
+    width: np.ndarray  # int32, pixels; 0 for a webp that cannot be one, UNKNOWN for other formats
+    height: np.ndarray  # int32
+    sound: np.ndarray  # bool, false where the public index gives another sha256
+
+
+def index(files: dict[int, Path], keep=None) -> dict[int, Members]:
+    """The members of each tar, by its number. `keep` is the file that the index is kept in, None for nowhere.
+
+    Refuses, with its name, a tar that is truncated, empty or not a tar, or that is not the one of its public index.
+    """
+    kept = _read(keep) if keep is not None else {}  # by tar's name: (state, members)
+    states = {number: _state(path) for number, path in files.items()}
+    found = {number: kept[path.name][1] for number, path in files.items() if kept.get(path.name, ("",))[0] == states[number]}
+    missing = sorted(files.keys() - found.keys())
+    if missing:
+        total = sum(os.path.getsize(files[number]) for number in missing)
+        with tqdm(total=total, desc="index of the tars", unit="B", unit_scale=True, disable=None) as bar:
+            try:
+                for number, members in zip(missing, in_order(lambda number: members_of(files[number]), missing)):
+                    found[number] = members
+                    bar.update(os.path.getsize(files[number]))
+            finally:
+                if keep is not None:
+                    _write(keep, kept | {files[number].name: (states[number], members) for number, members in found.items()})
+    return found
+
+
+def beside(files: dict[int, Path]) -> Path | None:
+    """Where the index of these tars is kept: beside the folder that they lie in (None when they lie in several)."""
+    folders = {path.parent for path in files.values()}
+    return next(iter(folders)).resolve().with_suffix(".members.parquet") if len(folders) == 1 else None
+
+
+def members_of(path) -> Members:
+    """The members of one tar, from its public index or from its own headers."""
+    path = Path(path)
+    if path.with_suffix(".json").is_file():
+        return _published(path, path.with_suffix(".json"))
+    try:
+        listing = archive.walk(path)
+    except archive.Damaged as error:
+        raise Refusal(f"The tar {path} {error}. Download it again, and compare its size and sha256 with the source.") from None
+    return _members(listing.name, listing.offset, listing.size, listing.head, np.ones(len(listing.name), bool))
+
+
+def _members(name: list[bytes], offset: np.ndarray, size: np.ndarray, head: np.ndarray, sound: np.ndarray) -> Members:
+    parts = pc.extract_regex(pa.array(name, pa.binary()), NAME)
+    named = np.flatnonzero(parts.is_valid().to_numpy(zero_copy_only=False))
+    parts = parts.take(pa.array(named))
+    ids, first = np.unique(pc.cast(parts.field(0).cast(pa.string()), pa.int64()).to_numpy(), return_index=True)
+    extension = parts.field(1).take(pa.array(first)).dictionary_encode()
+    words = pa.array([text.decode("utf-8", "replace").lower() for text in extension.dictionary.to_pylist()], pa.string())
+    row = named[first]
+    webp, width, height = image.webp_sizes(head[row], size[row])
+    width, height = (np.where(webp, side, UNKNOWN).astype(np.int32) for side in (width, height))
+    return Members(ids, words.take(extension.indices), offset[row], size[row], width, height, sound[row])
+
+
+def _published(path: Path, listing: Path) -> Members:
+    """Members as the public index lists them, each one's bytes compared with its sha256."""
+    try:
+        content = json.loads(listing.read_bytes())
+        length, entries = int(content["filesize"]), content["files"]
+        name = [each.encode() for each in entries]
+        offset, size = (np.array([int(entry[key]) for entry in entries.values()], np.int64) for key in ("offset", "size"))
+        wanted = [str(entry["sha256"]) for entry in entries.values()]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Refusal(f"{listing} is not the index of a tar that can be read ({type(error).__name__}: {error}). Download it again, or remove it.") from None
+    there = path.stat().st_size
+    if there != length or (len(name) and ((offset < 0) | (size < 0) | (offset + size > length)).any()):
+        raise Refusal(f"The tar {path} has {there:,} bytes, its index {listing} says {length:,}. One of them is of another revision, or damaged: download both again.")
+    heads, sound = [], np.zeros(len(name), bool)
+    with open(path, "rb", buffering=0) as file:
+        for row in np.argsort(offset, kind="stable").tolist():
+            data = piece(file.fileno(), int(offset[row]), int(size[row]))
+            sound[row] = hashlib.sha256(data).hexdigest() == wanted[row]
+            heads.append((row, data[: image.HEAD].ljust(image.HEAD, b"\0")))
+    head = np.frombuffer(b"".join(data for _, data in sorted(heads)), np.uint8).reshape(-1, image.HEAD)
+    return _members(name, offset, size, head, sound)
+
+
+def _state(path: Path) -> str:
+    """What a tar's entry is bound to: size and time of the tar, and of its public index where there is one."""
+    there = [each.stat() for each in (path, path.with_suffix(".json")) if each.is_file()]
+    return " ".join(f"{status.st_size} {status.st_mtime_ns}" for status in there)
+
+
+def _read(keep) -> dict[str, tuple[str, Members]]:
+    """The kept index, by the tar's name: its state and members; nothing where there is no index that can be read."""
+    try:
+        whole = table.read(keep, SCHEMA.names).combine_chunks()
+    except (Refusal, OSError, pa.ArrowException):
+        return {}
+    if not whole.num_rows:
+        return {}
+    tar, state = (whole[name].combine_chunks().dictionary_encode() for name in ("tar", "state"))
+    cuts = np.r_[0, np.flatnonzero(np.diff(tar.indices.to_numpy())) + 1, len(tar)].tolist()
+    return {tar[start].as_py(): (state[start].as_py(), Members(*_columns(whole.slice(start, stop - start)))) for start, stop in zip(cuts, cuts[1:])}
+
+
+def _columns(part: pa.Table) -> Iterator:
+    for name in SCHEMA.names[2:]:
+        column = part[name].combine_chunks()
+        yield column if name == "extension" else column.to_numpy(zero_copy_only=name != "sound")
+
+
+def _write(keep, found: dict[str, tuple[str, Members]]) -> None:
+    """Keeps the index, where that can be written."""
+    try:
+        with table.writer(keep, SCHEMA) as append:
+            for tar, (state, members) in sorted(found.items()):
+                fixed = [pa.array([text], pa.string()).take(pa.array(np.zeros(len(members.id), np.int8))) for text in (tar, state)]
+                append(pa.table([*fixed, members.id, members.extension, members.offset, members.size, members.width, members.height, members.sound], schema=SCHEMA))
+    except OSError as error:
+        click.echo(f"The index of the tars cannot be kept at {keep} ({error.strerror}): they will be read again. Name another place by --index.", err=True)

@@ -1,0 +1,1 @@
+"""The room of choices: which posts are trained on, with which captions."""

@@ -1,0 +1,206 @@
+"""Invariant: the captions of the release, character for character: keep + ", |||" + general, as HakuBooru of February 2024 wrote them.
+
+keep is special tags, characters, copyrights (series), artists; general is the other general tags, the meta tags that survive, and the tags of
+date, rating and quality. Inside a class the order is posttagrelation.id ascending. A pair that the database repeats is repeated: the tool
+joined three tables and asked for no distinct rows. Everything in a caption is one row (post, class, word) here, so that two radix sorts
+write 65,536 captions at once.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kohaku_delta import table
+from kohaku_delta.danbooru import pairs
+from kohaku_delta.danbooru.database import Database, Rank, distinct
+from kohaku_delta.dataset import facts as rows
+from kohaku_delta.dataset.facts import NONE, Facts, facts
+from kohaku_delta.params import Caption
+from kohaku_delta.refusal import Refusal
+
+SCHEMA = pa.schema([("post_id", pa.int64()), ("keep", pa.list_(pa.string())), ("general", pa.list_(pa.string())), ("caption", pa.string())])
+WORDS = pa.list_(pa.dictionary(pa.int32(), pa.string()))
+STORED = pa.schema([("post_id", pa.int64()), ("keep", WORDS), ("general", WORDS), ("caption", pa.string())])  # SCHEMA, before a file is written
+
+# classes of words, in the order in which a caption has them
+SPECIAL, CHARACTER, COPYRIGHT, ARTIST, GENERAL, META, DATE, RATING = range(8)
+QUALITY = 254
+LEFT_OUT, BROKEN = 255, 253  # no part of a caption; makes a caption impossible (Database.broken_tags)
+CLASS_OF_TYPE = np.array([GENERAL, ARTIST, CHARACTER, COPYRIGHT, META, LEFT_OUT, BROKEN], np.uint8)  # database types 0 … 4, then -1, -2
+
+
+def shown(names: pa.StringArray, parameters: Caption) -> pa.StringArray:
+    """Names of tags as captions write them."""
+    short = pc.less_equal(pc.utf8_length(names), parameters.underscores_kept_up_to)
+    return pc.if_else(short, names, pc.replace_substring(names, "_", " "))
+
+
+class Vocabulary:
+    """Every word that a caption can have: the database's tags in the order of their ids, then the words of dates, ratings and quality."""
+
+    def __init__(self, database: Database, parameters: Caption):
+        tags = database.tags()
+        kind, name = tags["type"].to_numpy(), tags["name"].combine_chunks()
+        self.ids = tags["id"].to_numpy()
+        self.classes = CLASS_OF_TYPE[np.where(kind >= 0, kind, 4 - kind)]
+        self.classes[~tags["named"].to_numpy() & (kind != NONE)] = BROKEN
+        usable = (self.classes != LEFT_OUT) & (self.classes != BROKEN)
+
+        dropped = np.zeros(len(name), bool)
+        for part in parameters.dropped_meta:
+            dropped |= pc.match_substring(name, part).to_numpy(zero_copy_only=False)
+        blank = pc.equal(pc.utf8_trim_whitespace(name), "").to_numpy(zero_copy_only=False)
+        special = pc.is_in(name, pa.array(parameters.special, pa.string())).to_numpy(zero_copy_only=False)
+        self.classes[(self.classes == GENERAL) & special] = SPECIAL
+        self.classes[usable & (blank | ((self.classes == META) & dropped))] = LEFT_OUT
+
+        tail = [*rows.dates(parameters), *(word for words in parameters.ratings.values() for word in words), *parameters.quality]
+        self.text = pa.concat_arrays([shown(name, parameters), pa.array(tail, pa.string())])
+        # what captions are put together from: each word with the comma behind it, each as the last one, the separator, and it behind nothing
+        followed, separator = pc.binary_join_element_wise(self.text, ", ", ""), [parameters.separator, ", " + parameters.separator]
+        self.pieces = pa.concat_arrays([followed, self.text, pa.array(separator, pa.string())])
+        self.date = len(name)
+        self.rating, place = {}, self.date + len(rows.dates(parameters))
+        for known, words in parameters.ratings.items():
+            self.rating[known] = range(place, place + len(words))
+            place += len(words)
+        self.quality = place
+
+    def tail(self, said: Facts, start: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        """The words of date, rating and quality of posts start … stop, as (post in the chunk, word, class)."""
+        date, rating, quality = (values[start:stop] for values in (said.date, said.rating, said.quality))
+        dated = np.flatnonzero(date != NONE)
+        yield dated, self.date + date[dated].astype(np.int32), DATE
+        for known, words in self.rating.items():
+            rated = np.flatnonzero(rating == known)
+            for place, word in enumerate(words):
+                yield rated, np.full(len(rated), word, np.int32), RATING + place
+        judged = np.flatnonzero(quality != NONE)
+        yield judged, self.quality + quality[judged].astype(np.int32), QUALITY
+
+    def join(self, post: np.ndarray, word: np.ndarray, kept: np.ndarray, keep_ends: np.ndarray, general_ends: np.ndarray) -> pa.StringArray:
+        """keep joined by ", ", then ", ", the separator, and general joined by ", " (nothing between separator and general).
+
+        post, word, kept: one entry a word, ordered by post, kept words first.
+        """
+        count, words = len(keep_ends) - 1, len(self.text)
+        ends = keep_ends + general_ends + np.arange(count + 1, dtype=np.int32)  # a post's pieces are its words and the separator
+        piece = np.empty(ends[-1], np.int32)
+        piece[np.arange(len(word), dtype=np.int32) + post + ~kept] = word
+        piece[ends[:-1] + np.diff(keep_ends)] = 2 * words + (np.diff(keep_ends) == 0)
+        piece[ends[1:][np.diff(general_ends) > 0] - 1] += words
+        letters = self.pieces.take(pa.array(piece))
+        cuts = np.frombuffer(letters.buffers()[1], np.int32, len(piece) + 1)[ends]
+        return pa.StringArray.from_buffers(count, pa.py_buffer(cuts), letters.buffers()[2])
+
+
+@dataclass(frozen=True)
+class Written:
+    """Captions of the posts `id` (n). keep and general are words of the vocabulary in the order of the caption; *_ends (int32, n + 1) cut them."""
+
+    id: np.ndarray
+    keep: np.ndarray
+    keep_ends: np.ndarray
+    general: np.ndarray
+    general_ends: np.ndarray
+    caption: pa.StringArray
+    named: np.ndarray  # words that are artists or characters, each once a post that has it
+
+
+def write_chunk(chunk: pairs.Chunk, ids: np.ndarray, said: Facts, vocabulary: Vocabulary) -> Written:
+    """The captions of one chunk of the posts `ids`."""
+    count, possible = chunk.stop - chunk.start, said.possible[chunk.start : chunk.stop]
+    part = [(chunk.post, chunk.tag, vocabulary.classes[chunk.tag])]
+    for post, word, kind in vocabulary.tail(said, chunk.start, chunk.stop):
+        part.append((post.astype(np.uint16), word, np.full(len(post), kind, np.uint8)))
+    post, word, classes = (np.concatenate(column) for column in zip(*part, strict=True))
+    if (classes == BROKEN).any() or not possible.all():
+        bad = np.unique(np.r_[post[classes == BROKEN].astype(np.int64), np.flatnonzero(~possible)])
+        first = ", ".join(str(ids[chunk.start + place]) for place in bad[:5])
+        raise Refusal(f"No caption can be written for post {first}: its rating, fav_count or one of its tags is NULL or unknown. The filter stage drops such posts.")
+    order = np.argsort(classes, kind="stable")
+    order = order[: np.searchsorted(classes[order], LEFT_OUT)]
+    order = order[np.argsort(post[order], kind="stable")]
+    post, word, classes = post[order], word[order], classes[order]
+    kept = classes < GENERAL
+    named = (classes == CHARACTER) | (classes == ARTIST)
+    named = distinct(post[named].astype(np.int64) << 32 | word[named]) & 0xFFFFFFFF
+    keep_ends, general_ends = _ends(post[kept], count), _ends(post[~kept], count)
+    caption = vocabulary.join(post, word, kept, keep_ends, general_ends)
+    return Written(ids[chunk.start : chunk.stop], word[kept], keep_ends, word[~kept], general_ends, caption, named)
+
+
+def _ends(post: np.ndarray, count: int) -> np.ndarray:
+    ends = np.zeros(count + 1, np.int32)
+    np.cumsum(np.bincount(post, minlength=count), out=ends[1:])
+    return ends
+
+
+def stream(database: Database, ids: np.ndarray, parameters: Caption, scratch=None) -> Iterator[tuple[Vocabulary, Written]]:
+    """Captions of the posts `ids` (int64, ascending, distinct), 65,536 at a time. `scratch` is the folder for temporary files."""
+    said = facts(database, ids, parameters)
+    vocabulary = Vocabulary(database, parameters)
+    for written in pairs.chunks(database, ids, vocabulary.ids, lambda chunk: write_chunk(chunk, ids, said, vocabulary), scratch):
+        yield vocabulary, written
+
+
+def as_table(vocabulary: Vocabulary, parts: list[Written]) -> pa.Table:
+    """Captions as a table of STORED: the lists name words of one dictionary, which a parquet file stores as such."""
+    used = np.zeros(len(vocabulary.text), bool)
+    for part in parts:
+        used[part.keep] = used[part.general] = True
+    words_used = vocabulary.text.filter(pa.array(used)).dictionary_encode()  # two tags can read the same: a_b_c, a b c
+    places = np.zeros(len(used), np.int32)
+    places[used] = words_used.indices.to_numpy()
+
+    def lists(name: str) -> pa.ListArray:
+        words = np.concatenate([np.empty(0, np.int32), *(getattr(part, name) for part in parts)])
+        ends = np.cumsum(np.concatenate([[0], *(np.diff(getattr(part, f"{name}_ends")) for part in parts)]), dtype=np.int32)
+        return pa.ListArray.from_arrays(pa.array(ends), pa.DictionaryArray.from_arrays(pa.array(places[words]), words_used.dictionary))
+
+    ids = np.concatenate([np.empty(0, np.int64), *(part.id for part in parts)])
+    captions = pa.concat_arrays([pa.array([], pa.string()), *(part.caption for part in parts)])
+    return pa.table([pa.array(ids), lists("keep"), lists("general"), captions], schema=STORED)
+
+
+def write(database: Database, ids, parameters: Caption, path, counts=None) -> None:
+    """The captions of a list of posts (any order, repeats count once) as a parquet file of SCHEMA, post_id ascending, in bounded memory.
+
+    `counts` (lists.Counts) hears of every artist and character.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with table.writer(path, STORED, plain=["caption"]) as append:
+        parts: list[Written] = []
+        for vocabulary, written in stream(database, distinct(ids), parameters, Path(path).parent):
+            parts.append(written)
+            if counts is not None:
+                counts.add(written.named, vocabulary)
+            if sum(len(part.id) for part in parts) >= table.ROW_GROUP:
+                append(as_table(vocabulary, parts))
+                parts = []
+        if parts:
+            append(as_table(vocabulary, parts))
+
+
+def caption_posts(database: Database, ids, parameters: Caption) -> pa.Table:
+    """The captions of a list of posts (any order, repeats count once) as one table of SCHEMA, post_id ascending."""
+    tables = [SCHEMA.empty_table()]
+    for vocabulary, part in stream(database, distinct(ids), parameters):
+        keep, general = (
+            pa.ListArray.from_arrays(pa.array(ends), vocabulary.text.take(pa.array(words)))
+            for ends, words in ((part.keep_ends, part.keep), (part.general_ends, part.general))
+        )
+        tables.append(pa.table([pa.array(part.id), keep, general, part.caption], schema=SCHEMA))
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def possible(database: Database, ids: np.ndarray, parameters: Caption, said: Facts | None = None) -> np.ndarray:
+    """Of each post `ids` (int64, ascending, distinct), whether the release's tool could caption it (bool). `said`: facts, if at hand."""
+    can = (said or facts(database, ids, parameters)).possible.copy()
+    broken = Rank(ids)(database.posts_of(database.broken_tags()))
+    can[broken[broken >= 0]] = False
+    return can

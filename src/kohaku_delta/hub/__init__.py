@@ -1,0 +1,1 @@
+"""Pins, the mirror, and the list of verified inputs."""

@@ -1,0 +1,255 @@
+"""Invariant: a recipe is read whole or refused: no unknown key, no wrong type, no default that the file does not show.
+
+`load("params.yaml")` gives the recipe as attributes named as the keys. YAML 1.2, as DVC reads it (4e-5 is a number).
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from ruamel.yaml import YAML, YAMLError
+
+from kohaku_delta.refusal import Refusal
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=False)
+
+
+class Pin(Section):
+    """One input: `hf://[datasets/]owner/name[@revision]/file` or `file://path`. sha256: whole, a prefix, or null."""
+
+    url: Annotated[str, Field(pattern=r"^(hf|file)://.+")]
+    bytes: Positive | None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")] | None
+
+
+def _one_or_many(value) -> str:
+    return "Pins" if isinstance(value, list) else "Pin"
+
+
+class Download(Section):
+    mirror: str
+    inputs: dict[str, Annotated[Annotated[Pin, Tag("Pin")] | Annotated[list[Pin], Tag("Pins")], Discriminator(_one_or_many)]]
+
+
+class Range(Section):
+    """Posts with from <= id < below (no upper end when null)."""
+
+    from_: Count = Field(alias="from")
+    below: Positive | None
+    draw: Positive | Literal["all"]
+
+
+class Selection(Section):
+    seed: int
+    replacement: bool
+    ranges: list[Range]
+
+
+class Filter(Section):
+    images: Annotated[list[str], Field(min_length=1)]
+    image_check: Literal["header", "decode"]
+    max_pixels: Positive
+
+
+class Caption(Section):
+    special: list[str]
+    dropped_meta: list[str]
+    underscores_kept_up_to: Count
+    years: dict[int, str]
+    first_year: int
+    before_first_year: str | None
+    ratings: dict[Annotated[int, Field(ge=0, le=99)], list[str]]
+    quality: Annotated[list[str], Field(min_length=1)]
+    quality_above: dict[int, list[int]]
+    no_quality_above_id: int | None
+    separator: Annotated[str, Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _tables_fit(self):
+        if list(self.years) != sorted(self.years):
+            raise ValueError("years is not in ascending order; each year is the last one of its tag")
+        if self.quality_above.keys() != self.ratings.keys():
+            raise ValueError(f"quality_above has the ratings {list(self.quality_above)}, ratings has {list(self.ratings)}; both need the same")
+        for rating, thresholds in self.quality_above.items():
+            if len(thresholds) != len(self.quality) - 1 or thresholds != sorted(thresholds, reverse=True):
+                raise ValueError(f"quality_above.{rating} needs {len(self.quality) - 1} falling thresholds, one between each two of the quality tags")
+        return self
+
+
+class Merge(Section):
+    start: Literal["merge", "published"]
+    weights: dict[Literal["gamma", "beta"], float]
+    donor_embeddings: list[str]
+    compute_dtype: Literal["float32", "float16"]
+    output_dtype: Dtype
+
+
+class Model(Section):
+    head_dim: Positive
+    norm_groups: Positive
+    vae_scaling_factor: Annotated[float, Field(gt=0)]
+    side: Annotated[int, Field(gt=0, multiple_of=8)]
+
+
+class Schedule(Section):
+    seed: int
+    epochs: Positive
+    batch_size: Positive
+    micro_batches: Positive
+    lanes: Positive
+    area: Positive
+    min_side: Positive
+    max_side: Positive
+    side_step: Positive
+
+    @model_validator(mode="after")
+    def _lanes_fit(self):
+        if self.lanes & (self.lanes - 1):
+            raise ValueError(f"lanes is {self.lanes}; the sum's fixed tree needs a power of two (1, 2, 4, 8 …)")
+        if self.micro_batches % self.lanes:
+            raise ValueError(f"micro_batches ({self.micro_batches}) is not a multiple of lanes ({self.lanes})")
+        return self
+
+
+class Preset(Section):
+    modules: dict[str, Positive]
+    names: dict[str, Positive]
+    norms: bool
+
+
+class Lokr(Section):
+    dim: Positive
+    alpha: Annotated[int, Field(gt=0, lt=65520)]  # as fp16 it would become inf
+    seed: int
+    preset: Preset
+
+
+class Train(Section):
+    seed: int
+    ranks: Positive
+    device: Literal["cpu", "cuda"]
+    precision: Dtype
+    weights: Literal["float32", "float16"]
+    optimizer: Literal["Lion8bit"]
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    learning_rate_unet: Annotated[float, Field(ge=0)]
+    learning_rate_text: Annotated[float, Field(ge=0)]
+    warmup_steps: Count
+    last_step_divisor: Literal["full", "actual"]
+    clip_norm: Annotated[float, Field(gt=0)]
+    max_token_length: Annotated[int, Field(multiple_of=75, gt=0)]
+    shuffle_caption: bool
+    tag_dropout: Fraction
+    noise_offset: Annotated[float, Field(ge=0)]
+    min_snr_gamma: Annotated[float, Field(gt=0)]
+    crop_conditioning: Literal["letterbox", "real"]
+    gradient_checkpointing: bool
+    save_every: Positive
+    keep_states: Positive
+    work: str
+
+
+class Bake(Section):
+    scale: float
+    title: Annotated[str, Field(min_length=1)]
+    license: str | None
+
+
+class Preview(Section):
+    seed: int
+    steps: Positive
+    guidance: float
+    width: Positive
+    height: Positive
+    columns: Positive
+    held_out: Positive
+    negative: str
+    prompts: Annotated[list[str], Field(min_length=1)]
+
+
+class PublishedFile(Section):
+    bytes: Positive | None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class PublishedDataset(Section):
+    posts: Positive
+    steps: Positive
+    buckets: list[Annotated[list[Positive], Field(min_length=3, max_length=3)]]  # width, height, images
+
+
+class Published(Section):
+    """What the release published: targets of the audit and of the report, which nothing is made of."""
+
+    dataset: PublishedDataset
+    base: PublishedFile
+    final: PublishedFile
+    lokr: PublishedFile
+    lokr_24000: PublishedFile
+
+
+class Recipe(Section):
+    root: str
+    requirements: Literal["cpu", "cuda"]
+    download: Download
+    selection: Selection
+    filter: Filter
+    caption: Caption
+    merge: Merge
+    model: Model
+    schedule: Schedule
+    lokr: Lokr
+    train: Train
+    bake: Bake
+    preview: Preview
+    published: Published | None
+
+
+EXPECTED = {
+    "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number", "bool_type": "true or false",
+    "string_type": "a text", "list_type": "a list", "dict_type": "a mapping", "model_type": "a mapping",
+}
+
+
+def _sentences(file: Path, errors: list[dict]) -> list[str]:
+    wanted: dict[str, list[str]] = {}
+    given: dict[str, object] = {}
+    sentences = []
+    for error in errors:
+        # pydantic names the member of a union in the location; a reader knows only the file's keys
+        parts = [str(part) for part in error["loc"] if part not in ("Pin", "Pins") and not str(part).startswith(("literal[", "constrained-", "int"))]
+        path = ".".join(parts) or "the file's content"
+        if error["type"] == "extra_forbidden":
+            sentences.append(f"{file}: the key {path} is not known. Remove it, or check its spelling.")
+        elif error["type"] == "missing":
+            sentences.append(f"{file}: the key {path} is missing.")
+        elif error["type"] == "value_error":
+            sentences.append(f"{file}: {path}: {error['ctx']['error']}.")
+        else:
+            expected = EXPECTED.get(error["type"]) or error["msg"].replace("Input should be ", "").replace("String should match pattern", "a text of the form")
+            wanted.setdefault(path, []).append(expected)
+            given[path] = error["input"]
+    return sentences + [f"{file}: {path} is {given[path]!r}; it must be {' or '.join(kinds)}." for path, kinds in wanted.items()]
+
+
+def load(path) -> Recipe:
+    """The recipe of a params.yaml. Refuses a file that is missing, not YAML, or that has wrong or unknown keys."""
+    path = Path(path)
+    try:
+        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Refusal(f"{path} is not there. Run in a recipe's folder, or name the file with --params.") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise Refusal(f"{path} is not YAML that can be read: {' '.join(str(error).split())}") from None
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise Refusal("\n".join(_sentences(path, error.errors())[:5])) from None

@@ -1,0 +1,1 @@
+"""What the training changed, for a person's eyes and as one number."""

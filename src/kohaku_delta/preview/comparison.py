@@ -1,0 +1,52 @@
+"""Invariant: base and final see the same prompts, seeds, posts and noise; only the weights differ."""
+
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from kohaku_delta import atomic, table
+from kohaku_delta.danbooru.database import Database
+from kohaku_delta.dataset import captions, filtering
+from kohaku_delta.hub import inputs
+from kohaku_delta.params import Recipe
+from kohaku_delta.preview import grid, held_out, sampler
+from kohaku_delta.refusal import Refusal
+from kohaku_delta.training import buckets, run
+from kohaku_delta.training.batch import Source
+
+
+def compare(recipe: Recipe, files: dict[str, Path]) -> dict:
+    """Writes the grid and the losses; returns {"posts": n, "base": {"loss": x}, "final": {"loss": y}}."""
+    database = Database(files["database"] or inputs.path(files["inputs"], "database"))
+    tar_files = run.tars(files)
+    _, texts = run.tokenizers(files)
+    parameters = recipe.train.model_copy(update={"shuffle_caption": False, "tag_dropout": 0.0, "seed": recipe.preview.seed})
+    selected = table.read(files["selection"], ["post_id"])["post_id"].to_numpy()
+    ids = held_out.candidates(database.post_ids(), selected, recipe.preview.seed, recipe.preview.held_out)
+    posts, _ = filtering.filter_posts(database, tar_files, ids, recipe.filter.model_copy(update={"image_check": "decode"}), recipe.caption)
+    if posts.num_rows == 0:
+        raise Refusal("No post is left to measure on: every post was selected, or none that was not has an image. Lower a draw in selection.ranges.")
+    texts_of_posts = captions.caption_posts(database, posts["post_id"].to_numpy(), recipe.caption)
+    sizes = buckets.table(recipe.schedule)
+    bucket_of = [sizes[index] for index in buckets.choose(posts["width"].to_numpy(), posts["height"].to_numpy(), sizes)]
+
+    pictures, losses = {}, {"posts": posts.num_rows}
+    with tqdm(total=4, desc="preview", unit="part", disable=None) as bar:
+        for name, checkpoint in (("base", files["base"]), ("final", files["model"])):
+            model = run.sdxl(recipe, checkpoint, texts, recipe.train.device, getattr(torch, recipe.train.precision))
+            model.gamma = float("inf")  # the plain loss: min(SNR, ∞) / SNR = 1
+            step = run.latent_step(model)
+            pictures[name] = sampler.sample(model, texts, recipe.preview, step, parameters.max_token_length)
+            bar.update()
+            source = Source(posts, texts_of_posts, next(iter(tar_files.values())).parent, texts, parameters, recipe.caption.separator, step)
+            losses[name] = {"loss": held_out.loss(model, source, posts, bucket_of, recipe.schedule.batch_size)}
+            bar.update()
+    caption = f"held-out loss: base {losses['base']['loss']:.4f}, final {losses['final']['loss']:.4f}"
+    with atomic.writing(files["held_out"], "w") as file:
+        json.dump(losses, file, indent=1)
+        file.write("\n")
+    with atomic.writing(files["out"]) as file:
+        file.write(grid.draw(recipe.preview.prompts, pictures["base"], pictures["final"], recipe.preview.columns, caption))
+    return losses

@@ -1,0 +1,31 @@
+"""Invariant: base and final are measured on the same posts, none of which was selected for training, with the same noise and time steps.
+
+The loss is the plain mean of ‖ε − ε_θ‖² (no min-SNR weight), captions neither shuffled nor dropped.
+"""
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from kohaku_delta.training.batch import Source
+from kohaku_delta.training.model import Sdxl
+
+
+def candidates(ids: np.ndarray, selected: np.ndarray, seed: int, count: int) -> np.ndarray:
+    """`count` post ids out of those not selected, ascending; fewer when there are fewer."""
+    rest = np.setdiff1d(ids, selected)
+    keys = np.random.Philox(key=[seed, 0]).random_raw(len(rest))
+    return np.sort(rest[np.argsort(keys, kind="stable")[:count]])
+
+
+@torch.no_grad()
+def loss(model: Sdxl, source: Source, posts: pa.Table, bucket_of: list[tuple[int, int]], batch_size: int) -> float:
+    """The mean over posts; `bucket_of` gives the bucket of each row of `posts`."""
+    total, ids = 0.0, posts["post_id"].to_pylist()
+    for bucket in sorted(set(bucket_of)):
+        rows = [row for row, each in enumerate(bucket_of) if each == bucket]
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            losses = model.losses(source.batch([ids[row] for row in part], part, bucket))
+            total += sum(losses.double().tolist())
+    return total / len(ids)

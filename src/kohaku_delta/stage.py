@@ -1,0 +1,31 @@
+"""Invariant: every stage ends with one summary line and exit code 0, or with one sentence and another exit code."""
+
+import errno
+
+import click
+
+from kohaku_delta.refusal import Refusal
+
+
+class Stage(click.Command):
+    """A click command that turns what the operating system refuses into a sentence."""
+
+    def invoke(self, context: click.Context):
+        try:
+            return super().invoke(context)
+        except OSError as error:
+            place = f" at {error.filename}" if error.filename else ""
+            remedy = {
+                errno.ENOSPC: "Free some space and run the stage again.",
+                errno.EACCES: "Check the permissions, or name another place by the option.",
+                errno.EROFS: "The file system is read-only: name another place by the option.",
+                errno.ENOENT: "Check the path, or run the stage that writes it.",
+            }.get(error.errno, "Nothing unfinished was left behind; run the stage again when this is mended.")
+            raise Refusal(f"The operating system said “{error.strerror or error}”{place}. {remedy}") from None
+        except MemoryError:
+            raise Refusal("There was not enough memory. Nothing unfinished was left behind.") from None
+
+
+def summary(stage: str, line: str) -> None:
+    """The one line that a stage ends with."""
+    click.echo(f"{stage}: {line}")

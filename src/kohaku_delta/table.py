@@ -1,0 +1,71 @@
+"""Invariant: a parquet file's bytes depend on the table's contents only; a reader gets the columns it names or a sentence.
+
+No pandas metadata, no statistics of the writer's host, one compression, row groups of a fixed length.
+"""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kohaku_delta import atomic
+from kohaku_delta.refusal import Refusal
+
+ROW_GROUP = 1 << 17
+FORMAT = {"compression": "zstd", "compression_level": 3, "version": "2.6", "store_schema": False, "dictionary_pagesize_limit": 1 << 26}
+
+
+@contextmanager
+def writer(path, schema: pa.Schema, plain: list[str] | None = None):
+    """Yields `append(table)`; rows are regrouped, so the bytes do not depend on how the batches were cut.
+
+    `plain`: columns whose texts hardly repeat, for which no dictionary is tried. A dictionary column inside a list cannot be regrouped:
+    then tables of ROW_GROUP rows are appended.
+    """
+    schema = schema.remove_metadata()
+    pending: list[pa.Table] = []
+    encoded = [_leaf(field) for field in schema if field.name not in plain] if plain else True
+
+    with atomic.writing(path) as file, pq.ParquetWriter(file, schema, use_dictionary=encoded, write_statistics=encoded, **FORMAT) as parquet:
+
+        def flush(last: bool) -> None:
+            table = pa.concat_tables(pending) if pending else schema.empty_table()
+            while table.num_rows >= ROW_GROUP or (last and table.num_rows):
+                parquet.write_table(table.slice(0, ROW_GROUP).combine_chunks(), row_group_size=ROW_GROUP)
+                table = table.slice(ROW_GROUP)
+            pending[:] = [table] if table.num_rows else []
+
+        def append(table: pa.Table) -> None:
+            pending.append(table.select(schema.names).cast(schema).replace_schema_metadata(None))
+            if sum(part.num_rows for part in pending) >= ROW_GROUP:
+                flush(last=False)
+
+        yield append
+        flush(last=True)
+
+
+def _leaf(field: pa.Field) -> str:
+    """What parquet calls a column's values."""
+    return f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+
+
+def write(table: pa.Table, path) -> None:
+    """Writes the whole table."""
+    with writer(path, table.schema) as append:
+        append(table)
+
+
+def read(path, columns: list[str] | None = None) -> pa.Table:
+    """The named columns (all, when none are named), in that order."""
+    path = Path(path)
+    if not path.is_file():
+        raise Refusal(f"{path} is not there. It is written by an earlier stage: run `dvc repro`, or name the file by its option.")
+    try:
+        present = pq.read_schema(path).names
+    except pa.ArrowException as error:
+        raise Refusal(f"{path} is not a parquet file that can be read ({error}). Delete it and run its stage again.") from None
+    missing = [name for name in columns or [] if name not in present]
+    if missing:
+        raise Refusal(f"{path} has no column {', '.join(missing)}; it has {', '.join(present)}. Was another file meant?")
+    return pq.read_table(path, columns=columns)

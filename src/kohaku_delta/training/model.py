@@ -1,0 +1,39 @@
+"""Invariant: the loss of a micro-batch is a function of (weights, batch): pictures → latents, captions → context, U-Net → ε, min-SNR loss."""
+
+import torch
+
+from kohaku_delta.refusal import Refusal
+from kohaku_delta.training import conditioning, diffusion
+from kohaku_delta.training.batch import Batch
+
+
+class Sdxl:
+    """The four parts of SDXL on a device. `models`: unet, te1, te2, vae."""
+
+    def __init__(self, models: dict[str, torch.nn.Module], end_token: int, vae_scaling: float, gamma: float, device: str, precision: torch.dtype):
+        self.models = {name: model.to(device).requires_grad_(False) for name, model in models.items()}
+        self.models["vae"].float()  # in fp16 SDXL's VAE overflows on some pictures; the release put 0 there
+        self.end_token, self.vae_scaling, self.gamma = end_token, vae_scaling, gamma
+        self.device, self.precision = device, precision
+        self.acp = diffusion.alphas_cumprod().to(device)
+
+    def latents(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """A sample of the VAE's posterior × its scaling factor, (B, 4, H/8, W/8)."""
+        with torch.no_grad():
+            posterior = self.models["vae"].encode(pixels).latent_dist
+            sample = (posterior.mean + posterior.std * noise) * self.vae_scaling
+        if not torch.isfinite(sample).all():
+            raise Refusal("The base's VAE gave a latent that is not finite, in float32: its weights are damaged. Look at the base checkpoint.")
+        return sample.to(self.precision)
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """The weighted loss of each image, float32 (B,), with its graph."""
+        batch = batch.to(self.device)
+        latents = self.latents(batch.pixels, batch.latent_noise)
+        noise = batch.noise.to(self.precision)
+        with torch.autocast(self.device, dtype=self.precision, enabled=self.precision != torch.float32):
+            context, pooled = conditioning.encode(self.models["te1"], self.models["te2"], batch.ids1, batch.ids2, self.end_token)
+            noisy = diffusion.add_noise(latents, noise, batch.time_steps, self.acp)
+            conditions = {"text_embeds": pooled, "time_ids": batch.time_ids}  # float32: fp16 would round sizes above 2,048
+            predicted = self.models["unet"](noisy, batch.time_steps, context, added_cond_kwargs=conditions, return_dict=False)[0]
+        return diffusion.losses(predicted, noise, diffusion.weights(batch.time_steps, self.acp, self.gamma))

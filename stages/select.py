@@ -1,0 +1,35 @@
+"""select: which posts are trained on. Reads the database (inputs.json); writes selection.parquet (post_id, drawn)."""
+
+import os
+import sys
+
+sys.path[0] = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "src")
+
+from pathlib import Path
+
+import click
+import pyarrow.compute as pc
+
+from kohaku_delta import params as recipes
+from kohaku_delta import table
+from kohaku_delta.danbooru.database import Database
+from kohaku_delta.dataset import selection
+from kohaku_delta.hub import inputs as listed
+from kohaku_delta.stage import Stage, summary
+
+
+@click.command(cls=Stage)
+@click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True, help="The recipe.")
+@click.option("--inputs", type=click.Path(path_type=Path), default="build/inputs.json", show_default=True, help="The list of verified inputs.")
+@click.option("--database", type=click.Path(path_type=Path), help="danbooru2023.db.  [default: the database of --inputs]")
+@click.option("--out", type=click.Path(path_type=Path), default="build/selection.parquet", show_default=True, help="Each distinct post, and how often it was drawn.")
+def main(params: Path, inputs: Path, database: Path | None, out: Path) -> None:
+    """Draw the posts that are trained on."""
+    recipe = recipes.load(params)
+    selected = selection.select(Database(database or listed.path(inputs, "database")), recipe.selection)
+    table.write(selected, out)
+    summary("select", f"{selected.num_rows:,} distinct posts, drawn {pc.sum(selected['drawn']).as_py():,} times → {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""train: the LoKr. Reads base, posts, captions, schedule, tars; writes delta-lokr.safetensors, journal.parquet, curves.csv. State is kept in work/."""
+
+import os
+import sys
+
+sys.path[0] = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "src")
+
+from pathlib import Path
+
+import click
+
+from kohaku_delta import numerics
+from kohaku_delta import params as recipes
+from kohaku_delta.refusal import Refusal
+from kohaku_delta.stage import Stage, summary
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command(cls=Stage)
+@click.option("--params", type=FILE, default="params.yaml", show_default=True, help="The recipe.")
+@click.option("--inputs", type=FILE, default="build/inputs.json", show_default=True, help="The verified inputs (tokenizers, tars).")
+@click.option("--tars", type=FILE, help="The folder of the tars.  [default: that of --inputs]")
+@click.option("--tokenizer", type=FILE, help="Folder with vocab.json and merges.txt.  [default: the tokenizer of --inputs]")
+@click.option("--tokenizer-2", type=FILE, help="The same for the second text encoder.  [default: the tokenizer_2 of --inputs]")
+@click.option("--base", type=FILE, default="build/delta-base.safetensors", show_default=True, help="The checkpoint to train on.")
+@click.option("--posts", type=FILE, default="build/posts.parquet", show_default=True)
+@click.option("--captions", type=FILE, default="build/captions.parquet", show_default=True)
+@click.option("--schedule", type=FILE, default="build/schedule.parquet", show_default=True)
+@click.option("--ranks", type=click.IntRange(1), help="Processes (GPUs) that share the lanes; decides time, never bits.  [default: train.ranks]")
+@click.option("--work", type=FILE, help="Where the training state is kept.  [default: train.work]")
+@click.option("--out", type=FILE, default="build/delta-lokr.safetensors", show_default=True, help="The LoKr file.")
+@click.option("--journal", type=FILE, default="build/journal.parquet", show_default=True, help="A row a step.")
+@click.option("--curves", type=FILE, default="build/curves.csv", show_default=True, help="Loss, gradient norm and rates, for plots.")
+def main(params: Path, ranks: int | None, work: Path | None, **files) -> None:
+    """Train the LoKr."""
+    recipe = recipes.load(params)
+    ranks = ranks or recipe.train.ranks
+    numerics.prepare()
+    from kohaku_delta.training import lanes, launch, run  # they import torch, which must find the numerics fixed
+
+    if not launch.is_rank():
+        lanes.own(recipe.schedule.lanes, 0, ranks)
+        for path in (files["base"], files["posts"], files["captions"], files["schedule"]):
+            if not path.is_file():
+                raise Refusal(f"{path} is not there. Run the stage that writes it (`dvc repro`), or name the file by its option.")
+        if ranks > 1:
+            launch.ranks(ranks, sys.argv[1:])
+            return
+    line = run.train(recipe, files, work or Path(recipe.train.work))
+    if line:
+        summary("train", line)
+
+
+if __name__ == "__main__":
+    main()

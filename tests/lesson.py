@@ -1,0 +1,69 @@
+"""A lesson for the trainer: a few posts of the miniature, a toy base, and a recipe of a few steps, in a folder of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import toy
+from ruamel.yaml import YAML
+
+from kohaku_delta import params, table
+from kohaku_delta.danbooru import tars
+from kohaku_delta.danbooru.database import Database
+from kohaku_delta.dataset import captions, filtering
+from kohaku_delta.hub import inputs, mirror
+from kohaku_delta.training import schedule
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTS = ("delta-lokr.safetensors", "journal.parquet", "curves.csv")
+yaml = YAML(typ="safe", pure=True)
+
+
+def write(folder: Path, posts: int, **train) -> Path:
+    """Everything that `stages/train.py` reads, under folder/build, and params.yaml: two images a micro-batch, four micro-batches a step."""
+    content = yaml.load((ROOT / "miniature" / "params.yaml").read_text())
+    content["schedule"] |= {"batch_size": 2, "micro_batches": 4, "lanes": 4}
+    content["train"] |= {"save_every": 1, "warmup_steps": 0} | train
+    content["download"] = {
+        "mirror": "mirror",
+        "inputs": {
+            "tars": [{"url": f"file://{path}", "bytes": None, "sha256": None} for path in sorted((ROOT / "data" / "images").glob("*.tar"))],
+            **{
+                f"tokenizer{second}_{kind}": {"url": f"file://{ROOT}/data/tokenizer{second}/{file}", "bytes": None, "sha256": None}
+                for second in ("", "_2")
+                for kind, file in (("vocab", "vocab.json"), ("merges", "merges.txt"))
+            },
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "params.yaml", "w") as file:
+        yaml.dump(content, file)
+    recipe, build = params.load(folder / "params.yaml"), folder / "build"
+    inputs.write(mirror.gather(recipe.download, folder), build / "inputs.json")
+    database = Database(ROOT / "data" / "danbooru2023.db")
+    chosen, _ = filtering.filter_posts(database, tars.folder(ROOT / "data" / "images"), database.post_ids()[-2 * posts :], recipe.filter, recipe.caption)
+    chosen = chosen.slice(0, posts)
+    table.write(chosen, build / "posts.parquet")
+    table.write(captions.caption_posts(database, chosen["post_id"].to_numpy(), recipe.caption), build / "captions.parquet")
+    table.write(schedule.build(chosen, recipe.schedule)[0], build / "schedule.parquet")
+    toy.write(build / "delta-base.safetensors", 1)
+    return folder
+
+
+def command(ranks: int) -> list[str]:
+    return [sys.executable, str(ROOT / "stages" / "train.py"), "--ranks", str(ranks)]
+
+
+def run(folder: Path, ranks: int = 1) -> subprocess.CompletedProcess:
+    """Trains in `folder`; what it said is in .stdout and .stderr."""
+    return subprocess.run(command(ranks), cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+
+
+def outs(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / "build" / name).read_bytes() for name in OUTS}
+
+
+def journal(folder: Path) -> pa.Table:
+    return table.read(folder / "build" / "journal.parquet")

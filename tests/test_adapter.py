@@ -1,0 +1,69 @@
+"""The LoKr starts as nothing, from weights that only seed and name decide; text encoder 1's last layer never moves."""
+
+import pytest
+import torch
+import toy
+
+from kohaku_delta import numerics
+from kohaku_delta.checkpoint import modules
+from kohaku_delta.params import load
+from kohaku_delta.refusal import Refusal
+from kohaku_delta.training.adapter import Adapter, initial
+
+LOKR = load("miniature/params.yaml").lokr
+LAST = "lora_te1_text_model_encoder_layers_2_"
+
+
+@pytest.fixture
+def models(tmp_path):
+    numerics.hold()
+    toy.write(tmp_path / "toy.safetensors", 1)
+    return {name: module.requires_grad_(False) for name, module in modules.load(tmp_path / "toy.safetensors", toy.MODEL).items()}
+
+
+def forward(models):
+    ids = torch.arange(77)[None]
+    time, context = torch.tensor([500]), torch.linspace(-1, 1, 227 * 112).reshape(1, 227, 112)
+    conditions = {"text_embeds": torch.linspace(-1, 1, 64)[None], "time_ids": torch.full((1, 6), 128.0)}
+    picture = models["unet"](torch.linspace(-1, 1, 1024).reshape(1, 4, 16, 16), time, context, added_cond_kwargs=conditions, return_dict=False)[0]
+    return torch.cat([each.flatten() for each in (picture, models["te1"](ids).last_hidden_state, models["te2"](ids).text_embeds)])
+
+
+def test_a_fresh_adapter_changes_nothing(models):
+    before = forward(models)
+    adapter = Adapter(models, LOKR, torch.float32)
+    assert torch.equal(forward(models), before)
+    assert all((entry.lokr_w2 == 0).all() for entry in adapter.entries.values() if hasattr(entry, "lokr_w2"))
+    next(entry for entry in adapter.entries.values() if hasattr(entry, "lokr_w2")).lokr_w2.data.fill_(0.1)
+    assert not torch.equal(forward(models), before)
+
+
+def test_the_start_depends_on_seed_and_name_only_and_fills_the_kaiming_bound():
+    drawn = initial((400, 16), 1337, "lora_unet_out_2")
+    assert torch.equal(drawn, initial((400, 16), 1337, "lora_unet_out_2"))
+    assert not torch.equal(drawn, initial((400, 16), 1337, "lora_unet_out_0")) and not torch.equal(drawn, initial((400, 16), 1, "lora_unet_out_2"))
+    assert drawn.abs().max() <= 0.25 and drawn.abs().max() > 0.249 and abs(drawn.mean()) < 0.01
+
+
+def test_every_trained_weight_gets_a_gradient_and_text_encoder_1s_last_layer_gets_none(models):
+    adapter = Adapter(models, LOKR, torch.float32)
+    from kohaku_delta.training import conditioning
+
+    ids = torch.full((1, 3, 77), 999)
+    ids[:, :, 0] = 998
+    ids[:, :, 1:9] = torch.arange(1, 9)
+    context, pooled = conditioning.encode(models["te1"], models["te2"], ids, ids, 999)
+    conditions = {"text_embeds": pooled, "time_ids": torch.full((1, 6), 128.0)}
+    models["unet"](torch.ones(1, 4, 16, 16), torch.tensor([5]), context, added_cond_kwargs=conditions, return_dict=False)[0].square().sum().backward()
+    for name, entry in adapter.entries.items():
+        for weight in entry.parameters():
+            assert (weight.grad is None) == name.startswith(LAST), name
+    trained = {name for name, _ in adapter.trained()}
+    assert trained == {name for name in adapter.tensors() if not name.startswith(LAST)}
+
+
+@pytest.mark.parametrize("preset", [{"modules": {"CrossAttention": 4, "SpatialTransformer": 8}}, {"names": {"time_embeddings": 8}}])
+def test_a_target_that_matches_nothing_is_refused_by_name(models, preset):
+    wrong = LOKR.model_copy(update={"preset": LOKR.preset.model_copy(update=preset)})
+    with pytest.raises(Refusal, match="SpatialTransformer|time_embeddings"):
+        Adapter(models, wrong, torch.float32)

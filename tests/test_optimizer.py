@@ -1,0 +1,92 @@
+"""Lion8bit against Lion's closed form, the release's rates, and the scaler's rules."""
+
+import pytest
+import torch
+
+from kohaku_delta.params import load
+from kohaku_delta.refusal import Refusal
+from kohaku_delta.training import optimizer
+
+PARAMETERS = load("params.yaml").train.model_copy(update={"warmup_steps": 0, "learning_rate_unet": 0.01, "learning_rate_text": 0.001, "clip_norm": 1e9})
+
+
+def made(elements):
+    generator = torch.Generator().manual_seed(5)
+    trained = [(name, torch.nn.Parameter(torch.randn(elements, generator=generator))) for name in ("lora_te1_a.lokr_w1", "lora_unet_b.lokr_w1")]
+    return optimizer.Lion(trained, PARAMETERS), trained, generator
+
+
+def test_small_tensors_follow_lion_exactly_in_both_groups():
+    lion, trained, generator = made(100)
+    scaler, momentum = optimizer.Scaler(False), torch.zeros(2, 100)
+    expected = torch.stack([weight.detach().clone() for _, weight in trained])
+    rate = torch.tensor([[0.001], [0.01]])
+    for step in range(5):
+        gradient = torch.randn(200, generator=generator)
+        g = gradient.reshape(2, 100)
+        expected = expected * (1 - rate * 0.1) - rate * torch.sign(0.9 * momentum + 0.1 * g)
+        momentum = 0.95 * momentum + 0.05 * g
+        lion.step(step, gradient.clone(), scaler)
+    assert torch.allclose(torch.stack([weight.detach() for _, weight in trained]), expected, atol=1e-6)
+
+
+def test_large_tensors_keep_their_momentum_in_8_bits():
+    lion, trained, generator = made(8192)
+    lion.step(0, torch.randn(16384, generator=generator), optimizer.Scaler(False))
+    assert {tensor.dtype for name, tensor in lion.tensors().items() if name.endswith("state1")} == {torch.uint8}
+
+
+def test_a_state_taken_up_continues_to_the_same_bits():
+    gradients = [torch.randn(16384, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    lion, trained, _ = made(8192)
+    for step, gradient in enumerate(gradients[:2]):
+        lion.step(step, gradient.clone(), optimizer.Scaler(False))
+    other, copied, _ = made(8192)
+    for (_, to), (_, weight) in zip(copied, trained):
+        to.data.copy_(weight.data)
+    other.load({name: tensor.clone() for name, tensor in lion.tensors().items()}, 2)
+    for step, gradient in enumerate(gradients[2:], 2):
+        lion.step(step, gradient.clone(), optimizer.Scaler(False))
+        other.step(step, gradient.clone(), optimizer.Scaler(False))
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(trained, copied))
+
+
+def test_the_gradient_is_clipped_to_norm_one():
+    lion, _, _ = made(100)
+    lion.parameters = PARAMETERS.model_copy(update={"clip_norm": 1.0})
+    gradient = torch.full((200,), 3.0)
+    norm, *_ = lion.step(0, gradient, optimizer.Scaler(False))
+    assert norm == pytest.approx(3 * 200**0.5) and gradient.norm().item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_release_warms_up_in_50_updates_of_which_the_first_has_rate_0():
+    rates = [optimizer.learning_rate(step, 4e-5, 50) for step in range(60)]
+    assert rates[0] == 0 and rates[25] == 2e-5 and rates[49] < 4e-5 and set(rates[50:]) == {4e-5}
+
+
+def test_an_overflow_halves_the_scale_and_skips_the_update():
+    lion, trained, _ = made(100)
+    before = [weight.detach().clone() for _, weight in trained]
+    scaler = optimizer.Scaler(True)
+    lion.step(0, torch.full((200,), float("inf")), scaler)
+    assert scaler.scale == 32768 and all(torch.equal(a, b) for a, (_, b) in zip(before, trained))
+
+
+def test_the_scale_doubles_after_2000_good_steps():
+    scaler = optimizer.Scaler(True)
+    for _ in range(1999):
+        scaler.update(True)
+    assert scaler.scale == 65536
+    scaler.update(True)
+    assert scaler.scale == 131072
+
+
+@pytest.mark.parametrize("version", ["0.36.0", "0.38.0.post2", "0.40.2", "0.41.0"])
+def test_the_broken_bitsandbytes_are_refused(version):
+    with pytest.raises(Refusal, match="broken"):
+        optimizer.check_bitsandbytes(version)
+
+
+@pytest.mark.parametrize("version", ["0.35.4", "0.41.1", "0.42.0", "0.50.2"])
+def test_other_bitsandbytes_are_taken(version):
+    optimizer.check_bitsandbytes(version)

@@ -1,0 +1,66 @@
+"""A recipe is read whole or refused by a sentence that names the key and what was expected."""
+
+import pytest
+from ruamel.yaml import YAML
+
+from kohaku_delta.params import load
+from kohaku_delta.refusal import Refusal
+
+yaml = YAML(typ="safe", pure=True)
+
+
+def changed(tmp_path, change):
+    content = yaml.load(open("params.yaml"))
+    change(content)
+    path = tmp_path / "params.yaml"
+    with open(path, "w") as file:
+        yaml.dump(content, file)
+    return path
+
+
+@pytest.mark.parametrize("recipe", ["params.yaml", "miniature/params.yaml"])
+def test_both_recipes_are_valid_and_have_the_same_keys(recipe):
+    def keys(content, path=""):
+        if isinstance(content, dict) and not path.endswith((".inputs", ".preset.modules", ".published")):
+            return {each for key, value in content.items() for each in keys(value, f"{path}.{key}")}
+        return {path}
+
+    load(recipe)
+    assert keys(yaml.load(open(recipe))) == keys(yaml.load(open("params.yaml")))
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda c: c["train"].update(learning_rat=1.0), "the key train.learning_rat is not known"),
+        (lambda c: c["train"].update(save_every="often"), "train.save_every is 'often'; it must be a whole number"),
+        (lambda c: c["train"].update(tag_dropout=True), "train.tag_dropout is True; it must be a number"),
+        (lambda c: c["train"].update(device="tpu"), "train.device is 'tpu'; it must be 'cpu' or 'cuda'"),
+        (lambda c: c["schedule"].update(lanes=6), "power of two"),
+        (lambda c: c["schedule"].update(lanes=64), "not a multiple of lanes"),
+        (lambda c: c["lokr"]["preset"]["modules"].update(CrossAttention="4"), "lokr.preset.modules.CrossAttention is '4'; it must be a whole number"),
+        (lambda c: c["lokr"].update(alpha=65520), "lokr.alpha is 65520"),
+        (lambda c: c["selection"]["ranges"][1].update(draw="some"), "selection.ranges.1.draw is 'some'; it must be a whole number or 'all'"),
+        (lambda c: c["download"]["inputs"]["sdxl"].update(sha256="31E3"), "download.inputs.sdxl.sha256"),
+        (lambda c: c["download"]["inputs"]["gamma"].update(sha256=3.8942904e16), "download.inputs.gamma.sha256 is 3.8942904e+16; it must be a text"),
+        (lambda c: c.pop("selection"), "the key selection is missing"),
+        (lambda c: c.update(caption=3), "caption is 3; it must be a mapping"),
+    ],
+)
+def test_a_wrong_key_is_named_with_its_path(tmp_path, change, sentence):
+    with pytest.raises(Refusal) as refusal:
+        load(changed(tmp_path, change))
+    assert sentence in refusal.value.message
+
+
+@pytest.mark.parametrize("content", ["a: [", "just text", "", "\xff"])
+def test_what_is_no_recipe_is_refused(tmp_path, content):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(Refusal, match="params.yaml"):
+        load(path)
+
+
+def test_a_missing_recipe_is_refused(tmp_path):
+    with pytest.raises(Refusal, match="not there"):
+        load(tmp_path / "params.yaml")

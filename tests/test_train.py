@@ -1,0 +1,106 @@
+"""Training's promises on a few steps: the same bytes with other ranks, after kills, in other folders; nothing half-written."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import lesson
+import pytest
+from safetensors.numpy import load_file
+
+from kohaku_delta import table
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A lesson of two or three steps, taken by one rank without interruption."""
+    folder = lesson.write(tmp_path_factory.mktemp("lesson"), 16)
+    done = lesson.run(folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def copy(trained, tmp_path):
+    """The same lesson, not taken yet, elsewhere."""
+    shutil.copytree(trained[0], tmp_path / "elsewhere", ignore=lambda folder, names: [name for name in names if name in lesson.OUTS or name == "work"])
+    return tmp_path / "elsewhere"
+
+
+def test_two_ranks_elsewhere_give_the_bytes_of_one_rank(trained, tmp_path):
+    other = copy(trained, tmp_path)
+    done = lesson.run(other, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert lesson.outs(other) == lesson.outs(trained[0])
+    assert done.stdout.count("train: ") == 1
+
+
+def test_killed_training_resumes_to_the_same_bytes(trained, tmp_path):
+    other = copy(trained, tmp_path)
+    process = subprocess.Popen(lesson.command(1), cwd=other, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(other.glob("work/*/step-00000001")):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (other / "build" / "delta-lokr.safetensors").exists()
+    assert lesson.run(other).returncode == 0
+    assert lesson.outs(other) == lesson.outs(trained[0])
+
+
+def test_the_lokr_moved_everywhere_but_in_text_encoder_1s_last_layer(trained):
+    tensors = load_file(trained[0] / "build" / "delta-lokr.safetensors")
+    for name, array in tensors.items():
+        if name.endswith(".lokr_w2"):
+            assert (array == 0).all() == name.startswith("lora_te1_text_model_encoder_layers_2_"), name
+
+
+def test_the_journal_has_a_chained_row_a_step(trained):
+    rows = lesson.journal(trained[0]).to_pylist()
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    assert len({row["chain"] for row in rows}) == len({row["weights"] for row in rows}) == len(rows)
+    schedule = table.read(trained[0] / "build" / "schedule.parquet").to_pylist()
+    assert [len(row["losses"]) for row in rows] == [sum(each["step"] == step for each in schedule) for step in range(len(rows))]
+
+
+def test_ranks_that_do_not_divide_the_lanes_are_refused_in_a_sentence(trained, tmp_path):
+    other = copy(trained, tmp_path)
+    done = lesson.run(other, ranks=3)
+    assert done.returncode == 1 and "3 ranks cannot share 4 lanes" in done.stderr and "Traceback" not in done.stderr
+    assert not any((other / "build" / name).exists() for name in lesson.OUTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_ends_after_the_step_saved_and_is_resumed(trained, tmp_path, ranks):
+    other = copy(trained, tmp_path)
+    process = subprocess.Popen(lesson.command(ranks), cwd=other, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(other.glob("work/*/step-00000001")):
+        time.sleep(0.02)
+    process.terminate()
+    _, said = process.communicate()
+    if process.returncode:
+        assert "Traceback" not in said and "Run the stage again" in said, said
+    assert lesson.run(other).returncode == 0
+    assert lesson.outs(other) == lesson.outs(trained[0])
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_instants_and_other_ranks_change_nothing(trained, tmp_path):
+    numbers = random.Random(int(os.environ.get("KILL_SEED", "1")))
+    other = copy(trained, tmp_path)
+    for _ in range(20):
+        process = subprocess.Popen(lesson.command(numbers.choice([1, 2, 4])), cwd=other, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            process.wait(numbers.uniform(8, 30))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if (other / "build" / "delta-lokr.safetensors").exists():
+            assert lesson.outs(other) == lesson.outs(trained[0])
+            shutil.rmtree(other / "work")
+            for name in lesson.OUTS:
+                (other / "build" / name).unlink(missing_ok=True)
+    assert lesson.run(other, ranks=4).returncode == 0
+    assert lesson.outs(other) == lesson.outs(trained[0])

@@ -41,4 +41,5 @@ $(VENV)/requirements.txt: requirements/cpu.txt
 	@command -v $(PYTHON) > /dev/null || { echo "Error: $(PYTHON) is not there. Install Python 3.11, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-index --no-build-isolation --editable .
 	@cp $< $@

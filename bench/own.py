@@ -1,6 +1,6 @@
 """Invariant: one merge or bake of ours in one process, as the stage does it, with any piece size and number of threads; its last line is the file's sha256.
 
-Run by bench/checkpoint.py; `python bench/own.py merge FOLDER OUT --numbers 131072 --threads 2`.
+Run by bench/checkpoint.py; `python bench/own.py merge FOLDER OUT --numbers 16384 --threads 1`.
 """
 
 import sys
@@ -12,6 +12,7 @@ import click
 
 from kohaku_delta import params
 from kohaku_delta.checkpoint import bake, merge
+from kohaku_delta.ordered import THREADS
 
 RECIPE = Path(__file__).resolve().parents[1] / "params.yaml"
 
@@ -21,7 +22,7 @@ RECIPE = Path(__file__).resolve().parents[1] / "params.yaml"
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--numbers", default=merge.NUMBERS, show_default=True, help="Of a tensor, computed at a time.")
-@click.option("--threads", default=2, show_default=True)
+@click.option("--threads", default=2 * THREADS, show_default=True)
 def main(what: str, folder: Path, out: Path, numbers: int, threads: int) -> None:
     """Merge gamma and beta, or bake lokr into gamma."""
     recipe, files = params.load(RECIPE), {name: folder / f"{name}.safetensors" for name in ("sdxl", "gamma", "beta", "lokr")}

@@ -1,13 +1,15 @@
 """Invariant: the autoencoder's latents have mean 0 and variance 1 in every channel once multiplied by SDXL's 0.13025.
 
-A KL autoencoder in SDXL's build, 8 times down to 4 channels, trained on crops of everything that the miniature's world holds. While it is
-trained its latents carry a little noise, which keeps them smooth; afterwards the posterior is made narrow, as SDXL's is.
+A KL autoencoder in SDXL's build, 8 times down to 4 channels, trained on crops of everything that the miniature's world holds. Three channels are
+held to the mean light and colour of their 8 × 8 pixels, so that a colour's word is a place in the latents; the
+fourth is free. While it is trained its latents carry a little noise, which keeps them smooth; afterwards the posterior is made narrow, as SDXL's is.
 """
 
 import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from generate.lessons import picture
@@ -19,9 +21,10 @@ CONFIG = {
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "scaling_factor": 0.13025,
 }
 PICTURES, SIDE = 3000, 128
-CROPS, WHOLES = (64, 8), (128, 2)  # (side, pictures) of a step; every third step sees whole pictures, which have edges
-STEPS, RATE, RATE_OF_OTHERS = 2000, 0.02, 3e-3
-NOISE, NARROW, PULL = 0.06, 0.02, 1e-3
+CROPS, WHOLES = (64, 16), (128, 4)  # (side, pictures) of a step; every third step sees whole pictures, which have edges
+STEPS, RATE, RATE_OF_OTHERS = 1000, 0.02, 3e-3
+NOISE, NARROW, PULL, HOLD = 0.06, 0.02, 1e-3, 0.5
+AXES = ((1 / 3, 1 / 3, 1 / 3), (1 / 2, 0.0, -1 / 2), (-1 / 4, 1 / 2, -1 / 4))  # light, red against blue, green against both
 
 
 def quiet(model: torch.nn.Module, endings: tuple[str, ...]) -> None:
@@ -43,6 +46,12 @@ def floats(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
+def colours(batch: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) pixels → (B, 3, H / 8, W / 8): what AXES say of each 8 × 8 of them."""
+    means = F.avg_pool2d(batch, 8)
+    return torch.stack([sum(part * means[:, channel] for channel, part in enumerate(axis)) for axis in AXES], dim=1)
+
+
 def train(steps: int = STEPS, say=print) -> AutoencoderKL:
     pictures = np.stack([picture(number, SIDE) for number in range(PICTURES)])
     torch.manual_seed(1)
@@ -54,6 +63,8 @@ def train(steps: int = STEPS, say=print) -> AutoencoderKL:
     matrices = [value for name, value in vae.named_parameters() if value.ndim > 1 and name not in edges]
     others = [value for name, value in vae.named_parameters() if value.ndim == 1 or name in edges]
     optimizer = Muon(matrices, others)
+    sample = colours(floats(pictures[:512]))
+    middle, spread = (each[:, None, None] for each in (sample.mean(dim=(0, 2, 3)), sample.std(dim=(0, 2, 3))))
     noise = torch.Generator().manual_seed(1)
     for step in range(steps):
         rng = draws(9, step)
@@ -64,6 +75,7 @@ def train(steps: int = STEPS, say=print) -> AutoencoderKL:
         mean = vae.encode(batch).latent_dist.mean
         error = vae.decode(mean + NOISE * torch.randn(mean.shape, generator=noise)).sample - batch
         loss = error.abs().mean() + error.square().mean() + PULL * mean.square().mean()
+        loss = loss + HOLD * (mean[:, :3] - (colours(batch) - middle) / spread).square().mean()
         loss.backward()
         part = rate_at(step, steps, 0.5)
         optimizer.step(RATE * part, RATE_OF_OTHERS * part)

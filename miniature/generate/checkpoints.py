@@ -15,9 +15,9 @@ from kohaku_delta.checkpoint import modules, stream
 from kohaku_delta.training import conditioning
 
 COURSES = {  # lessons, steps, rate of matrices, rate of the rest
-    "sdxl": (4096, 1900, 0.015, 3e-3),
-    "beta": (512, 200, 0.004, 1e-3),
-    "gamma": (512, 200, 0.004, 1e-3),
+    "sdxl": (6144, 4000, 0.007, 3e-3),
+    "beta": (512, 200, 0.002, 1e-3),
+    "gamma": (512, 200, 0.002, 1e-3),
 }
 READING = {"steps": 1000, "rate": 0.02, "rate_of_others": 3e-3}
 EMBEDDINGS = ("token_embedding.weight", "position_embedding.weight")

@@ -28,6 +28,7 @@ UNET = {
 BATCH, NOISE_OFFSET = 16, 0.05
 SPREAD, MOST = 0.3, 40.0  # variance of the lessons' latents; cap of an image's weight
 NO_CAPTION, NO_WORD = 0.1, 0.1
+LAST = 120  # steps on all three chunks of a caption; before them on the first, which holds all its words, at half the cost
 
 
 def fresh() -> dict[str, torch.nn.Module]:
@@ -91,21 +92,6 @@ class Course:
         return torch.stack([self.latents[number] for number in chosen]), *self.ids(texts), torch.from_numpy(time_ids).float()
 
 
-def encode(te1, te2, ids1: torch.Tensor, ids2: torch.Tensor, end: int):
-    """As conditioning.encode; but the second and third chunk, alike in every caption that fits the first, are encoded once."""
-    if not all((ids[:, 1:] == ids[:1, 1:2]).all() for ids in (ids1, ids2)):
-        return conditioning.encode(te1, te2, ids1, ids2, end)
-    count, chunks = ids1.shape[:2]
-    states = []
-    for model, ids in ((te1, ids1), (te2, ids2)):
-        out = model(torch.cat([ids[:, 0], ids[:1, 1]]), output_hidden_states=True)
-        state = out.hidden_states[-2]
-        whole = torch.cat([state[:-1, None], state[-1].expand(count, chunks - 1, -1, -1)], dim=1)
-        states.append(conditioning.joined(whole.flatten(0, 1), chunks))
-    pooled = te2.text_projection(out.last_hidden_state[torch.arange(count), (ids2[:, 0] == end).int().argmax(dim=1)])
-    return torch.cat(states, dim=-1), pooled
-
-
 def learn(models: dict, course: Course, *, steps: int, rate: float, rate_of_others: float, seed: int, say=print) -> None:
     """Trains the U-Net in place; the text encoders stay as they are (as long as the U-Net does not listen, their gradient is noise)."""
     unet = models["unet"].train()
@@ -118,13 +104,14 @@ def learn(models: dict, course: Course, *, steps: int, rate: float, rate_of_othe
         [value for name, value in unet.named_parameters() if value.ndim == 1 or name in edges],
     )
     generator = torch.Generator().manual_seed(seed)
-    total = 0.0
+    end, total = course.tokens.eos_token_id, 0.0
     for step in range(steps):
         latents, ids1, ids2, time_ids = course.batch(seed * 100_000 + step)
         noise = torch.randn(latents.shape, generator=generator) + NOISE_OFFSET * torch.randn((BATCH, 4, 1, 1), generator=generator)
         time_steps = ((torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) * (diffusion.TIME_STEPS / BATCH)).long()
         with torch.no_grad():
-            context, pooled = encode(models["te1"], models["te2"], ids1, ids2, course.tokens.eos_token_id)
+            chunks = 3 if step >= steps - LAST else 1
+            context, pooled = conditioning.encode(models["te1"], models["te2"], ids1[:, :chunks], ids2[:, :chunks], end)
         noisy = diffusion.add_noise(latents, noise, time_steps, acp)
         predicted = unet(noisy, time_steps, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}).sample
         square = (predicted - noise).square().mean(dim=(1, 2, 3))

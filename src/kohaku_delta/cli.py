@@ -1,4 +1,4 @@
-"""kohaku-delta: what a person asks of files, beside the pipeline. `kohaku-delta tensors A B`, or `python -m kohaku_delta tensors A B`."""
+"""kohaku-delta: what a person asks of files, beside the pipeline. `kohaku-delta tensors A B`; `make repro` installs it in .venv/bin."""
 
 from pathlib import Path
 

@@ -14,7 +14,7 @@ import numpy as np
 from kohaku_delta.audit.contents import Array, Contents, Part, open_contents
 from kohaku_delta.checkpoint import dtypes
 from kohaku_delta.checkpoint.names import NO_PARAMETER
-from kohaku_delta.checkpoint.ordered import THREADS, in_order
+from kohaku_delta.ordered import THREADS, in_order
 from kohaku_delta.refusal import Refusal
 
 NUMBERS = 1 << 20  # of a tensor compared at a time

@@ -17,12 +17,13 @@ from kohaku_delta.checkpoint import dtypes, lokr, stream
 from kohaku_delta.checkpoint.difference import Kron, Stored, of_entry
 from kohaku_delta.checkpoint.header import content_digest
 from kohaku_delta.checkpoint.names import Entry, Layout, Names
-from kohaku_delta.checkpoint.ordered import THREADS, Spare, in_order
+from kohaku_delta.checkpoint.spare import Spare
 from kohaku_delta.checkpoint.stream import File, Written
+from kohaku_delta.ordered import THREADS, in_order
 from kohaku_delta.params import Bake
 from kohaku_delta.refusal import Refusal
 
-NUMBERS = 1 << 17  # of a tensor computed at a time
+NUMBERS = 1 << 19  # of a tensor computed at a time
 SHOWN = 10
 EPSILON = np.finfo(np.float32).eps
 
@@ -52,8 +53,8 @@ class Baked:
     left_out: list[str] = field(default_factory=list)  # modules that matched nothing (force)
 
 
-def bake(base: Path, lokr_file: Path, recipe: Bake, out: Path, force: bool = False, threads: int = THREADS, numbers: int = NUMBERS) -> Baked:
-    """Writes base + scale · LoKr to `out`. Neither `threads` nor `numbers` moves a bit.
+def bake(base: Path, lokr_file: Path, recipe: Bake, out: Path, force: bool = False, threads: int = 2 * THREADS, numbers: int = NUMBERS) -> Baked:
+    """Writes base + scale · LoKr to `out`. Neither `threads` (half of them wait for the disk) nor `numbers` moves a bit.
 
     Refuses another base than the LoKr's, entries without a tensor, other shapes, and values that are not finite."""
     with stream.open_file(base) as model, stream.open_file(lokr_file) as trained:
@@ -97,7 +98,7 @@ def bake(base: Path, lokr_file: Path, recipe: Bake, out: Path, force: bool = Fal
                     hashed.result()
                     spare.give(memory)
                     if piece is not raw:
-                        spare.give(piece.base)
+                        spare.give(piece)
             digest = content_digest(model.specs, {name: each.hexdigest() for name, each in hashes.items()})
             if wanted not in (None, digest) and not force:
                 raise Refusal(

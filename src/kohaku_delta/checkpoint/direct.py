@@ -13,35 +13,41 @@ from pathlib import Path
 import numpy as np
 
 BLOCK = 4096  # what every device and file system is content with
+ALIGNED = 8  # where numbers of any dtype may lie in memory; a file whose tensors lie elsewhere is read through the page cache
 LEAST = 1 << 18  # bytes of a read, or of a file to write, from which it is worth it
 STAGE = 4 << 20  # bytes written at a time
 
 
 def memory(size: int) -> np.ndarray:
-    """At least `size` bytes with room for whole blocks around them, beginning at a block's boundary."""
-    held = np.empty(size + 3 * BLOCK, np.uint8)
-    return held[-held.ctypes.data % BLOCK :]
+    """`size` bytes and room for whole blocks around them, beginning at a block's boundary."""
+    return aligned(np.empty(size + 3 * BLOCK, np.uint8))
+
+
+def aligned(held: np.ndarray) -> np.ndarray:
+    """All of `held` (uint8) but one block, beginning at a block's boundary."""
+    first = -held.ctypes.data % BLOCK
+    return held[first : first + held.size - BLOCK]
 
 
 class Reader:
     """An open file, read by position from any thread."""
 
     def __init__(self, path: Path):
-        self._through = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             self._past: int | None = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         except OSError:
             self._past = None
-        self.size = os.fstat(self._through).st_size
+        self.size = os.fstat(self.descriptor).st_size
 
     def close(self) -> None:
-        for descriptor in (self._through, self._past):
+        for descriptor in (self.descriptor, self._past):
             if descriptor is not None:
                 os.close(descriptor)
 
     def read(self, place: int, length: int, into: np.ndarray) -> memoryview:
         """The bytes at place … place + length, somewhere in `into`, which is `memory` of that length; fewer where the file ends before."""
-        if self._past is not None and length >= LEAST:
+        if self._past is not None and length >= LEAST and place % ALIGNED == 0:
             first = place - place % BLOCK
             try:
                 found = _fill(self._past, memoryview(into)[: -(-(place + length - first) // BLOCK) * BLOCK], first)
@@ -49,7 +55,7 @@ class Reader:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-        return memoryview(into)[: _fill(self._through, memoryview(into)[:length], place)]
+        return memoryview(into)[: _fill(self.descriptor, memoryview(into)[:length], place)]
 
 
 def _fill(descriptor: int, room: memoryview, place: int) -> int:

@@ -16,13 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from kohaku_delta import atomic
-from kohaku_delta.checkpoint import dtypes, header
+from kohaku_delta.checkpoint import direct, dtypes, header
 from kohaku_delta.checkpoint.header import Spec, content_digest
 from kohaku_delta.refusal import Refusal
 
 PIECE = 4 << 20
-AT_ONCE = 1 << 18  # bytes of a write: with more, Linux looks for large folios, which costs it up to four times the writing
-BEHIND = 32 << 20  # bytes after which the disk is told to begin: fsync then finds little left
 Buffer = bytes | memoryview | np.ndarray
 
 
@@ -38,26 +36,21 @@ class Written:
 class File:
     """An open, checked file. `specs` in name order; `metadata`; `size` in bytes."""
 
-    def __init__(self, path: Path, descriptor: int, specs: dict[str, Spec], offsets: dict[str, int], metadata: dict[str, str], size: int):
-        self.path, self.specs, self.metadata, self.size = path, specs, metadata, size
-        self._descriptor, self._offsets = descriptor, offsets
+    def __init__(self, path: Path, reader: direct.Reader, specs: dict[str, Spec], offsets: dict[str, int], metadata: dict[str, str]):
+        self.path, self.specs, self.metadata, self.size = path, specs, metadata, reader.size
+        self._reader, self._offsets = reader, offsets
 
     def head(self) -> bytes:
         """All that stands before the tensors."""
-        return os.pread(self._descriptor, self.size - sum(spec.nbytes for spec in self.specs.values()), 0)
+        return os.pread(self._reader.descriptor, self.size - sum(spec.nbytes for spec in self.specs.values()), 0)
 
     def part(self, name: str, start: int = 0, length: int | None = None, into: np.ndarray | None = None) -> memoryview:
-        """`length` of the tensor's bytes from its byte `start` (all that follow, when not given); in the memory `into` (bytes, long enough), if given."""
+        """`length` of the tensor's bytes from its byte `start` (all that follow, when not given); somewhere in `into` (direct.memory of that length), if given."""
         length = self.specs[name].nbytes - start if length is None else length
-        into = np.empty(length, np.uint8) if into is None else into
-        whole, place = memoryview(into)[:length], self._offsets[name] + start
-        rest = whole
-        while rest:
-            read = os.preadv(self._descriptor, [rest], place)
-            if not read:
-                raise Refusal(f"{self.path} became shorter while it was read. Is another program writing it?")
-            place, rest = place + read, rest[read:]
-        return whole.toreadonly()
+        found = self._reader.read(self._offsets[name] + start, length, direct.memory(length) if into is None else into)
+        if len(found) < length:
+            raise Refusal(f"{self.path} became shorter while it was read. Is another program writing it?")
+        return found.toreadonly()
 
     def pieces(self, name: str, size: int = PIECE) -> Iterator[memoryview]:
         """The tensor's bytes, in order, `size` at a time."""
@@ -92,17 +85,16 @@ def open_file(path) -> Iterator[File]:
     """A checked File. Refuses, with the file's name and the reason, whatever is not a whole and well-formed safetensors file."""
     path = Path(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        reader = direct.Reader(path)
     except FileNotFoundError:
         raise Refusal(f"{path} is not there. Check the path, or run the stage that writes it.") from None
     try:
         if path.is_dir():
             raise Refusal(f"{path} is a folder; a safetensors file was expected.")
-        size = os.fstat(descriptor).st_size
-        specs, offsets, metadata = header.parse(path, descriptor, size)
-        yield File(path, descriptor, specs, offsets, metadata, size)
+        specs, offsets, metadata = header.parse(path, reader.descriptor, reader.size)
+        yield File(path, reader, specs, offsets, metadata)
     finally:
-        os.close(descriptor)
+        reader.close()
 
 
 def write(
@@ -126,7 +118,8 @@ def write(
     total = len(head) + sum(spec.nbytes for spec in specs.values())
     with atomic.writing(path) as file, ThreadPoolExecutor(2) as pool:
         os.posix_fallocate(file.fileno(), 0, total)  # a disk that is too full is known now
-        begun = file.write(head) - len(head)
+        disk = direct.Writer(file.fileno(), total)
+        disk.write(memoryview(head))
         pieces = iter(produce(order))
         for name in order:
             tensor, left = hashlib.sha256(), specs[name].nbytes
@@ -137,15 +130,12 @@ def write(
                 if of != name or left < 0:
                     raise ValueError(f"{name}: its {specs[name].nbytes} bytes were announced, and {of} came")
                 hashed = [pool.submit(each.update, data) for each in (whole, tensor)]
-                for start in range(0, len(data), AT_ONCE):
-                    file.write(data[start : start + AT_ONCE])
-                if file.tell() - begun > BEHIND:
-                    os.posix_fadvise(file.fileno(), begun, file.tell() - begun, os.POSIX_FADV_DONTNEED)
-                    begun = file.tell()
+                disk.write(data)
                 wait(hashed)
             hashes[name] = tensor.hexdigest()
         for of, _ in pieces:
             raise ValueError(f"{of} came after the last tensor")
+        disk.close()
     return Written(total, whole.hexdigest(), content_digest(specs, hashes))
 
 

@@ -15,7 +15,7 @@ import adbc_driver_sqlite.dbapi
 import numpy as np
 import pyarrow as pa
 
-from kohaku_delta.danbooru.order import in_order
+from kohaku_delta.ordered import in_order
 from kohaku_delta.refusal import Refusal
 
 BATCH = 1 << 16

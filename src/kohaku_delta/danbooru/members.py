@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from kohaku_delta import table
 from kohaku_delta.danbooru import archive, image
-from kohaku_delta.danbooru.order import in_order
 from kohaku_delta.danbooru.tars import piece
+from kohaku_delta.ordered import in_order
 from kohaku_delta.refusal import Refusal
 
 NAME = r"^(?:(?s:.*)/)?(?P<id>[0-9]{1,18})\.(?P<extension>[^./]+)$"

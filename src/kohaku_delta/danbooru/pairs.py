@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kohaku_delta.danbooru.database import Database, Rank
-from kohaku_delta.danbooru.order import in_order
+from kohaku_delta.ordered import in_order
 
 BITS = 16  # of a post's place in its chunk: numpy sorts 16 bits by radix
 

@@ -20,9 +20,9 @@ from tqdm import tqdm
 from kohaku_delta.danbooru import members, tars
 from kohaku_delta.danbooru.database import Database, Rank, distinct
 from kohaku_delta.danbooru.members import Members
-from kohaku_delta.danbooru.order import in_order
 from kohaku_delta.dataset import captions, extents
 from kohaku_delta.dataset.facts import REASONS, facts
+from kohaku_delta.ordered import in_order
 from kohaku_delta.params import Caption, Filter
 from kohaku_delta.refusal import Refusal
 

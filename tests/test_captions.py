@@ -1,5 +1,6 @@
 import json
 import sqlite3
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kohaku_delta import params, table
-from kohaku_delta.danbooru import database, order, pairs
+from kohaku_delta.danbooru import database, pairs
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import captions, lists
+from kohaku_delta.ordered import in_order
 from kohaku_delta.refusal import Refusal
 
 TAGS = [
@@ -131,7 +133,8 @@ def test_the_file_holds_the_same_captions_as_the_table_whatever_the_number_of_th
     monkeypatch.setattr(database, "SPAN", 100)
     files = []
     for threads in (1, 8):
-        monkeypatch.setattr(order, "threads", lambda threads=threads: threads)
+        for module in (database, pairs):
+            monkeypatch.setattr(module, "in_order", partial(in_order, threads=threads))
         captions.write(Database(path), ids, parameters, tmp_path / f"{threads}.parquet")
         files.append((tmp_path / f"{threads}.parquet").read_bytes())
     assert files[0] == files[1]

@@ -2,15 +2,17 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 from booru import GENERAL, write_database
 
 from kohaku_delta import params
-from kohaku_delta.danbooru import database, order
+from kohaku_delta.danbooru import database
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import captions, selection
+from kohaku_delta.ordered import in_order
 from kohaku_delta.params import Range, Selection
 from kohaku_delta.refusal import Refusal
 
@@ -87,7 +89,7 @@ def test_the_order_of_rows_does_not_depend_on_spans_or_threads(path, monkeypatch
     for span, threads in ((1, 8), (7, 1), (300, 3), (1 << 18, 2)):
         monkeypatch.setattr(database, "SPAN", span)
         monkeypatch.setattr(database, "SPANS", 1 << 20)
-        monkeypatch.setattr(order, "threads", lambda threads=threads: threads)
+        monkeypatch.setattr(database, "in_order", partial(in_order, threads=threads))
         assert (Database(path).post_ids() == whole).all()
         assert (np.concatenate(list(Database(path).relations(np.copy))) == pairs).all()
         monkeypatch.undo()

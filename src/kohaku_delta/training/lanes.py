@@ -4,6 +4,8 @@ Rank r of W owns lanes r·L/W … (r+1)·L/W − 1, which is a whole subtree (L 
 A rank keeps one buffer a level of its subtree, not one a lane.
 """
 
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 
@@ -36,12 +38,24 @@ class Tree:
         return total
 
 
+@contextmanager
+def company():
+    """What the ranks do together: a rank that is lost on the way is a sentence on the others."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # gloo raises nothing narrower
+        raise Refusal(f"Rank {dist.get_rank()} lost the others ({str(error).split('. ')[0]}). Saved steps are kept.") from None
+
+
 def across(subtree: torch.Tensor, ranks: int) -> torch.Tensor:
     """The whole tree's sum on every rank, from each rank's subtree."""
     if ranks == 1:
         return subtree
     gathered = [torch.empty_like(subtree) for _ in range(ranks)]
-    dist.all_gather(gathered, subtree)
+    with company():
+        dist.all_gather(gathered, subtree)
     tree = Tree()
     for each in gathered:
         tree.add(each)

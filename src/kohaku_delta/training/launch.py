@@ -1,10 +1,15 @@
 """Invariant: ranks are started by torchrun's own launcher; a rank that ends badly ends the others, and its sentence is the last word."""
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 
 from kohaku_delta.refusal import Refusal
+
+PATIENCE = 600  # seconds for a step under way to end and be saved; the release's takes 51, torchrun would wait 30
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def is_rank() -> bool:
@@ -12,18 +17,28 @@ def is_rank() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def follow() -> None:
+    """Ties this rank to its launcher: when that is killed, this process gets SIGTERM instead of going on as an orphan."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def ranks(count: int, arguments: list[str]) -> None:
     """Runs this very command as `count` ranks on this machine (gloo or NCCL over the loopback), and waits for them."""
+    from torch.distributed.elastic.agent.server import api
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    config = LaunchConfig(1, 1, count, run_id="train", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.5)
+    for logger in ("torch.distributed.elastic", api.__name__):  # the second has a level of its own
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        1, 1, count, run_id="train", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.5, shutdown_timeout=PATIENCE
+    )
     try:
         elastic_launch(config, sys.executable)("-u", os.path.abspath(sys.argv[0]), *arguments)
     except SignalException as signalled:
-        raise Refusal(f"Stopped by {signalled.sigval.name}; the step that was under way was finished and saved. Run the stage again to go on.") from None
+        raise Refusal(f"Stopped by {signalled.sigval.name}. Saved steps are kept; run the stage again to go on.") from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise Refusal(f"Rank {rank} ended with exit code {failure.exitcode}; its words stand above. The others were stopped; saved steps are kept.") from None
+        ended = f"was killed by {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else f"ended with exit code {failure.exitcode}; its words stand above"
+        raise Refusal(f"Rank {rank} {ended}. The others were stopped; saved steps are kept.") from None

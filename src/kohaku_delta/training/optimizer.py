@@ -94,8 +94,8 @@ class Lion:
         }
 
     def load(self, tensors: dict[str, torch.Tensor], steps: int) -> None:
-        """Takes up a saved state; `steps` updates were made."""
-        if not steps:
+        """Takes up a saved state after `steps` steps. It is empty while every step so far overflowed: the optimizer then starts afresh."""
+        if not tensors:
             return
         for group_index, group in enumerate(self.lion.param_groups):
             for index, weight in enumerate(group["params"]):

@@ -20,6 +20,17 @@ def test_the_release_has_97_buckets_of_which_the_first_33_are_the_published_ones
     assert (1024, 1024) in sizes and (832, 1216) in sizes
 
 
+def test_a_size_is_a_bucket_if_it_is_the_largest_of_its_side_that_fits_the_area():
+    """Of all pairs of multiples of 64 between 256 and 4096: one side is the longest that keeps the area under 1024², or the longest allowed."""
+    sides = range(256, 4097, 64)
+
+    def longest(width):
+        return max(height for height in sides if width * height <= 1024 * 1024)
+
+    fitting = {(width, longest(width)) for width in sides if width * 256 <= 1024 * 1024}
+    assert set(buckets.table(RELEASE)) == fitting | {(height, width) for width, height in fitting} | {(1024, 1024)}
+
+
 def nearest(width, height, sizes):
     if (width, height) in sizes:
         return sizes.index((width, height))
@@ -41,6 +52,32 @@ def test_the_published_example_is_cut_by_16_px_and_told_10():
     assert buckets.crop((1000, 1500), (832, 1216), "letterbox") == (0.0, 10.0)
     assert buckets.crop((1000, 1500), (832, 1216), "real") == (16.0, 0.0)
     assert buckets.time_ids((1000, 1500), (832, 1216), "letterbox") == [1500, 1000, 0, 10, 1216, 832]
+
+
+def test_resize_covers_the_bucket_by_less_than_a_pixel_too_much_and_the_letterbox_is_centred():
+    """In whole numbers: the side that binds fits exactly, the other is the ratio rounded half up; the told offset is half of what a fitted image leaves free."""
+    numbers = np.random.default_rng(3)
+    sizes = buckets.table(RELEASE)
+    for width, height in numbers.integers(64, 6000, (2000, 2)).tolist():
+        bucket = sizes[nearest(width, height, sizes)]
+        wider = width * bucket[1] > bucket[0] * height
+        if wider:
+            expected = ((2 * width * bucket[1] + height) // (2 * height), bucket[1])
+            told = ((bucket[1] * width - bucket[0] * height) // (2 * width), 0)
+        else:
+            expected = (bucket[0], (2 * height * bucket[0] + width) // (2 * width))
+            told = (0, (bucket[0] * height - bucket[1] * width) // (2 * height))
+        resized = buckets.resized((width, height), bucket)
+        assert resized == expected and resized[0] >= bucket[0] and resized[1] >= bucket[1]
+        assert buckets.crop((width, height), bucket, "letterbox") == told
+        assert buckets.crop((width, height), bucket, "real") == ((resized[1] - bucket[1]) // 2, (resized[0] - bucket[0]) // 2)
+
+
+def test_halving_is_the_mean_of_four_pixels_and_the_crop_is_the_middle():
+    """INTER_AREA by closed form, and 16 px cut at top and bottom, as in the published example."""
+    picture = np.random.default_rng(4).integers(0, 256, (2496, 1664, 3), np.uint8)
+    means = picture.reshape(1248, 2, 832, 2, 3).astype(np.int64).sum(axis=(1, 3))
+    assert (buckets.fit(picture, (832, 1216)) == ((means + 2) // 4)[16:1232]).all()
 
 
 @pytest.mark.parametrize("size", [(1000, 1500), (1500, 1000), (17, 3000), (833, 1217), (832, 1216), (5000, 40)])

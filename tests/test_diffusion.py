@@ -1,5 +1,6 @@
 """The forward process and the loss against diffusers' DDPMScheduler and closed forms."""
 
+import pytest
 import torch
 from diffusers import DDPMScheduler
 
@@ -12,9 +13,10 @@ def test_the_schedule_is_bit_equal_to_diffusers():
     assert torch.equal(diffusion.alphas_cumprod(), THEIRS.alphas_cumprod)
 
 
-def test_adding_noise_is_bit_equal_to_diffusers():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_adding_noise_is_bit_equal_to_diffusers(dtype):
     generator = torch.Generator().manual_seed(1)
-    latents, noise = torch.randn(8, 4, 6, 5, generator=generator), torch.randn(8, 4, 6, 5, generator=generator)
+    latents, noise = torch.randn(8, 4, 6, 5, generator=generator).to(dtype), torch.randn(8, 4, 6, 5, generator=generator).to(dtype)
     steps = torch.tensor([0, 1, 10, 100, 500, 900, 998, 999])
     assert torch.equal(diffusion.add_noise(latents, noise, steps, diffusion.alphas_cumprod()), THEIRS.add_noise(latents, noise, steps))
 

@@ -1,5 +1,9 @@
 """A visit is a function: of its seed and counter, not of what was computed before it."""
 
+from collections import Counter
+from itertools import permutations
+from math import comb, factorial
+
 import numpy as np
 
 from kohaku_delta.training import visit
@@ -28,6 +32,26 @@ def test_general_tags_are_shuffled_and_one_in_ten_is_dropped():
     assert ((counts - expected) ** 2 / expected).sum() < 22.5  # chi-square, 6 degrees of freedom, p = 0.001
 
 
+def test_tags_are_dropped_one_by_one_and_every_order_is_as_likely():
+    """The number kept is binomial(7, 0.9); of three tags, all six orders and all eight subsets come as often as independent draws say."""
+    counts = np.bincount([len(text.split(", ")) - 3 for text in captions(20000)], minlength=8)
+    binomial = np.array([comb(7, k) * 0.9**k * 0.1 ** (7 - k) for k in range(8)]) * 20000
+    counts, binomial = np.r_[counts[:4].sum(), counts[4:]], np.r_[binomial[:4].sum(), binomial[4:]]
+    assert ((counts - binomial) ** 2 / binomial).sum() < 18.5  # chi-square, 4 degrees of freedom, p = 0.001
+
+    drawn = Counter(visit.caption("k, |||a, b, c", "|||", True, 0.3, 7, number) for number in range(40000))
+    expected = {
+        ", ".join(("k", *order)): 40000 * 0.7**size * 0.3 ** (3 - size) / factorial(size) for size in range(4) for order in permutations("abc", size)
+    }
+    assert drawn.keys() == expected.keys()
+    assert sum((drawn[text] - number) ** 2 / number for text, number in expected.items()) < 37.7  # 15 degrees of freedom, p = 0.001
+
+
+def test_another_epoch_draws_another_caption_and_the_kept_part_keeps_its_duplicates():
+    assert visit.caption("a, a, |||b, b", "|||", False, 0.0, 1, 1) == "a, a, b, b"
+    assert visit.caption(TEXT, "|||", True, 0.1, 1337, 5) != visit.caption(TEXT, "|||", True, 0.1, 1337, 5 + 3_665_398)
+
+
 def test_without_shuffle_and_dropout_the_caption_is_as_written():
     assert captions(1, shuffle=False, tag_dropout=0.0) == ["1girl, marumi, shape quest, red body, circle, smile, highres, mid, safe, best quality"]
 
@@ -50,6 +74,15 @@ def test_noise_has_the_offsets_variance_between_channels():
     expected = 1 / 256 + 0.05**2
     assert abs(means.var() - expected) < 5 * expected * (2 / means.size) ** 0.5
     assert abs(drawn.std() - (1 + 0.05**2) ** 0.5) < 0.002
+
+
+def test_the_noise_offset_is_one_number_a_channel_and_nothing_else():
+    plain, offset = visit.noise((4, 8, 6), 0.0, 1, 9), visit.noise((4, 8, 6), 0.05, 1, 9)
+    assert (plain == visit.normal((4, 8, 6), 1, 9, visit.NOISE)).all()
+    added = (offset - plain).reshape(4, -1)
+    assert np.allclose(added, added[:, :1], atol=1e-6) and len(np.unique(added[:, 0].round(5))) == 4
+    shifts = np.array([(visit.noise((4, 1, 1), 0.05, 1, number) - visit.normal((4, 1, 1), 1, number, visit.NOISE)) / 0.05 for number in range(5000)]).ravel()
+    assert abs(shifts.mean()) < 4 / 20000**0.5 and abs(shifts.var() - 1) < 4 * (2 / 20000) ** 0.5
 
 
 def test_time_steps_are_uniform():

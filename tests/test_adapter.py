@@ -62,6 +62,25 @@ def test_every_trained_weight_gets_a_gradient_and_text_encoder_1s_last_layer_get
     assert trained == {name for name in adapter.tensors() if not name.startswith(LAST)}
 
 
+def test_rates_and_weight_decay_reach_exactly_the_trained_weights_norms_included(models):
+    """A step with a gradient of zero is weight decay alone: × (1 − 0.1 · rate) in each group, and not one bit in text encoder 1's last layer."""
+    from kohaku_delta.training import optimizer
+
+    parameters = load("params.yaml").train.model_copy(update={"warmup_steps": 0, "learning_rate_unet": 0.5, "learning_rate_text": 0.25})
+    adapter = Adapter(models, LOKR, torch.float32)
+    for weight in adapter.tensors().values():
+        weight.add_(1.0)
+    before = {name: weight.clone() for name, weight in adapter.tensors().items()}
+    trained = adapter.trained()
+    optimizer.Lion(trained, parameters).step(0, torch.zeros(sum(weight.numel() for _, weight in trained)), optimizer.Scaler(False))
+    for name, weight in adapter.tensors().items():
+        factor = 1.0 if name.startswith(LAST) else 0.95 if name.startswith("lora_unet_") else 0.975
+        assert torch.allclose(weight, before[name] * factor, rtol=1e-6, atol=0), name
+        assert torch.equal(weight, before[name]) == name.startswith(LAST), name
+    norms = {name for name, entry in adapter.entries.items() if not hasattr(entry, "lokr_w2")}
+    assert norms and all(name.startswith("lora_unet_") for name in norms) and norms <= {name.rpartition(".")[0] for name, _ in trained}
+
+
 @pytest.mark.parametrize("preset", [{"modules": {"CrossAttention": 4, "SpatialTransformer": 8}}, {"names": {"time_embeddings": 8}}])
 def test_a_target_that_matches_nothing_is_refused_by_name(models, preset):
     wrong = LOKR.model_copy(update={"preset": LOKR.preset.model_copy(update=preset)})

@@ -63,3 +63,8 @@ def test_context_is_penultimate_and_pooled_is_the_first_chunks_projection(tmp_pa
     assert torch.allclose(context[:, :76, 48:], second.hidden_states[-2][:, :76], atol=1e-5)
     layers = models["te1"](ids[:, 0], output_hidden_states=True).hidden_states
     assert len(layers) == 4 and torch.allclose(context[:, :76, :48], layers[2][:, :76], atol=1e-5)
+    assert torch.allclose(pooled, second.text_embeds, atol=1e-5), "transformers takes the first end token too"
+    everything = models["te2"](ids.flatten(0, 1), output_hidden_states=True).hidden_states[-2].reshape(2, 3, 77, 64)
+    for chunk in range(3):
+        assert torch.allclose(context[:, 1 + 75 * chunk : 76 + 75 * chunk, 48:], everything[:, chunk, 1:76], atol=1e-5)
+    assert torch.allclose(context[:, -1, 48:], everything[:, 2, 76], atol=1e-5)

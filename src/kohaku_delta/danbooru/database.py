@@ -2,10 +2,12 @@
 
 SQLite reaches Arrow in C (ADBC), as batches, so that 250 million rows cost seconds and no memory. A table is cut into spans of its key, which
 several connections read at once; batches come in the order of the key all the same. Both schema variants of danbooru2023 are read
-(with and without tag_list and the tag counts). Every expression here gives one type whatever a cell holds, because SQLite types cells and
+(with and without tag_list and the tag counts). The largest table, posttagrelation, is cut out of the file's pages where it is as plain as
+pages.py knows it, under SQLite's lock; SQLite reads the rest. Every expression here gives one type whatever a cell holds, because SQLite types cells and
 Arrow types columns.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,12 +17,14 @@ import adbc_driver_sqlite.dbapi
 import numpy as np
 import pyarrow as pa
 
+from kohaku_delta.danbooru import pages
 from kohaku_delta.ordered import in_order
 from kohaku_delta.refusal import Refusal
 
 BATCH = 1 << 16
 SPAN = 1 << 19  # of a key's values, read as one piece
 SPANS = 1 << 14  # more of them than this: the key is no row number, and one connection reads all
+LEAVES = 256  # pages of pairs, read as one piece
 MAGIC = b"SQLite format 3\0"
 
 # A tag's type 0 … 4, -1 none, -2 unknown; negative types count from the end of the five, as they did in the release's tool (a Python list).
@@ -137,17 +141,51 @@ class Database:
         return _whole([batch.column(0) for batch in self.stream(f"SELECT id FROM tag WHERE type IS NOT NULL AND (name IS NULL OR {TYPE} = -2)")])
 
     def relations(self, work: Callable) -> Iterator:
-        """work(pairs) of every pair in the order of posttagrelation.id, which is the order of tags in a caption.
+        """work(pairs) of every pair in the order of posttagrelation.id, which is the order of tags in a caption; `work` runs in threads.
 
         `pairs` is int64: post id << 32 | tag id. One column costs SQLite and Arrow a quarter less than two.
         """
         self.require("posttagrelation", "id", "post_id", "tag_id")
+        pair = "post_id << 32 | tag_id"
 
-        def each(batch: pa.RecordBatch):
-            return work((batch.column(0).drop_null() if batch.column(0).null_count else batch.column(0)).to_numpy())
+        def each(batches: Iterator[pa.RecordBatch]) -> list:
+            return [work(batch.column(0).drop_null().to_numpy()) for batch in batches]
 
-        for done in self.spans("posttagrelation", "post_id << 32 | tag_id", lambda batches: [each(batch) for batch in batches]):
-            yield from done
+        with self._leaves("posttagrelation", ["id", "post_id", "tag_id"]) as table:
+            if table is None:
+                for done in self.spans("posttagrelation", pair, each):
+                    yield from done
+                return
+
+            def read(start: int) -> list:
+                stop = min(start + LEAVES, len(table.page))
+                found = pages.pairs(table, start, stop)
+                if found is not None:
+                    return [work(found)]
+                above, upto = (f"id > {table.key[start - 1]}" if start else "true"), ("true" if stop == len(table.page) else f"id <= {table.key[stop - 1]}")
+                return each(self.stream(f"SELECT {pair} FROM posttagrelation WHERE {above} AND {upto} ORDER BY id"))
+
+            for done in in_order(read, range(0, len(table.page), LEAVES)):
+                yield from done
+
+    @contextmanager
+    def _leaves(self, table: str, columns: list[str]) -> Iterator[pages.Leaves | None]:
+        """The pages of a table of exactly these columns, the first of which is its rowid. The connection's transaction keeps writers out meanwhile."""
+        facts = f"""SELECT (SELECT group_concat(lower(name) || hidden || pk) FROM pragma_table_xinfo('{table}')) AS columns,
+            (SELECT upper(type) FROM pragma_table_info('{table}') WHERE pk = 1) = 'INTEGER'
+                AND NOT EXISTS (SELECT 1 FROM pragma_index_list('{table}') WHERE origin = 'pk') AS keyed,
+            (SELECT rootpage FROM sqlite_schema WHERE type = 'table' AND lower(name) = '{table}') AS root"""
+        with self._connection() as connection:
+            said = [batch.to_pylist()[0] for batch in self._rows(connection, facts)][0]
+            if said["columns"] != ",".join(f"{name}0{int(not place)}" for place, name in enumerate(columns)) or said["keyed"] != 1 or not said["root"]:
+                yield None
+                return
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                yield pages.leaves(descriptor, said["root"])
+            finally:
+                connection.close()  # first: closing the file takes this process's locks away
+                os.close(descriptor)
 
     def posts_of(self, tags: np.ndarray) -> np.ndarray:
         """Ids of the posts that have any of these few tags (int64, repeats possible)."""

@@ -123,8 +123,7 @@ def _plain(window: bytes, end: int) -> tuple[np.ndarray, np.ndarray, int]:
     count = len(window) // BLOCK
     blocks = np.frombuffer(window, np.uint8, count * BLOCK).reshape(-1, BLOCK)
     digits = blocks[:, 124:135] - np.uint8(ord("0"))
-    size = digits.astype(np.float64) @ 8.0 ** np.arange(10, -1, -1)  # exact: below 2 to the power of 33
-    size = size.astype(np.int64)
+    size = digits @ (8 ** np.arange(10, -1, -1))
     start = np.arange(0, count * BLOCK, BLOCK)
     plain = (digits <= 7).all(axis=1) & ((blocks[:, 135] == 0) | (blocks[:, 135] == ord(" "))) & (blocks[:, 156] == ord("0"))
     plain &= (start + BLOCK + size <= end) & (start + LOOK <= len(window))

@@ -25,6 +25,7 @@ BATCH = 1 << 16
 SPAN = 1 << 19  # of a key's values, read as one piece
 SPANS = 1 << 14  # more of them than this: the key is no row number, and one connection reads all
 LEAVES = 256  # pages of pairs, read as one piece
+ARRAY = (1 << 25) - (1 << 16)  # bytes; glibc adapts to pieces up to 32 MiB
 MAGIC = b"SQLite format 3\0"
 
 # A tag's type 0 … 4, -1 none, -2 unknown; negative types count from the end of the five, as they did in the release's tool (a Python list).
@@ -38,6 +39,11 @@ CAUSES = (
     ("disk I/O", "is damaged or truncated, or its disk cannot be read. Download it again and compare its sha256 with the pin."),
     ("Type mismatch", "holds a text where a whole number belongs (an id or a type). Is it danbooru2023.db, and whole?"),
 )
+
+
+# Freed untouched, once: from then on glibc keeps freed arrays up to this size for the next ones. Else each batch's arrays would be given back to
+# the system and had again as fresh pages, whose clearing costs as much as the work on them.
+np.empty(ARRAY, np.uint8)
 
 
 class Database:
@@ -217,8 +223,16 @@ def distinct(values) -> np.ndarray:
     return values[np.append(True, values[1:] != values[:-1])] if len(values) else values
 
 
+def standing(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Where values (in about ascending order, else it takes long) stand in an ascending list of distinct ids: int32, -1 for one that is not in it."""
+    if not len(ids):
+        return np.full(len(values), -1, np.int32)
+    places = np.minimum(np.searchsorted(ids, values), len(ids) - 1).astype(np.int32)
+    return np.where(ids[places] == values, places, np.int32(-1))
+
+
 class Rank:
-    """Where values stand in an ascending list of distinct ids: int32, -1 for a value that is not in it."""
+    """The same for many values in any order: a table of all places, where the ids lie close enough."""
 
     def __init__(self, ids: np.ndarray):
         self.ids = ids
@@ -228,11 +242,8 @@ class Rank:
             self.places[ids] = np.arange(len(ids), dtype=np.int32)
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        if not len(self.ids):
-            return np.full(len(values), -1, np.int32)
         if self.places is None:
-            places = np.minimum(np.searchsorted(self.ids, values), len(self.ids) - 1).astype(np.int32)
-            return np.where(self.ids[places] == values, places, np.int32(-1))
+            return standing(self.ids, values)
         inside = (values >= 0) & (values < len(self.places))
         if inside.all():
             return self.places[values]

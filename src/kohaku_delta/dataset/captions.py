@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from kohaku_delta import table
 from kohaku_delta.danbooru import pairs
-from kohaku_delta.danbooru.database import Database, Rank, distinct
+from kohaku_delta.danbooru.database import Database, distinct, standing
 from kohaku_delta.dataset import facts as rows
 from kohaku_delta.dataset.facts import NONE, Facts, facts
 from kohaku_delta.params import Caption
@@ -170,7 +170,7 @@ def as_table(vocabulary: Vocabulary, parts: list[Written]) -> pa.Table:
         return pa.ListArray.from_arrays(pa.array(ends), pa.DictionaryArray.from_arrays(pa.array(places[words]), words_used.dictionary))
 
     ids = np.concatenate([np.empty(0, np.int64), *(part.id for part in parts)])
-    captions = pa.concat_arrays([pa.array([], pa.string()), *(part.caption for part in parts)])
+    captions = pa.chunked_array([part.caption for part in parts], pa.string())
     return pa.table([pa.array(ids), lists("keep"), lists("general"), captions], schema=STORED)
 
 
@@ -208,6 +208,6 @@ def caption_posts(database: Database, ids, parameters: Caption) -> pa.Table:
 def possible(database: Database, ids: np.ndarray, parameters: Caption, said: Facts | None = None) -> np.ndarray:
     """Of each post `ids` (int64, ascending, distinct), whether the release's tool could caption it (bool). `said`: facts, if at hand."""
     can = (said or facts(database, ids, parameters)).possible.copy()
-    broken = Rank(ids)(database.posts_of(database.broken_tags()))
+    broken = standing(ids, database.posts_of(database.broken_tags()))
     can[broken[broken >= 0]] = False
     return can

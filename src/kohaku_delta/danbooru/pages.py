@@ -69,15 +69,13 @@ def _children(page: bytes, usable: int) -> tuple[list[int], list[int]] | None:
     children, keys = [], []
     for start in np.frombuffer(page, ">u2", cells, 12).tolist():
         key, place = 0, start + 4
-        while True:
-            if place >= usable or place - start > 12:
-                return None
+        while place < usable and page[place] > 127:
             key = key << 7 | page[place] & 127
-            if page[place] < 128:
-                break
             place += 1
+        if place >= usable or place > start + 12:
+            return None
         children.append(int.from_bytes(page[start : start + 4], "big"))
-        keys.append(key)
+        keys.append(key << 7 | page[place])
     if keys != sorted(set(keys)):
         return None
     return [*children, int.from_bytes(page[8:12], "big")], keys
@@ -101,7 +99,7 @@ def pairs(table: Leaves, start: int, stop: int) -> np.ndarray | None:
     there = np.arange(most) < cells[:, None]
     inside = pointers[there].astype(np.int64)
     at = inside + np.repeat(np.arange(len(page)) * size, cells)
-    if int(inside.min()) < 8:
+    if int(inside.min()) < 8 or int(inside.max()) >= table.usable:
         return None
 
     # the sixteen bytes from each cell's first, as two numbers whose low byte comes first

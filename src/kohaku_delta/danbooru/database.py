@@ -8,7 +8,7 @@ Arrow types columns.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -31,11 +31,13 @@ MAGIC = b"SQLite format 3\0"
 # A tag's type 0 … 4, -1 none, -2 unknown; negative types count from the end of the five, as they did in the release's tool (a Python list).
 TYPE = "CASE WHEN type IS NULL THEN -1 WHEN typeof(type) != 'integer' OR type NOT BETWEEN -5 AND 4 THEN -2 WHEN type < 0 THEN type + 5 ELSE type END"
 
+DAMAGED = "is damaged or truncated. Download it again and compare its sha256 with the pin."
+
 # What SQLite says, and what a person does about it; the first line that fits is told.
 CAUSES = (
     ("locked", "is locked by another program. Close that program, or wait until it has finished, and run the stage again."),
     ("not a database", "is not an SQLite database. Check the path, or download it again."),
-    ("malformed", "is damaged or truncated. Download it again and compare its sha256 with the pin."),
+    ("malformed", DAMAGED),
     ("disk I/O", "is damaged or truncated, or its disk cannot be read. Download it again and compare its sha256 with the pin."),
     ("Type mismatch", "holds a text where a whole number belongs (an id or a type). Is it danbooru2023.db, and whole?"),
 )
@@ -80,7 +82,8 @@ class Database:
 
     def require(self, table: str, *columns: str) -> None:
         """Refuses a database that lacks the table or one of its columns, and names all that are missing."""
-        names = [name for batch in self.stream(f"SELECT name FROM pragma_table_info('{table}')") for name in batch.column(0).to_pylist()]
+        with self._sentences():
+            names = [name for batch in self.stream(f"SELECT name FROM pragma_table_info('{table}')") for name in batch.column(0).to_pylist()]
         if not names:
             raise Refusal(f"The database {self.path} has no table {table}. Is it danbooru2023.db, and whole?")
         missing = [column for column in columns if column not in {name.lower() for name in names}]
@@ -154,7 +157,7 @@ class Database:
         self.require("posttagrelation", "id", "post_id", "tag_id")
         pair = "post_id << 32 | tag_id"
 
-        def each(batches: Iterator[pa.RecordBatch]) -> list:
+        def each(batches: Iterable[pa.RecordBatch]) -> list:
             return [work(batch.column(0).drop_null().to_numpy()) for batch in batches]
 
         with self._leaves("posttagrelation", ["id", "post_id", "tag_id"]) as table:
@@ -169,7 +172,10 @@ class Database:
                 if found is not None:
                     return [work(found)]
                 above, upto = (f"id > {table.key[start - 1]}" if start else "true"), ("true" if stop == len(table.page) else f"id <= {table.key[stop - 1]}")
-                return each(self.stream(f"SELECT {pair} FROM posttagrelation WHERE {above} AND {upto} ORDER BY id"))
+                batches = list(self.stream(f"SELECT {pair} FROM posttagrelation WHERE {above} AND {upto} ORDER BY id"))
+                if sum(batch.num_rows for batch in batches) != pages.count(table, start, stop):
+                    raise Refusal(f"The database {self.path} {DAMAGED}")
+                return each(batches)
 
             for done in in_order(read, range(0, len(table.page), LEAVES)):
                 yield from done
@@ -182,8 +188,9 @@ class Database:
                 AND NOT EXISTS (SELECT 1 FROM pragma_index_list('{table}') WHERE origin = 'pk') AS keyed,
             (SELECT rootpage FROM sqlite_schema WHERE type = 'table' AND lower(name) = '{table}') AS root"""
         with self._connection() as connection:
-            said = [batch.to_pylist()[0] for batch in self._rows(connection, facts)][0]
-            if said["columns"] != ",".join(f"{name}0{int(not place)}" for place, name in enumerate(columns)) or said["keyed"] != 1 or not said["root"]:
+            with self._sentences():
+                said = list(self._rows(connection, facts))[0].to_pylist()[0]
+            if said["columns"] != ",".join(f"{name}0{int(not place)}" for place, name in enumerate(columns)) or said["keyed"] != 1 or type(said["root"]) is not int:
                 yield None
                 return
             descriptor = os.open(self.path, os.O_RDONLY)
@@ -209,7 +216,7 @@ class Database:
     def _sentences(self):
         try:
             yield
-        except (adbc_driver_manager.Error, pa.ArrowException, OSError) as error:
+        except (adbc_driver_manager.Error, pa.ArrowException, OSError, UnicodeDecodeError) as error:
             message = " ".join(str(error).split())
             for sign, sentence in CAUSES:
                 if sign in message:

@@ -104,7 +104,9 @@ def _members(name: list[bytes], offset: np.ndarray, size: np.ndarray, head: np.n
 def _any(names: pa.BinaryArray) -> tuple[np.ndarray, pa.Array]:
     """Ids (int64, -1 for a name that is none) and extensions (binary) of members' names."""
     parts = pc.extract_regex(names, NAME)
-    return pc.cast(parts.field(0).cast(pa.string()), pa.int64()).fill_null(-1).to_numpy(), parts.field(1)
+    ids, named = np.full(len(names), -1, np.int64), np.flatnonzero(parts.is_valid().to_numpy(zero_copy_only=False))
+    ids[named] = pc.cast(parts.field(0).take(pa.array(named)).cast(pa.string()), pa.int64()).to_numpy()
+    return ids, parts.field(1)
 
 
 def _plain(names: pa.BinaryArray) -> tuple[np.ndarray, pa.Array] | None:

@@ -81,6 +81,11 @@ def _children(page: bytes, usable: int) -> tuple[list[int], list[int]] | None:
     return [*children, int.from_bytes(page[8:12], "big")], keys
 
 
+def count(table: Leaves, start: int, stop: int) -> int:
+    """Rows of the leaves start … stop, as their headers say."""
+    return sum(int.from_bytes(os.pread(table.descriptor, 2, page * table.size + 3), "big") for page in table.page[start:stop].tolist())
+
+
 def pairs(table: Leaves, start: int, stop: int) -> np.ndarray | None:
     """first << 32 | second (int64) of every row of the leaves start … stop, in order; None where one of them is not plain."""
     page, size = table.page[start:stop], table.size

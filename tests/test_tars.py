@@ -1,5 +1,6 @@
 import tarfile
 
+import numpy as np
 import pytest
 from booru import write_tar
 
@@ -80,3 +81,17 @@ def test_numbers_come_from_names(tmp_path):
         tars.folder(tmp_path)
     with pytest.raises(Refusal, match="not there"):
         tars.folder(tmp_path / "none")
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_of_many_members_of_all_kinds_is_read_as_the_standard_library_reads_it(tmp_path, form):
+    rng = np.random.default_rng(6)
+    files = []
+    for post in rng.permutation(3000).tolist():
+        name = {0: "folder/" * 12, 1: "./"}.get(int(rng.integers(0, 40)), "") + f"{post}." + str(rng.choice(["webp", "png", "JPG", "x" * 12]))
+        files.append(special(name, tarfile.SYMTYPE, "1.webp") if rng.random() < 0.02 else (name, rng.bytes(int(rng.choice([0, 1, 511, 512, 513, 1500, 40_000])))))
+    path = write_tar(tmp_path / "data-0001.tar", files, form)
+    with tarfile.open(path) as archive:
+        expected = {int(each.name.split("/")[-1].split(".")[0]): (each.offset_data, each.size, each.name.split(".")[-1].lower()) for each in archive if each.isfile()}
+    held = members.members_of(path)
+    assert dict(zip(held.id.tolist(), zip(held.offset.tolist(), held.size.tolist(), held.extension.to_pylist(), strict=True), strict=True)) == expected

@@ -2,11 +2,13 @@
 
 SQLite reaches Arrow in C (ADBC), as batches, so that 250 million rows cost seconds and no memory. A table is cut into spans of its key, which
 several connections read at once; batches come in the order of the key all the same. Both schema variants of danbooru2023 are read
-(with and without tag_list and the tag counts). Every expression here gives one type whatever a cell holds, because SQLite types cells and
+(with and without tag_list and the tag counts). The largest table, posttagrelation, is cut out of the file's pages where it is as plain as
+pages.py knows it, under SQLite's lock; SQLite reads the rest. Every expression here gives one type whatever a cell holds, because SQLite types cells and
 Arrow types columns.
 """
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -15,25 +17,35 @@ import adbc_driver_sqlite.dbapi
 import numpy as np
 import pyarrow as pa
 
+from kohaku_delta.danbooru import pages
 from kohaku_delta.ordered import in_order
 from kohaku_delta.refusal import Refusal
 
 BATCH = 1 << 16
 SPAN = 1 << 19  # of a key's values, read as one piece
 SPANS = 1 << 14  # more of them than this: the key is no row number, and one connection reads all
+LEAVES = 256  # pages of pairs, read as one piece
+ARRAY = (1 << 25) - (1 << 16)  # bytes; glibc adapts to pieces up to 32 MiB
 MAGIC = b"SQLite format 3\0"
 
 # A tag's type 0 … 4, -1 none, -2 unknown; negative types count from the end of the five, as they did in the release's tool (a Python list).
 TYPE = "CASE WHEN type IS NULL THEN -1 WHEN typeof(type) != 'integer' OR type NOT BETWEEN -5 AND 4 THEN -2 WHEN type < 0 THEN type + 5 ELSE type END"
 
+DAMAGED = "is damaged or truncated. Download it again and compare its sha256 with the pin."
+
 # What SQLite says, and what a person does about it; the first line that fits is told.
 CAUSES = (
     ("locked", "is locked by another program. Close that program, or wait until it has finished, and run the stage again."),
     ("not a database", "is not an SQLite database. Check the path, or download it again."),
-    ("malformed", "is damaged or truncated. Download it again and compare its sha256 with the pin."),
+    ("malformed", DAMAGED),
     ("disk I/O", "is damaged or truncated, or its disk cannot be read. Download it again and compare its sha256 with the pin."),
     ("Type mismatch", "holds a text where a whole number belongs (an id or a type). Is it danbooru2023.db, and whole?"),
 )
+
+
+# Freed untouched, once: from then on glibc keeps freed arrays up to this size for the next ones. Else each batch's arrays would be given back to
+# the system and had again as fresh pages, whose clearing costs as much as the work on them.
+np.empty(ARRAY, np.uint8)
 
 
 class Database:
@@ -70,7 +82,8 @@ class Database:
 
     def require(self, table: str, *columns: str) -> None:
         """Refuses a database that lacks the table or one of its columns, and names all that are missing."""
-        names = [name for batch in self.stream(f"SELECT name FROM pragma_table_info('{table}')") for name in batch.column(0).to_pylist()]
+        with self._sentences():
+            names = [name for batch in self.stream(f"SELECT name FROM pragma_table_info('{table}')") for name in batch.column(0).to_pylist()]
         if not names:
             raise Refusal(f"The database {self.path} has no table {table}. Is it danbooru2023.db, and whole?")
         missing = [column for column in columns if column not in {name.lower() for name in names}]
@@ -137,17 +150,55 @@ class Database:
         return _whole([batch.column(0) for batch in self.stream(f"SELECT id FROM tag WHERE type IS NOT NULL AND (name IS NULL OR {TYPE} = -2)")])
 
     def relations(self, work: Callable) -> Iterator:
-        """work(pairs) of every pair in the order of posttagrelation.id, which is the order of tags in a caption.
+        """work(pairs) of every pair in the order of posttagrelation.id, which is the order of tags in a caption; `work` runs in threads.
 
         `pairs` is int64: post id << 32 | tag id. One column costs SQLite and Arrow a quarter less than two.
         """
         self.require("posttagrelation", "id", "post_id", "tag_id")
+        pair = "post_id << 32 | tag_id"
 
-        def each(batch: pa.RecordBatch):
-            return work((batch.column(0).drop_null() if batch.column(0).null_count else batch.column(0)).to_numpy())
+        def each(batches: Iterable[pa.RecordBatch]) -> list:
+            return [work(batch.column(0).drop_null().to_numpy()) for batch in batches]
 
-        for done in self.spans("posttagrelation", "post_id << 32 | tag_id", lambda batches: [each(batch) for batch in batches]):
-            yield from done
+        with self._leaves("posttagrelation", ["id", "post_id", "tag_id"]) as table:
+            if table is None:
+                for done in self.spans("posttagrelation", pair, each):
+                    yield from done
+                return
+
+            def read(start: int) -> list:
+                stop = min(start + LEAVES, len(table.page))
+                found = pages.pairs(table, start, stop)
+                if found is not None:
+                    return [work(found)]
+                above, upto = (f"id > {table.key[start - 1]}" if start else "true"), ("true" if stop == len(table.page) else f"id <= {table.key[stop - 1]}")
+                batches = list(self.stream(f"SELECT {pair} FROM posttagrelation WHERE {above} AND {upto} ORDER BY id"))
+                if sum(batch.num_rows for batch in batches) != pages.count(table, start, stop):
+                    raise Refusal(f"The database {self.path} {DAMAGED}")
+                return each(batches)
+
+            for done in in_order(read, range(0, len(table.page), LEAVES)):
+                yield from done
+
+    @contextmanager
+    def _leaves(self, table: str, columns: list[str]) -> Iterator[pages.Leaves | None]:
+        """The pages of a table of exactly these columns, the first of which is its rowid. The connection's transaction keeps writers out meanwhile."""
+        facts = f"""SELECT (SELECT group_concat(lower(name) || hidden || pk) FROM pragma_table_xinfo('{table}')) AS columns,
+            (SELECT upper(type) FROM pragma_table_info('{table}') WHERE pk = 1) = 'INTEGER'
+                AND NOT EXISTS (SELECT 1 FROM pragma_index_list('{table}') WHERE origin = 'pk') AS keyed,
+            (SELECT rootpage FROM sqlite_schema WHERE type = 'table' AND lower(name) = '{table}') AS root"""
+        with self._connection() as connection:
+            with self._sentences():
+                said = list(self._rows(connection, facts))[0].to_pylist()[0]
+            if said["columns"] != ",".join(f"{name}0{int(not place)}" for place, name in enumerate(columns)) or said["keyed"] != 1 or type(said["root"]) is not int:
+                yield None
+                return
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                yield pages.leaves(descriptor, said["root"])
+            finally:
+                connection.close()  # first: closing the file takes this process's locks away
+                os.close(descriptor)
 
     def posts_of(self, tags: np.ndarray) -> np.ndarray:
         """Ids of the posts that have any of these few tags (int64, repeats possible)."""
@@ -165,7 +216,7 @@ class Database:
     def _sentences(self):
         try:
             yield
-        except (adbc_driver_manager.Error, pa.ArrowException, OSError) as error:
+        except (adbc_driver_manager.Error, pa.ArrowException, OSError, UnicodeDecodeError) as error:
             message = " ".join(str(error).split())
             for sign, sentence in CAUSES:
                 if sign in message:
@@ -179,8 +230,16 @@ def distinct(values) -> np.ndarray:
     return values[np.append(True, values[1:] != values[:-1])] if len(values) else values
 
 
+def standing(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Where values (in about ascending order, else it takes long) stand in an ascending list of distinct ids: int32, -1 for one that is not in it."""
+    if not len(ids):
+        return np.full(len(values), -1, np.int32)
+    places = np.minimum(np.searchsorted(ids, values), len(ids) - 1).astype(np.int32)
+    return np.where(ids[places] == values, places, np.int32(-1))
+
+
 class Rank:
-    """Where values stand in an ascending list of distinct ids: int32, -1 for a value that is not in it."""
+    """The same for many values in any order: a table of all places, where the ids lie close enough."""
 
     def __init__(self, ids: np.ndarray):
         self.ids = ids
@@ -190,11 +249,8 @@ class Rank:
             self.places[ids] = np.arange(len(ids), dtype=np.int32)
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        if not len(self.ids):
-            return np.full(len(values), -1, np.int32)
         if self.places is None:
-            places = np.minimum(np.searchsorted(self.ids, values), len(self.ids) - 1).astype(np.int32)
-            return np.where(self.ids[places] == values, places, np.int32(-1))
+            return standing(self.ids, values)
         inside = (values >= 0) & (values < len(self.places))
         if inside.all():
             return self.places[values]

@@ -89,16 +89,49 @@ def members_of(path) -> Members:
 
 
 def _members(name: list[bytes], offset: np.ndarray, size: np.ndarray, head: np.ndarray, sound: np.ndarray) -> Members:
-    parts = pc.extract_regex(pa.array(name, pa.binary()), NAME)
-    named = np.flatnonzero(parts.is_valid().to_numpy(zero_copy_only=False))
-    parts = parts.take(pa.array(named))
-    ids, first = np.unique(pc.cast(parts.field(0).cast(pa.string()), pa.int64()).to_numpy(), return_index=True)
-    extension = parts.field(1).take(pa.array(first)).dictionary_encode()
-    words = pa.array([text.decode("utf-8", "replace").lower() for text in extension.dictionary.to_pylist()], pa.string())
+    names = pa.array(name, pa.binary())
+    ids, extension = _plain(names) or _any(names)
+    named = np.flatnonzero(ids >= 0)
+    ids, first = np.unique(ids[named], return_index=True)
     row = named[first]
+    extension = extension.take(pa.array(row)).dictionary_encode()
+    words = pa.array([text.decode("utf-8", "replace").lower() for text in extension.dictionary.to_pylist()], pa.string())
     webp, width, height = image.webp_sizes(head[row], size[row])
     width, height = (np.where(webp, side, UNKNOWN).astype(np.int32) for side in (width, height))
     return Members(ids, words.take(extension.indices), offset[row], size[row], width, height, sound[row])
+
+
+def _any(names: pa.BinaryArray) -> tuple[np.ndarray, pa.Array]:
+    """Ids (int64, -1 for a name that is none) and extensions (binary) of members' names."""
+    parts = pc.extract_regex(names, NAME)
+    ids, named = np.full(len(names), -1, np.int64), np.flatnonzero(parts.is_valid().to_numpy(zero_copy_only=False))
+    ids[named] = pc.cast(parts.field(0).take(pa.array(named)).cast(pa.string()), pa.int64()).to_numpy()
+    return ids, parts.field(1)
+
+
+def _plain(names: pa.BinaryArray) -> tuple[np.ndarray, pa.Array] | None:
+    """The same where every name is digits, a dot and a short extension, as they are in all tars of danbooru2023; else None."""
+    cuts = np.frombuffer(names.buffers()[1], np.int32, len(names) + 1)
+    data = np.frombuffer(names.buffers()[2] or b"", np.uint8, cuts[-1])
+    dots = np.flatnonzero(data == ord("."))
+    if not len(names) or len(dots) != len(names) or (dots < cuts[:-1]).any() or (dots >= cuts[1:]).any():
+        return None
+    digits, letters = dots - cuts[:-1], cuts[1:] - dots - 1
+    if not (digits.min() > 0 and digits.max() <= 18 and letters.min() > 0 and letters.max() <= 8):
+        return None
+    ids, word = np.zeros(len(names), np.int64), np.zeros(len(names), np.uint64)
+    for place in range(int(digits.max())):
+        there = place < digits
+        digit = data.take(np.where(there, cuts[:-1] + place, dots)) - np.uint8(ord("0"))
+        if (there & (digit > 9)).any():
+            return None
+        ids = np.where(there, ids * 10 + digit, ids)
+    for place in range(int(letters.max())):
+        there = place < letters
+        word |= np.where(there, data.take(np.where(there, dots + 1 + place, dots)), np.uint8(0)).astype(np.uint64) << np.uint64(8 * place)
+    different, which = np.unique(word, return_inverse=True)
+    extensions = [int(each).to_bytes(8, "little").rstrip(b"\0") for each in different]
+    return None if any(b"/" in each or b"\0" in each for each in extensions) else (ids, pa.array(extensions, pa.binary()).take(pa.array(which)))
 
 
 def _published(path: Path, listing: Path) -> Members:

@@ -2,8 +2,8 @@
 
 keep is special tags, characters, copyrights (series), artists; general is the other general tags, the meta tags that survive, and the tags of
 date, rating and quality. Inside a class the order is posttagrelation.id ascending. A pair that the database repeats is repeated: the tool
-joined three tables and asked for no distinct rows. Everything in a caption is one row (post, class, word) here, so that two radix sorts
-write 65,536 captions at once.
+joined three tables and asked for no distinct rows. A tag of a caption is one row (post, class, word) here, so that one radix sort writes
+8,192 captions at once.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from kohaku_delta import table
 from kohaku_delta.danbooru import pairs
-from kohaku_delta.danbooru.database import Database, Rank, distinct
+from kohaku_delta.danbooru.database import Database, distinct, standing
 from kohaku_delta.dataset import facts as rows
 from kohaku_delta.dataset.facts import NONE, Facts, facts
 from kohaku_delta.params import Caption
@@ -26,10 +26,9 @@ SCHEMA = pa.schema([("post_id", pa.int64()), ("keep", pa.list_(pa.string())), ("
 WORDS = pa.list_(pa.dictionary(pa.int32(), pa.string()))
 STORED = pa.schema([("post_id", pa.int64()), ("keep", WORDS), ("general", WORDS), ("caption", pa.string())])  # SCHEMA, before a file is written
 
-# classes of words, in the order in which a caption has them
-SPECIAL, CHARACTER, COPYRIGHT, ARTIST, GENERAL, META, DATE, RATING = range(8)
-QUALITY = 254
-LEFT_OUT, BROKEN = 255, 253  # no part of a caption; makes a caption impossible (Database.broken_tags)
+# classes of tags, in the order in which a caption has them
+SPECIAL, CHARACTER, COPYRIGHT, ARTIST, GENERAL, META = range(6)
+LEFT_OUT, BROKEN = 6, 7  # no part of a caption; makes a caption impossible (Database.broken_tags)
 CLASS_OF_TYPE = np.array([GENERAL, ARTIST, CHARACTER, COPYRIGHT, META, LEFT_OUT, BROKEN], np.uint8)  # database types 0 … 4, then -1, -2
 
 
@@ -70,32 +69,31 @@ class Vocabulary:
             place += len(words)
         self.quality = place
 
-    def tail(self, said: Facts, start: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-        """The words of date, rating and quality of posts start … stop, as (post in the chunk, word, class)."""
-        date, rating, quality = (values[start:stop] for values in (said.date, said.rating, said.quality))
-        dated = np.flatnonzero(date != NONE)
-        yield dated, self.date + date[dated].astype(np.int32), DATE
-        for known, words in self.rating.items():
-            rated = np.flatnonzero(rating == known)
-            for place, word in enumerate(words):
-                yield rated, np.full(len(rated), word, np.int32), RATING + place
-        judged = np.flatnonzero(quality != NONE)
-        yield judged, self.quality + quality[judged].astype(np.int32), QUALITY
+    def tail(self, said: Facts, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """The words of date, rating and quality of posts start … stop: how many each post has, and the words, post by post."""
+        date, rating, quality = (values[start:stop].astype(np.int32) for values in (said.date, said.rating, said.quality))
+        columns = [np.where(date != NONE, self.date + date, NONE)]
+        for place in range(max(map(len, self.rating.values()), default=0)):
+            words = np.full(128, NONE, np.int32)
+            for known, own in self.rating.items():
+                words[known] = own[place] if place < len(own) else NONE
+            columns.append(np.where(rating != NONE, words[rating], NONE))
+        columns.append(np.where(quality != NONE, self.quality + quality, NONE))
+        words = np.stack(columns, axis=1, dtype=np.int32)
+        return (words != NONE).sum(axis=1), words[words != NONE]
 
-    def join(self, post: np.ndarray, word: np.ndarray, kept: np.ndarray, keep_ends: np.ndarray, general_ends: np.ndarray) -> pa.StringArray:
+    def join(self, word: np.ndarray, ends: np.ndarray, middle: np.ndarray) -> pa.StringArray:
         """keep joined by ", ", then ", ", the separator, and general joined by ", " (nothing between separator and general).
 
-        post, word, kept: one entry a word, ordered by post, kept words first.
+        word (int32): of each caption its words and, at `middle`, a place for the separator; `ends` (n + 1) cut them.
         """
-        count, words = len(keep_ends) - 1, len(self.text)
-        ends = keep_ends + general_ends + np.arange(count + 1, dtype=np.int32)  # a post's pieces are its words and the separator
-        piece = np.empty(ends[-1], np.int32)
-        piece[np.arange(len(word), dtype=np.int32) + post + ~kept] = word
-        piece[ends[:-1] + np.diff(keep_ends)] = 2 * words + (np.diff(keep_ends) == 0)
-        piece[ends[1:][np.diff(general_ends) > 0] - 1] += words
-        letters = self.pieces.take(pa.array(piece))
-        cuts = np.frombuffer(letters.buffers()[1], np.int32, len(piece) + 1)[ends]
-        return pa.StringArray.from_buffers(count, pa.py_buffer(cuts), letters.buffers()[2])
+        words = len(self.text)
+        last = ends[1:] - 1
+        word[last] += words
+        word[middle] = 2 * words + (middle == ends[:-1])
+        letters = self.pieces.take(pa.array(word))
+        cuts = np.frombuffer(letters.buffers()[1], np.int32, len(word) + 1)[ends]
+        return pa.StringArray.from_buffers(len(last), pa.py_buffer(cuts), letters.buffers()[2])
 
 
 @dataclass(frozen=True)
@@ -114,34 +112,43 @@ class Written:
 def write_chunk(chunk: pairs.Chunk, ids: np.ndarray, said: Facts, vocabulary: Vocabulary) -> Written:
     """The captions of one chunk of the posts `ids`."""
     count, possible = chunk.stop - chunk.start, said.possible[chunk.start : chunk.stop]
-    part = [(chunk.post, chunk.tag, vocabulary.classes[chunk.tag])]
-    for post, word, kind in vocabulary.tail(said, chunk.start, chunk.stop):
-        part.append((post.astype(np.uint16), word, np.full(len(post), kind, np.uint8)))
-    post, word, classes = (np.concatenate(column) for column in zip(*part, strict=True))
-    if (classes == BROKEN).any() or not possible.all():
+    post, word, classes = chunk.post, chunk.tag, vocabulary.classes.take(chunk.tag)
+    unused = np.flatnonzero(classes >= LEFT_OUT)
+    if (classes[unused] == BROKEN).any() or not possible.all():
         bad = np.unique(np.r_[post[classes == BROKEN].astype(np.int64), np.flatnonzero(~possible)])
         first = ", ".join(str(ids[chunk.start + place]) for place in bad[:5])
         raise Refusal(f"No caption can be written for post {first}: its rating, fav_count or one of its tags is NULL or unknown. The filter stage drops such posts.")
-    order = np.argsort(classes, kind="stable")
-    order = order[: np.searchsorted(classes[order], LEFT_OUT)]
-    order = order[np.argsort(post[order], kind="stable")]
-    post, word, classes = post[order], word[order], classes[order]
-    kept = classes < GENERAL
-    named = (classes == CHARACTER) | (classes == ARTIST)
-    named = distinct(post[named].astype(np.int64) << 32 | word[named]) & 0xFFFFFFFF
-    keep_ends, general_ends = _ends(post[kept], count), _ends(post[~kept], count)
-    caption = vocabulary.join(post, word, kept, keep_ends, general_ends)
-    return Written(ids[chunk.start : chunk.stop], word[kept], keep_ends, word[~kept], general_ends, caption, named)
+    group = post << np.uint16(3) | classes
+    word = word.take(np.argsort(group, kind="stable"))
+    counts = np.bincount(group, minlength=count * 8).reshape(count, 8)  # tags of each post and class
+    word = word[np.repeat(np.tile(np.arange(8) < LEFT_OUT, count), counts.reshape(-1))] if len(unused) else word
+    counts = counts[:, :LEFT_OUT]
+    wanted = np.repeat(np.tile(np.isin(np.arange(LEFT_OUT), (CHARACTER, ARTIST)), count), counts.reshape(-1))
+    named = np.repeat(np.arange(count) << 32, counts[:, CHARACTER] + counts[:, ARTIST]) | word[wanted]
+
+    # each caption is a run of kept words, a place for the separator, and a run of general words, the tail last
+    tails, tail = vocabulary.tail(said, chunk.start, chunk.stop)
+    keeps, generals = counts[:, :GENERAL].sum(axis=1), counts[:, GENERAL:].sum(axis=1)
+    ends, middle = _ends(keeps + 1 + generals + tails), _ends(keeps + 1 + generals + tails)[:-1] + keeps
+    parts = np.stack([keeps, np.ones_like(keeps), generals, tails], axis=1).reshape(-1)
+    all_words = np.empty(ends[-1], np.int32)
+    is_tag = np.repeat(np.tile([True, False, True, False], count), parts)
+    all_words[is_tag] = word
+    all_words[np.repeat(np.tile([False, False, False, True], count), parts)] = tail
+    keep = word[np.repeat(np.tile([True, False], count), np.stack([keeps, generals], axis=1).reshape(-1))]
+    general = all_words[np.repeat(np.tile([False, False, True, True], count), parts)]
+    caption = vocabulary.join(all_words, ends, middle)
+    return Written(ids[chunk.start : chunk.stop], keep, _ends(keeps), general, _ends(generals + tails), caption, distinct(named) & 0xFFFFFFFF)
 
 
-def _ends(post: np.ndarray, count: int) -> np.ndarray:
-    ends = np.zeros(count + 1, np.int32)
-    np.cumsum(np.bincount(post, minlength=count), out=ends[1:])
+def _ends(lengths: np.ndarray) -> np.ndarray:
+    ends = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=ends[1:])
     return ends
 
 
 def stream(database: Database, ids: np.ndarray, parameters: Caption, scratch=None) -> Iterator[tuple[Vocabulary, Written]]:
-    """Captions of the posts `ids` (int64, ascending, distinct), 65,536 at a time. `scratch` is the folder for temporary files."""
+    """Captions of the posts `ids` (int64, ascending, distinct), 8,192 at a time. `scratch` is the folder for temporary files."""
     said = facts(database, ids, parameters)
     vocabulary = Vocabulary(database, parameters)
     for written in pairs.chunks(database, ids, vocabulary.ids, lambda chunk: write_chunk(chunk, ids, said, vocabulary), scratch):
@@ -163,7 +170,7 @@ def as_table(vocabulary: Vocabulary, parts: list[Written]) -> pa.Table:
         return pa.ListArray.from_arrays(pa.array(ends), pa.DictionaryArray.from_arrays(pa.array(places[words]), words_used.dictionary))
 
     ids = np.concatenate([np.empty(0, np.int64), *(part.id for part in parts)])
-    captions = pa.concat_arrays([pa.array([], pa.string()), *(part.caption for part in parts)])
+    captions = pa.chunked_array([part.caption for part in parts], pa.string())
     return pa.table([pa.array(ids), lists("keep"), lists("general"), captions], schema=STORED)
 
 
@@ -201,6 +208,6 @@ def caption_posts(database: Database, ids, parameters: Caption) -> pa.Table:
 def possible(database: Database, ids: np.ndarray, parameters: Caption, said: Facts | None = None) -> np.ndarray:
     """Of each post `ids` (int64, ascending, distinct), whether the release's tool could caption it (bool). `said`: facts, if at hand."""
     can = (said or facts(database, ids, parameters)).possible.copy()
-    broken = Rank(ids)(database.posts_of(database.broken_tags()))
+    broken = standing(ids, database.posts_of(database.broken_tags()))
     can[broken[broken >= 0]] = False
     return can

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from kohaku_delta.danbooru.database import Database, Rank
+from kohaku_delta.danbooru.database import Database, standing
 from kohaku_delta.danbooru.years import years
 from kohaku_delta.params import Caption
 from kohaku_delta.refusal import Refusal
@@ -81,10 +81,9 @@ def facts(database: Database, ids: np.ndarray, parameters: Caption, images: list
     date, rating, quality, against = (np.full(len(ids), NONE, np.int8) for _ in range(4))
     year = np.zeros(len(ids), np.int16)
     possible, found = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
-    rank = Rank(ids)
 
     def read(batch: pa.RecordBatch) -> int:
-        place = rank(batch["id"].to_numpy())
+        place = standing(ids, batch["id"].to_numpy())
         if (place < 0).any():
             batch = batch.filter(pa.array(place >= 0))
             place = place[place >= 0]

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from kohaku_delta.danbooru import members, tars
-from kohaku_delta.danbooru.database import Database, Rank, distinct
+from kohaku_delta.danbooru.database import Database, distinct, standing
 from kohaku_delta.danbooru.members import Members
 from kohaku_delta.dataset import captions, extents
 from kohaku_delta.dataset.facts import REASONS, facts
@@ -106,7 +106,7 @@ def locate(ids: np.ndarray, held: dict[int, Members]) -> tuple[np.ndarray, np.nd
         if number <= tars.ADD_ON:
             posts = order[cuts[number % 1000] : cuts[number % 1000 + 1]] if number != tars.ADD_ON else np.arange(len(ids))
             posts = posts[tar[posts] < 0]
-            found = Rank(held[number].id)(ids[posts])
+            found = standing(held[number].id, ids[posts])
             tar[posts[found >= 0]], place[posts[found >= 0]] = number, found[found >= 0]
     return tar, place
 

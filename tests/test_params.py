@@ -64,3 +64,16 @@ def test_what_is_no_recipe_is_refused(tmp_path, content):
 def test_a_missing_recipe_is_refused(tmp_path):
     with pytest.raises(Refusal, match="not there"):
         load(tmp_path / "params.yaml")
+
+
+def test_the_release_trains_with_the_numbers_of_its_model_card():
+    recipe = load("params.yaml")
+    train, schedule = recipe.train, recipe.schedule
+    assert (train.optimizer, train.betas, train.weight_decay) == ("Lion8bit", [0.9, 0.95], 0.1)
+    assert (train.learning_rate_unet, train.learning_rate_text, train.clip_norm) == (4e-5, 1e-5, 1.0)
+    assert (train.precision, train.weights, train.warmup_steps, train.last_step_divisor) == ("float16", "float16", 50, "full")
+    assert schedule.batch_size * schedule.micro_batches == 128 and (schedule.batch_size, schedule.micro_batches, schedule.epochs) == (4, 16 * 2, 1)
+    assert (schedule.area, schedule.min_side, schedule.max_side, schedule.side_step) == (1024**2, 256, 4096, 64)
+    assert (train.shuffle_caption, train.tag_dropout, train.max_token_length, train.crop_conditioning) == (True, 0.1, 225, "letterbox")
+    assert (train.noise_offset, train.min_snr_gamma, recipe.model.vae_scaling_factor) == (0.05, 5.0, 0.13025)
+    assert train.seed == schedule.seed == recipe.lokr.seed == 1337 and train.save_every == 2000 and train.gradient_checkpointing

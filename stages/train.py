@@ -47,6 +47,8 @@ def main(params: Path, ranks: int | None, work: Path | None, **files) -> None:
         if ranks > 1:
             launch.ranks(ranks, sys.argv[1:])
             return
+    else:
+        launch.follow()
     line = run.train(recipe, files, work or Path(recipe.train.work))
     if line:
         summary("train", line)

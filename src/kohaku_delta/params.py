@@ -152,7 +152,9 @@ class Train(Section):
     min_snr_gamma: Annotated[float, Field(gt=0)]
     crop_conditioning: Literal["letterbox", "real"]
     gradient_checkpointing: bool
+    workers: Count
     save_every: Positive
+    milestone_every: Positive
     keep_states: Positive
     work: str
 

@@ -22,11 +22,11 @@ FORMAT = {"compression": "zstd", "compression_level": 3, "version": "2.6", "stor
 
 
 @contextmanager
-def writer(path, schema: pa.Schema, plain: list[str] | None = None):
+def writer(path, schema: pa.Schema, plain: list[str] | None = None, metadata: dict[str, str] | None = None):
     """Yields `append(table)`; rows are regrouped, so the bytes do not depend on how the batches were cut.
 
     `plain`: columns whose texts hardly repeat, for which no dictionary is tried. A dictionary column inside a list cannot be regrouped:
-    then tables of ROW_GROUP rows are appended.
+    then tables of ROW_GROUP rows are appended. `metadata`: texts by key, kept beside the rows.
     """
     schema = schema.remove_metadata()
     pending: list[pa.Table] = []
@@ -79,9 +79,9 @@ def _leaf(field: pa.Field) -> str:
     return f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
 
 
-def write(table: pa.Table, path) -> None:
+def write(table: pa.Table, path, metadata: dict[str, str] | None = None) -> None:
     """Writes the whole table."""
-    with writer(path, table.schema) as append:
+    with writer(path, table.schema, metadata=metadata) as append:
         append(table)
 
 

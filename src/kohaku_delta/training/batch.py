@@ -20,7 +20,7 @@ LATENT_CHANNELS = 4
 
 @dataclass
 class Batch:
-    """B images. pixels (B, 3, H, W) in −1…1; ids (B, chunks, 77); time_ids (B, 6); latent_noise, noise (B, 4, H/f, W/f); time_steps (B,)."""
+    """B images. pixels (B, 3, H, W) uint8; ids (B, chunks, 77); time_ids (B, 6); latent_noise, noise (B, 4, H/f, W/f); time_steps (B,)."""
 
     pixels: torch.Tensor
     ids1: torch.Tensor
@@ -77,7 +77,7 @@ class Source:
             texts.append(visit.caption(self.caption(post), self.separator, p.shuffle_caption, p.tag_dropout, p.seed, counter))
         first, second = self.tokenizers
         return Batch(
-            pixels=torch.stack(pictures).float() / 127.5 - 1.0,
+            pixels=torch.stack(pictures),
             ids1=torch.stack([conditioning.chunks(first, text, p.max_token_length, first.eos_token_id) for text in texts]),
             ids2=torch.stack([conditioning.chunks(second, text, p.max_token_length, 0) for text in texts]),
             time_ids=torch.tensor(time_ids),

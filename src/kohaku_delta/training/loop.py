@@ -6,61 +6,89 @@ A step: each rank runs its lanes' micro-batches in order → one flat gradient a
 import signal
 import time
 from collections.abc import Iterator
+from math import isfinite
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import torch
 import torch.distributed as dist
 
+from kohaku_delta.checkpoint import lokr
+from kohaku_delta.checkpoint.stream import Written
 from kohaku_delta.params import Recipe
+from kohaku_delta.refusal import Refusal
+from kohaku_delta.training import fingerprint, lanes, loader, optimizer, state
 from kohaku_delta.training import journal as journals
-from kohaku_delta.training import lanes, optimizer, state
 from kohaku_delta.training.adapter import Adapter
-from kohaku_delta.training.batch import Source
+from kohaku_delta.training.batch import Batch, Source
 from kohaku_delta.training.model import Sdxl
+
+
+class Parts(NamedTuple):
+    """What a rank computes with."""
+
+    model: Sdxl
+    adapter: Adapter
+    source: Source
+    schedule: pa.Table
+    header: dict  # of the journal
 
 
 class Loop:
     """One rank's training. `run()` yields after every step and leaves the final weights in `adapter`."""
 
-    def __init__(self, recipe: Recipe, model: Sdxl, adapter: Adapter, source: Source, schedule: pa.Table, base_digest: str, folder: Path, rank: int, ranks: int):
-        self.recipe, self.model, self.adapter, self.source = recipe, model, adapter, source
+    def __init__(self, recipe: Recipe, parts: Parts, folder: Path, rank: int = 0, ranks: int = 1):
+        self.recipe, self.model, self.adapter, self.source = recipe, parts.model, parts.adapter, parts.source
         self.folder, self.rank, self.ranks = folder, rank, ranks
         self.lanes = lanes.own(recipe.schedule.lanes, rank, ranks)
-        self.schedule = schedule.combine_chunks()
+        self.schedule = parts.schedule.combine_chunks()
         self.starts = self.schedule["step"].to_numpy().searchsorted(range(int(self.schedule["step"][-1].as_py()) + 2))
-        self.trained = adapter.trained()
+        self.trained = parts.adapter.trained()
         self.optimizer = optimizer.Lion(self.trained, recipe.train)
         self.scaler = optimizer.Scaler(recipe.train.precision == "float16")
-        self.journal = journals.Journal(base_digest)
+        self.journal = journals.Journal(parts.header)
         self.stopping = False
 
     @property
     def steps(self) -> int:
         return len(self.starts) - 1
 
-    def resume(self) -> int:
-        """Takes up the newest state; returns the number of steps already made."""
-        done = max(state.saved(self.folder), default=0)
-        if done:
-            tensors, (self.scaler.scale, self.scaler.good_steps), self.journal = state.load(self.folder, done, self.journal.start)
-            for name, weight in self.adapter.tensors().items():
-                weight.copy_(tensors[f"weights/{name}"])
-            self.optimizer.load({name.removeprefix("optimizer/"): tensor for name, tensor in tensors.items() if name.startswith("optimizer/")}, done)
-        return done
+    def take_up(self, step: int) -> None:
+        """Goes back (or forward) to the saved state after `step` steps."""
+        tensors, (self.scaler.scale, self.scaler.good_steps), self.journal = state.load(self.folder, step, self.journal.header)
+        weights = state.part(tensors, "weights/")
+        for name, weight in self.adapter.tensors().items():
+            weight.copy_(weights[name])
+        self.optimizer.load(state.part(tensors, "optimizer/"), step)
 
     def save(self, step: int) -> None:
-        if self.rank == 0:
+        if self.rank == 0 and not state.place(self.folder, step).exists():
             tensors = {f"weights/{name}": tensor for name, tensor in self.adapter.tensors().items()}
             tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.tensors().items()}
-            state.save(self.folder, step, tensors, (self.scaler.scale, self.scaler.good_steps), self.journal, self.recipe.train.keep_states)
+            train = self.recipe.train
+            if step % train.milestone_every == 0:
+                self.write(self.folder / f"delta-lokr-step{step:08d}.safetensors")
+            state.save(self.folder, step, tensors, (self.scaler.scale, self.scaler.good_steps), self.journal, train.keep_states, train.milestone_every)
 
-    def lane(self, rows: list[dict], losses: torch.Tensor, divisor: int) -> torch.Tensor:
-        """The flat float32 gradient of one lane's micro-batches, added in order; their mean losses go to losses[place]."""
+    def write(self, path: Path) -> Written:
+        """The LoKr file of the weights as they are now."""
+        weights = {name: tensor.cpu().numpy() for name, tensor in self.adapter.tensors().items()}
+        facts = {"ss_steps": str(len(self.journal.rows)), "ss_num_train_images": str(len(self.source.post_ids))}
+        return lokr.write(path, weights, self.recipe, self.journal.header["base"], facts)
+
+    def rows(self, step: int) -> list[int]:
+        """This rank's rows of the schedule in a step: lane after lane, each lane's micro-batches in order."""
+        start, stop = self.starts[step], self.starts[step + 1]
+        lane = self.schedule["lane"][start:stop].to_numpy()
+        return [int(start) + row for own in self.lanes for row in (lane == own).nonzero()[0].tolist()]
+
+    def lane(self, count: int, batches: Iterator[Batch], divisor: int, losses: list[torch.Tensor]) -> torch.Tensor:
+        """The flat float32 gradient of the next `count` micro-batches, added in order; their mean losses are appended."""
         total = torch.zeros(sum(weight.numel() for _, weight in self.trained), device=self.model.device)
-        for row in rows:
-            loss = self.model.losses(self.source.batch(row["posts"], row["visits"], (row["width"], row["height"]))).mean()
-            losses[row["place"]] = loss.detach()
+        for _ in range(count):
+            loss = self.model.losses(next(batches)).mean()
+            losses.append(loss.detach())
             (loss * self.scaler.scale / divisor).backward()
             start = 0
             for _, weight in self.trained:
@@ -69,42 +97,80 @@ class Loop:
                 start += weight.numel()
         return total
 
-    def step(self, step: int) -> None:
-        """One update and its journal row."""
-        rows = self.schedule.slice(self.starts[step], self.starts[step + 1] - self.starts[step]).to_pylist()
+    def gradient(self, step: int, batches: Iterator[Batch]) -> tuple[torch.Tensor, list[float], list[int]]:
+        """The step's gradient (flat, float32, scaled), the loss of each micro-batch in place order, and each lane's fingerprint.
+
+        `batches` gives those of `rows(step)`. What one rank knows goes to the others as integers, each place from one rank: exact in any order."""
+        rows = self.schedule.slice(self.starts[step], self.starts[step + 1] - self.starts[step])
         divisor = self.recipe.schedule.micro_batches if self.recipe.train.last_step_divisor == "full" else len(rows)
-        losses = torch.zeros(len(rows) + 1, device=self.model.device)
+        lane, place = rows["lane"].to_numpy(), rows["place"].to_numpy()
+        known = torch.zeros(len(rows) + self.recipe.schedule.lanes + 1, dtype=torch.int64, device=self.model.device)
         tree = lanes.Tree()
-        for lane in self.lanes:
-            tree.add(self.lane([row for row in rows if row["lane"] == lane], losses, divisor))
+        for own in self.lanes:
+            losses: list[torch.Tensor] = []
+            total = self.lane(int((lane == own).sum()), batches, divisor, losses)
+            known[len(rows) + own] = fingerprint.of(total)
+            for at, loss in zip(place[lane == own].tolist(), losses, strict=True):
+                known[at] = loss.view(torch.int32)
+            tree.add(total)
         gradient = lanes.across(tree.sum(), self.ranks)
-        losses[-1] = float(self.stopping)
+        known[-1] = int(self.stopping)
         if self.ranks > 1:
-            dist.all_reduce(losses)  # every place has one rank that is not zero: exact in any order
-        self.stopping = bool(losses[-1])
+            with lanes.company():
+                dist.all_reduce(known)
+        self.stopping = bool(known[-1])
+        losses = known[: len(rows)].to(torch.int32).view(torch.float32).tolist()
+        return gradient, losses, [number & fingerprint.MASK for number in known[len(rows) : -1].tolist()]
+
+    def step(self, step: int, batches: Iterator[Batch]) -> None:
+        """One update and its journal row."""
+        gradient, losses, of_lanes = self.gradient(step, batches)
         scale = self.scaler.scale
-        norm, rate_unet, rate_text = self.optimizer.step(step, gradient, self.scaler)
-        self.journal.append(
-            {
-                "step": step,
-                "visits": journals.visits_digest([row["visits"] for row in rows]),
-                "losses": losses[:-1].tolist(),
-                "gradient_norm": norm,
-                "learning_rate_unet": rate_unet,
-                "learning_rate_text": rate_text,
-                "scale": scale,
-                "weights": journals.fingerprint(self.adapter.tensors()),
-                "optimizer": journals.fingerprint(self.optimizer.tensors()),
-            }
-        )
+        updates = sum(isfinite(row["gradient_norm"]) for row in self.journal.rows)  # a step that overflowed does not advance the warm-up
+        norm, rate_unet, rate_text = self.optimizer.step(updates, gradient, self.scaler)
+        weights = fingerprint.each(self.adapter.tensors())
+        row = {
+            "step": step,
+            "visits": journals.visits_digest(self.schedule.slice(self.starts[step], self.starts[step + 1] - self.starts[step]).to_pylist()),
+            "losses": losses,
+            "lanes": of_lanes,
+            "gradient_norm": norm,
+            "learning_rate_unet": rate_unet,
+            "learning_rate_text": rate_text,
+            "scale": scale,
+            "weights": fingerprint.folded(weights),
+            "optimizer": fingerprint.folded(fingerprint.each(self.optimizer.tensors())),
+            "tensors": fingerprint.marks(weights),
+        }
+        self.journal.append(row)
+        self.agree(row["weights"])
+
+    def agree(self, weights: int) -> None:
+        """Refuses to go on where a rank's weights are not rank 0's: a card that computes wrong is found in the step where it does."""
+        if self.ranks == 1:
+            return
+        mine = torch.tensor([weights >> 32, weights & 0xFFFFFFFF], device=self.model.device)
+        all_of = [torch.empty_like(mine) for _ in range(self.ranks)]
+        with lanes.company():
+            dist.all_gather(all_of, mine)
+        other = [rank for rank, each in enumerate(all_of) if not torch.equal(each, all_of[0])]
+        if other:
+            step = self.journal.rows[-1]["step"]
+            raise Refusal(f"After step {step} rank {other[0]} has other weights than rank 0: one of the two computes wrong. Check the cards, and run the stage again.")
 
     def run(self) -> Iterator[tuple[int, float, float]]:
-        """Yields (steps made, mean loss, seconds) a step. SIGTERM ends after the current step, saved."""
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
-        for step in range(self.resume(), self.steps):
+        """Yields (steps made, mean loss, seconds) a step. SIGTERM and SIGINT end after the current step, saved."""
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, lambda *_: setattr(self, "stopping", True))
+        done = max(state.saved(self.folder), default=0)
+        if done:
+            self.take_up(done)
+        rows = [row for step in range(done, self.steps) for row in self.rows(step)]
+        batches = loader.batches(self.source, self.schedule, rows, self.recipe.train.workers)
+        for step in range(done, self.steps):
             began = time.monotonic()
-            self.step(step)
-            if (step + 1) % self.recipe.train.save_every == 0 or self.stopping:
+            self.step(step, batches)
+            if (step + 1) % self.recipe.train.save_every == 0 or self.stopping or step + 1 == self.steps:
                 self.save(step + 1)
             losses = self.journal.rows[-1]["losses"]
             yield step + 1, sum(losses) / len(losses), time.monotonic() - began

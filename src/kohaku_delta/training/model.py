@@ -18,9 +18,9 @@ class Sdxl:
         self.acp = diffusion.alphas_cumprod().to(device)
 
     def latents(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """A sample of the VAE's posterior × its scaling factor, (B, 4, H/8, W/8)."""
+        """A sample of the VAE's posterior × its scaling factor, (B, 4, H/8, W/8); pixels uint8."""
         with torch.no_grad():
-            posterior = self.models["vae"].encode(pixels).latent_dist
+            posterior = self.models["vae"].encode(pixels.float() / 127.5 - 1.0).latent_dist
             sample = (posterior.mean + posterior.std * noise) * self.vae_scaling
         if not torch.isfinite(sample).all():
             raise Refusal("The base's VAE gave a latent that is not finite, in float32: its weights are damaged. Look at the base checkpoint.")

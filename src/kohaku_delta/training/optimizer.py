@@ -22,7 +22,7 @@ def check_bitsandbytes(installed: str) -> None:
 
 
 def learning_rate(step: int, base: float, warmup_steps: int) -> float:
-    """Constant after a linear warm-up whose first rate is 0; `step` counts from 0."""
+    """Constant after a linear warm-up whose first rate is 0; `step`: updates made before."""
     return base * min(1.0, step / warmup_steps) if warmup_steps else base
 
 
@@ -62,7 +62,7 @@ class Lion:
         self.lion = bitsandbytes.optim.Lion8bit(groups, lr=0.0, betas=tuple(parameters.betas), weight_decay=parameters.weight_decay)
 
     def step(self, step: int, gradient: torch.Tensor, scaler: Scaler) -> tuple[float, float, float]:
-        """gradient: the flat sum, float32, in the order of `trained`; changed in place. Returns (gradient norm, U-Net rate, text rate)."""
+        """gradient: the flat sum, float32, in the order of `trained`; changed in place. `step`: updates made before. Returns (gradient norm, U-Net rate, text rate)."""
         gradient /= scaler.scale
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
         finite = norm == norm and norm != float("inf")

@@ -1,9 +1,11 @@
 """Invariant: one rank from declared files to the LoKr; rank 0 alone writes, and only when the last step is made.
 
-Order: numerics held → models and adapter built from the base → state taken up → steps → LoKr, journal, curves.
+Order: numerics held → models and adapter built from the base → state taken up → steps → LoKr, journal, curves. A step's time, throughput and
+memory go to `log.csv` in the work folder, which nothing depends on.
 """
 
 import os
+import resource
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,15 +22,27 @@ LIBRARIES = ("torch", "diffusers", "transformers", "lycoris-lora", "bitsandbytes
 CURVES = "step,loss,gradient_norm,learning_rate_unet,learning_rate_text\n"
 
 
+LOG = "step,seconds,images_per_second,peak_mib,ranks\n"
+TIME_ONLY = {"ranks", "workers", "save_every", "milestone_every", "keep_states", "work"}  # of train: decide how it is done, not what comes out
+
+
+def decisive(recipe: Recipe) -> dict:
+    """The parameters that move bits: {section.key: value}, as YAML knows them."""
+    sections = {"schedule": recipe.schedule.model_dump(), "lokr": recipe.lokr.model_dump(), "model": recipe.model.model_dump()}
+    sections |= {"train": recipe.train.model_dump(exclude=TIME_ONLY), "caption": {"separator": recipe.caption.separator}}
+    return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+
+
 def dependencies(recipe: Recipe, files: dict[str, Path], texts: list[Path], tars: list[Path]) -> dict[str, str]:
-    """Digests of all that decides the result: files, parameters that move bits, numerics, libraries. Of the tars, names and sizes."""
+    """Digests of all that decides the result: files, code, parameters that move bits, numerics, libraries. Of the tars, names and sizes."""
     from importlib.metadata import version
 
-    moved = recipe.train.model_dump(exclude={"ranks", "save_every", "keep_states", "work"})
-    sections = {"schedule": recipe.schedule, "lokr": recipe.lokr, "model": recipe.model, "separator": recipe.caption.separator, "train": moved}
+    from kohaku_delta.training import state
+
     return {
         **{name: hashed(files[name]) for name in ("base", "posts", "captions", "schedule")},
-        **{name: str(section) for name, section in sections.items()},
+        **state.code(),
+        **{name: str(value) for name, value in decisive(recipe).items()},
         "tokenizers": str([hashed(path) for path in texts]),
         "tars": str([(path.name, path.stat().st_size) for path in tars]),
         "numerics": str(sorted(numerics.contract(recipe.train.device).items())),
@@ -66,6 +80,37 @@ def latent_step(model) -> int:
     return 2 ** (len(model.models["vae"].config.block_out_channels) - 1)
 
 
+def parts(recipe: Recipe, files: dict[str, Path], texts: tuple, places: dict[int, Path], device: str):
+    """Model, adapter, source and schedule on a device, from declared files; the journal's header. Refuses a run without tars."""
+    import torch
+
+    from kohaku_delta.checkpoint import stream
+    from kohaku_delta.training.adapter import Adapter
+    from kohaku_delta.training.batch import Source
+    from kohaku_delta.training.loop import Parts
+
+    if not places:
+        raise Refusal(f"{files['tars']} holds no tar (data-0000.tar …). Name the folder of the tars with --tars.")
+    model = sdxl(recipe, files["base"], texts, device, getattr(torch, recipe.train.precision))
+    if recipe.train.gradient_checkpointing:
+        for name in ("unet", "te1", "te2"):
+            getattr(model.models[name], "enable_gradient_checkpointing" if name == "unet" else "gradient_checkpointing_enable")()
+            model.models[name].train()
+    with stream.open_file(files["base"]) as base:
+        digest = base.digest()
+    adapter = Adapter(model.models, recipe.lokr, getattr(torch, recipe.train.weights)).to(device)
+    source = Source(
+        table.read(files["posts"], ["post_id", "tar", "offset", "size", "width", "height"]),
+        table.read(files["captions"], ["post_id", "caption"]),
+        next(iter(places.values())).parent,
+        texts,
+        recipe.train,
+        recipe.caption.separator,
+        latent_step(model),
+    )
+    return Parts(model, adapter, source, table.read(files["schedule"]), {"base": digest, "parameters": decisive(recipe)})
+
+
 def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
     """Runs this process's rank to the end. Returns the summary line on rank 0, None on the others."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -74,10 +119,7 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
     import torch
     import torch.distributed as dist
 
-    from kohaku_delta.checkpoint import lokr, stream
     from kohaku_delta.training import lanes, state
-    from kohaku_delta.training.adapter import Adapter
-    from kohaku_delta.training.batch import Source
     from kohaku_delta.training.loop import Loop
 
     lanes.own(recipe.schedule.lanes, rank, ranks)
@@ -85,49 +127,51 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     text_files, texts = tokenizers(files)
     places = tars(files)
-    if not places:
-        raise Refusal(f"{files['tars']} holds no tar (data-0000.tar …). Name the folder of the tars with --tars.")
-    folder = work / state.key(dependencies(recipe, files, text_files, list(places.values())))[:16]
     with state.locked(work, rank):
+        made = parts(recipe, files, texts, places, device)
+        steps = int(made.schedule["step"][-1].as_py()) + 1
+        folder = state.claim(work, dependencies(recipe, files, text_files, list(places.values())), steps, rank)
         if ranks > 1:
             dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=10))
-        model = sdxl(recipe, files["base"], texts, device, getattr(torch, recipe.train.precision))
-        if recipe.train.gradient_checkpointing:
-            for name in ("unet", "te1", "te2"):
-                getattr(model.models[name], "enable_gradient_checkpointing" if name == "unet" else "gradient_checkpointing_enable")()
-                model.models[name].train()
-        with stream.open_file(files["base"]) as base:
-            digest = base.digest()
-        adapter = Adapter(model.models, recipe.lokr, getattr(torch, recipe.train.weights)).to(device)
-        source = Source(
-            table.read(files["posts"], ["post_id", "tar", "offset", "size", "width", "height"]),
-            table.read(files["captions"], ["post_id", "caption"]),
-            next(iter(places.values())).parent,
-            texts,
-            recipe.train,
-            recipe.caption.separator,
-            latent_step(model),
-        )
-        loop = Loop(recipe, model, adapter, source, table.read(files["schedule"]), digest, folder, rank, ranks)
+        loop = Loop(recipe, made, folder, rank, ranks)
         done = 0
+        images = [sum(map(len, made.schedule["visits"][loop.starts[step] : loop.starts[step + 1]].to_pylist())) for step in range(steps)] if rank == 0 else []
         with tqdm(total=loop.steps, desc="train", unit="step", disable=None if rank == 0 else True) as bar:
-            for done, loss, _ in loop.run():
+            for done, loss, seconds in loop.run():
                 bar.update(done - bar.n)
-                bar.set_postfix(loss=f"{loss:.4f}")
+                if rank == 0:
+                    speed = images[done - 1] / seconds
+                    bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.2f}")
+                    log(folder / "log.csv", f"{done - 1},{seconds:.3f},{speed:.3f},{peak(device)},{ranks}\n")
         if ranks > 1:
             dist.destroy_process_group()
         if loop.stopping and done < loop.steps:
+            if rank:
+                raise SystemExit(1)
             raise Refusal(f"Stopped after step {done} of {loop.steps}, and saved. Run the stage again to go on from there.")
         if rank:
             return None
         rows = loop.journal.rows
-        weights = {name: tensor.cpu().numpy() for name, tensor in adapter.tensors().items()}
-        facts = {"ss_steps": str(len(rows)), "ss_num_train_images": str(len(source.post_ids))}
-        written = lokr.write(files["out"], weights, recipe, digest, facts)
-        table.write(loop.journal.table(), files["journal"])
+        written = loop.write(files["out"])
+        loop.journal.write(files["journal"])
         with atomic.writing(files["curves"], "w") as file:
             file.write(CURVES)
             for row in rows:
                 mean = sum(row["losses"]) / len(row["losses"])
                 file.write(f"{row['step']},{mean!r},{row['gradient_norm']!r},{row['learning_rate_unet']!r},{row['learning_rate_text']!r}\n")
-        return f"{len(rows):,} steps, {len(adapter.entries):,} LoKr entries, sha256 {written.sha256[:16]}… → {files['out']}, {files['journal']}"
+        return f"{len(rows):,} steps, {len(made.adapter.entries):,} LoKr entries, sha256 {written.sha256[:16]}… → {files['out']}, {files['journal']}"
+
+
+def log(path: Path, line: str) -> None:
+    """Appends what varies from host to host; the first line names the columns."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line if file.tell() else LOG + line)
+
+
+def peak(device: str) -> int:
+    """Peak memory so far, MiB: of the card, or of this process."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

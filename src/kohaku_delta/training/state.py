@@ -1,7 +1,8 @@
 """Invariant: a saved state is whole, belongs to one run, and resumes it to the same bytes; no other run ever takes it up.
 
-`work/<key>/step-00000020/` holds state.safetensors (weights, 8-bit optimizer state, scaler) and journal.parquet; <key> is a digest of all that the
-run depends on. The folder appears by one rename.
+`work/<key>/step-00000020/` holds state.safetensors (weights, 8-bit optimizer state, scaler) and journal.parquet; <key> is the digest of all
+that the run depends on, which depends.json spells out. The folder appears by one rename. A state is believed only if its tensors have
+the fingerprints that its journal says.
 """
 
 import fcntl
@@ -16,22 +17,40 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kohaku_delta import atomic, table
+from kohaku_delta import atomic
 from kohaku_delta.checkpoint import stream
 from kohaku_delta.refusal import Refusal
+from kohaku_delta.training import fingerprint, journal
 from kohaku_delta.training.journal import Journal
 
 STEP = re.compile(r"^step-(\d{8})$")
+DEPENDS, STATE, JOURNAL = "depends.json", "state.safetensors", "journal.parquet"
 
 
-def key(inputs: dict[str, str]) -> str:
-    """sha256 of the named digests and of the project's code that is loaded."""
-    code = {
-        name: hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
-        for name, module in sys.modules.items()
-        if name.split(".")[0] == "kohaku_delta" and getattr(module, "__file__", None)
-    }
-    return hashlib.sha256(json.dumps([inputs, code], sort_keys=True).encode()).hexdigest()
+def code() -> dict[str, str]:
+    """sha256 of each of the project's modules that is loaded."""
+    loaded = {name: getattr(module, "__file__", None) for name, module in sys.modules.items() if name.split(".")[0] == "kohaku_delta"}
+    return {f"code of {name}": hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in loaded.items() if file}
+
+
+def claim(work: Path, depends: dict[str, str], steps: int, rank: int) -> Path:
+    """The folder of the run that depends on these named digests. Refuses to begin anew beside an unfinished training of another run."""
+    folder = work / hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+    if rank or (folder / DEPENDS).is_file():
+        return folder
+    for other in sorted(work.glob(f"*/{DEPENDS}")):
+        said = json.loads(other.read_text(encoding="utf-8"))
+        done = max(saved(other.parent), default=0)
+        if done and done < said["steps"]:
+            differing = sorted(name for name in depends.keys() | said["depends"].keys() if depends.get(name) != said["depends"].get(name))
+            raise Refusal(
+                f"{other.parent} holds an unfinished training, {done} of {said['steps']} steps, which this run cannot go on with: {', '.join(differing[:5])} "
+                f"{'differs' if len(differing) == 1 else 'differ'}. Restore that to go on; to begin anew delete the folder, or name another one with --work."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic.writing(folder / DEPENDS, "w") as file:
+        json.dump({"steps": steps, "depends": depends}, file, indent=1, sort_keys=True)
+    return folder
 
 
 @contextmanager
@@ -56,23 +75,49 @@ def saved(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in (STEP.match(each.name) for each in folder.iterdir()) if match)
 
 
-def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], scale: tuple[float, int], journal: Journal, keep: int) -> None:
-    """Writes the state after `step` updates and removes all but the last `keep`."""
-    with atomic.folder(folder / f"step-{step:08d}") as aside:
+def place(folder: Path, step: int) -> Path:
+    """Where the state after `step` steps lies."""
+    return folder / f"step-{step:08d}"
+
+
+def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], scale: tuple[float, int], rows: Journal, keep: int, milestone: int) -> None:
+    """Writes the state after `step` steps, and removes all but the last `keep` and those of each `milestone` steps."""
+    with atomic.folder(place(folder, step)) as aside:
         arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
         arrays["scaler"] = np.array(scale, np.float64)
-        stream.save(aside / "state.safetensors", arrays)
-        table.write(journal.table(), aside / "journal.parquet")
+        stream.save(aside / STATE, arrays)
+        rows.write(aside / JOURNAL)
     for old in saved(folder)[:-keep]:
-        shutil.rmtree(folder / f"step-{old:08d}", ignore_errors=True)
+        if old % milestone:
+            shutil.rmtree(place(folder, old), ignore_errors=True)
 
 
-def load(folder: Path, step: int, start: str) -> tuple[dict[str, torch.Tensor], tuple[float, int], Journal]:
-    """Tensors, (scale, good steps) and the journal of the state after `step` updates."""
-    place = folder / f"step-{step:08d}"
-    with stream.open_file(place / "state.safetensors") as file:
+def load(folder: Path, step: int, header: dict) -> tuple[dict[str, torch.Tensor], tuple[float, int], Journal]:
+    """Tensors, (scale, good steps) and the journal of the state after `step` steps. Refuses tensors that its journal does not know."""
+    here = place(folder, step)
+    remedy = f"Delete {here}: training then goes on from the state before it."
+    rows = journal.read(here / JOURNAL)
+    if rows.header != header or len(rows.rows) != step:
+        raise Refusal(f"{here / JOURNAL} belongs to another run. {remedy}")
+    with stream.open_file(here / STATE) as file:
         arrays = {name: file.read(name) for name in file.specs}
     scale, good_steps = arrays.pop("scaler").tolist()
     tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    rows = table.read(place / "journal.parquet").to_pylist()
-    return tensors, (scale, int(good_steps)), Journal(start, rows)
+    weights = fingerprint.each(part(tensors, "weights/"))
+    said = rows.rows[-1]
+    if fingerprint.folded(weights) != said["weights"]:
+        names = differing(weights, said["tensors"])
+        raise Refusal(f"{here / STATE} is not what training saved: after step {step - 1} {', '.join(names[:3]) or 'a weight'} had other bits. {remedy}")
+    if fingerprint.folded(fingerprint.each(part(tensors, "optimizer/"))) != said["optimizer"]:
+        raise Refusal(f"{here / STATE} is not what training saved: after step {step - 1} the optimizer's state had other bits. {remedy}")
+    return tensors, (scale, int(good_steps)), rows
+
+
+def part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin so, without the beginning."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def differing(weights: dict[str, int], marks: bytes) -> list[str]:
+    """The names of the tensors whose fingerprints are not those of a journal's marks."""
+    return [name for name, ours, theirs in zip(sorted(weights), fingerprint.marks(weights), marks) if ours != theirs]

@@ -24,7 +24,7 @@ from kohaku_delta.refusal import Refusal
 BATCH = 1 << 16
 SPAN = 1 << 19  # of a key's values, read as one piece
 SPANS = 1 << 14  # more of them than this: the key is no row number, and one connection reads all
-LEAVES = 256  # pages of pairs, read as one piece
+LEAVES = 512  # pages of pairs, read as one piece
 ARRAY = (1 << 25) - (1 << 16)  # bytes; glibc adapts to pieces up to 32 MiB
 MAGIC = b"SQLite format 3\0"
 

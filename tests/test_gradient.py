@@ -67,7 +67,12 @@ def lessons(tmp_path, order, **train):
     """A real loop over `order` that saves nothing, and its adapter."""
     recipe = RECIPE.model_copy(update={"train": RECIPE.train.model_copy(update={"save_every": 10**6} | train)})
     adapter = Adapter()
-    return loop.Loop(recipe, Model(adapter), adapter, Source(), order, "base", tmp_path, 0, 1), adapter
+    return loop.Loop(recipe, loop.Parts(Model(adapter), adapter, Source(), order, {}), tmp_path), adapter
+
+
+def take(taken, step):
+    """One step of the loop, with the posts of its micro-batches in the order that it asks for."""
+    taken.step(step, iter([taken.schedule["posts"][row].as_py() for row in taken.rows(step)]))
 
 
 def expected(rows, divisor):
@@ -94,7 +99,7 @@ def test_a_step_is_the_mean_over_gpus_of_the_mean_of_micro_batches_ragged_as_ful
     taken, _ = lessons(tmp_path, order, last_step_divisor=divisor)
     taken.optimizer = Recorder()
     for step in range(2):
-        taken.step(step)
+        take(taken, step)
     for step, number in ((0, 8), (1, last)):
         of_step = [row for row in rows if row["step"] == step]
         assert np.allclose(taken.optimizer.gradients[step].numpy(), expected(of_step, number), rtol=1e-5)
@@ -107,11 +112,11 @@ def test_the_journal_shows_the_warm_up_of_both_groups_from_rate_0(tmp_path, orde
     taken, adapter = lessons(tmp_path, schedule.build(pa.table({"post_id": np.arange(1, 161), "width": [128] * 160, "height": [128] * 160}), RECIPE.schedule)[0],
                              warmup_steps=3, learning_rate_unet=4e-5, learning_rate_text=1e-5)  # fmt: skip
     before = {name: weight.clone() for name, weight in adapter.tensors().items()}
-    taken.step(0)
+    take(taken, 0)
     assert all(torch.equal(weight, before[name]) for name, weight in adapter.tensors().items()), "the first rate is 0"
     for step in range(1, 5):
-        taken.step(step)
-    rows = taken.journal.table().to_pylist()
+        take(taken, step)
+    rows = taken.journal.rows
     assert [row["learning_rate_unet"] for row in rows] == pytest.approx([0, 4e-5 / 3, 8e-5 / 3, 4e-5, 4e-5], rel=1e-12)
     assert [row["learning_rate_text"] for row in rows] == pytest.approx([0, 1e-5 / 3, 2e-5 / 3, 1e-5, 1e-5], rel=1e-12)
 
@@ -131,13 +136,13 @@ def micro_batch():
     ids[:, 0, 1:9] = torch.arange(1, 17).reshape(2, 8)
     normal = [torch.randn(2, 4, 12, 16, generator=generator) for _ in range(2)]
     time_ids = torch.tensor([[1500.0, 1000.0, 0.0, 10.0, 96.0, 128.0], [3001.0, 4097.0, 7.0, 0.0, 96.0, 128.0]])
-    return batch.Batch(torch.rand(2, 3, 96, 128, generator=generator) * 2 - 1, ids, ids.clone(), time_ids, *normal, torch.tensor([17, 800]))
+    return batch.Batch(torch.randint(0, 256, (2, 3, 96, 128), generator=generator, dtype=torch.uint8), ids, ids.clone(), time_ids, *normal, torch.tensor([17, 800]))
 
 
 def test_latents_are_a_sample_of_the_posterior_times_0_13025(sdxl):
     """diffusers draws from the same numbers; the formula is mean + exp(½ log variance) · ε."""
     given = micro_batch()
-    posterior = sdxl.models["vae"].encode(given.pixels).latent_dist
+    posterior = sdxl.models["vae"].encode(given.pixels.float() / 127.5 - 1).latent_dist
     drawn = posterior.sample(torch.Generator().manual_seed(11))
     latents = sdxl.latents(given.pixels, torch.randn(2, 4, 12, 16, generator=torch.Generator().manual_seed(11)))
     assert torch.allclose(latents, drawn * 0.13025, rtol=1e-6, atol=1e-8)
@@ -156,7 +161,7 @@ def test_the_unet_sees_the_noisy_latents_and_six_sinusoids_and_is_judged_by_min_
     for hook in hooks:
         hook.remove()
     theirs = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000, prediction_type="epsilon")
-    latents = sdxl.models["vae"].encode(given.pixels).latent_dist
+    latents = sdxl.models["vae"].encode(given.pixels.float() / 127.5 - 1).latent_dist
     assert torch.allclose(seen["noisy"], theirs.add_noise((latents.mean + latents.std * given.latent_noise) * 0.13025, given.noise, given.time_steps), atol=1e-6)
 
     frequencies = 10000.0 ** (-np.arange(128) / 128)

@@ -49,7 +49,8 @@ def test_the_adapter_and_what_the_scaler_left_are_of_half_precision(trained):
     assert {array.dtype for array in tensors.values()} == {np.dtype("float16")}
 
 
-@pytest.mark.parametrize("step", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 2])
 def test_taken_up_by_two_ranks_after_any_step_it_gives_the_same_bytes(trained, tmp_path, step):
     """After step 1 nothing but the scale has moved; after step 2 there are 8-bit states and halved weights."""
     folder = tmp_path / "elsewhere"

@@ -41,6 +41,8 @@ def writer(path, schema: pa.Schema, plain: list[str] | None = None, metadata: di
                 table = table.combine_chunks()
             if table.num_rows:
                 parquet.write_table(table, row_group_size=ROW_GROUP)
+            if metadata:
+                parquet.add_key_value_metadata(metadata)
         return sink.getvalue()
 
     with atomic.writing(path) as file, ThreadPoolExecutor(AT_ONCE) as pool:

@@ -1,0 +1,167 @@
+"""Training computed anew: what is true is found equal; what was changed is found at its step, lane and tensor. Workers and fingerprints move nothing."""
+
+import copy
+import json
+import shutil
+import struct
+import subprocess
+import sys
+
+import lesson
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from kohaku_delta import table
+from kohaku_delta.refusal import Refusal
+from kohaku_delta.training import fingerprint, journal
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A lesson of three steps or so that keeps the state of every step, and the LoKr of every second."""
+    folder = lesson.write(tmp_path_factory.mktemp("lesson"), 24, keep_states=100, milestone_every=2)
+    done = lesson.run(folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def elsewhere(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "elsewhere")
+    return tmp_path / "elsewhere"
+
+
+def replay(folder, *arguments):
+    code = "from kohaku_delta.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, "replay", *map(str, arguments)], cwd=folder, capture_output=True, text=True, env={"PYTHONPATH": f"{lesson.ROOT}/src", "PATH": ""})
+
+
+def rewrite(folder, change):
+    """The journal with changed rows, chained anew: what a forger would hand out."""
+    said = journal.read(folder / "build" / "journal.parquet")
+    rows = [{name: value for name, value in row.items() if name != "chain"} for row in copy.deepcopy(said.rows)]
+    change(rows)
+    forged = journal.Journal(said.header)
+    for row in rows:
+        forged.append(row)
+    forged.write(folder / "build" / "journal.parquet")
+
+
+def test_an_honest_stretch_is_equal_from_a_state_and_from_the_start(trained):
+    steps = lesson.journal(trained).num_rows
+    done = replay(trained, "--from", steps - 1, "--to", steps - 1)
+    assert done.returncode == 0 and f"equal: 1 steps, {steps - 1} to {steps - 1}" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_changed_caption_is_found_at_its_step_lane_and_posts(trained, tmp_path):
+    folder = elsewhere(trained, tmp_path)
+    row = table.read(folder / "build" / "schedule.parquet").to_pylist()[6]
+    captions = table.read(folder / "build" / "captions.parquet")
+    texts = [each["caption"] + ", night sky, sunset, star" if each["post_id"] == row["posts"][0] else each["caption"] for each in captions.to_pylist()]
+    table.write(captions.set_column(captions.schema.get_field_index("caption"), "caption", pa.array(texts)), folder / "build" / "captions.parquet")
+    done = replay(folder, "--from", row["step"], "--to", row["step"])
+    assert done.returncode == 1 and f"different: step {row['step']}: lane {row['lane']}, place {row['place']}: the loss of posts" in done.stdout, done.stdout + done.stderr
+    assert str(row["posts"][0]) in done.stdout and "one micro-batch differs" in done.stdout
+
+
+def test_a_weight_changed_by_one_bit_in_a_saved_state_is_found_by_name(trained, tmp_path):
+    folder = elsewhere(trained, tmp_path)
+    file = next(folder.glob("work/*/step-00000001")) / "state.safetensors"
+    tensors = load_file(file)
+    name = "weights/lora_unet_time_embed_0.lokr_w2"
+    tensors[name].reshape(-1).view(np.uint32)[3] ^= 1
+    save_file(tensors, file)
+    done = replay(folder, "--from", 1, "--to", 1)
+    assert done.returncode == 1 and "different: step 0" in done.stdout and "lora_unet_time_embed_0.lokr_w2" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_journal_of_a_training_that_changed_a_weight_is_found_at_that_step_and_tensor(trained, tmp_path):
+    """The forger's training put one ulp onto a tensor after step 1 and wrote an unbroken journal of it."""
+    folder = elsewhere(trained, tmp_path)
+    names = sorted(name.removeprefix("weights/") for name in load_file(next(folder.glob("work/*/step-00000002")) / "state.safetensors") if name.startswith("weights/"))
+
+    def change(rows):
+        rows[1]["weights"] ^= 1
+        marks = bytearray(rows[1]["tensors"])
+        marks[names.index("lora_unet_out_2.lokr_w2")] ^= 1
+        rows[1]["tensors"] = bytes(marks)
+
+    rewrite(folder, change)
+    done = replay(folder, "--from", 1, "--to", 1)
+    assert done.returncode == 1 and "different: step 1: all lanes and the update are equal; lora_unet_out_2.lokr_w2 came out with other bits" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_row_changed_by_hand_breaks_the_chain_there(trained, tmp_path):
+    said = journal.read(trained / "build" / "journal.parquet")
+    said.rows[1]["losses"][0] += 1
+    said.write(tmp_path / "journal.parquet")
+    with pytest.raises(Refusal, match="the chain breaks at row 1"):
+        journal.read(tmp_path / "journal.parquet")
+
+
+def test_losses_from_a_milestone_are_the_journals_and_another_lokrs_are_not(trained, tmp_path):
+    milestone = next(trained.glob("work/*/delta-lokr-step00000002.safetensors"))
+    done = replay(trained, "--loss-only", "--lokr", milestone)
+    assert done.returncode == 0 and "equal within tolerance" in done.stdout, done.stdout + done.stderr
+    tensors = load_file(milestone)
+    with open(milestone, "rb") as file:
+        metadata = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))["__metadata__"]
+    save_file({name: array * 0 if name.endswith("lokr_w2") else array for name, array in tensors.items()}, tmp_path / "other.safetensors", metadata)
+    done = replay(trained, "--loss-only", "--lokr", tmp_path / "other.safetensors")
+    assert done.returncode == 1 and "different" in done.stdout, done.stdout + done.stderr
+
+
+def test_worker_processes_change_no_byte(trained, tmp_path):
+    folder = lesson.write(tmp_path / "workers", 24, keep_states=100, milestone_every=2, workers=3)
+    done = lesson.run(folder)
+    assert done.returncode == 0, done.stderr
+    assert lesson.outs(folder) == lesson.outs(trained)
+
+
+@pytest.mark.slow
+def test_an_unfinished_training_of_other_parameters_is_not_mixed_up_and_not_lost(trained, tmp_path):
+    folder = elsewhere(trained, tmp_path)
+    steps = lesson.journal(folder).num_rows
+    shutil.rmtree(next(folder.glob(f"work/*/step-{steps:08d}")))
+    params = (folder / "params.yaml").read_text()
+    assert "tag_dropout: 0.1" in params
+    (folder / "params.yaml").write_text(params.replace("tag_dropout: 0.1", "tag_dropout: 0.2"))
+    done = lesson.run(folder)
+    assert done.returncode == 1 and f"unfinished training, {steps - 1} of {steps} steps" in done.stderr and "train.tag_dropout differs" in done.stderr, done.stderr
+    (folder / "params.yaml").write_text(params)
+    assert lesson.run(folder).returncode == 0
+    assert lesson.outs(folder) == lesson.outs(trained)
+
+
+def test_a_fingerprint_is_the_sum_by_its_definition_whatever_the_length_and_the_order():
+    def literal(data: bytes) -> int:
+        total, odd = 0, 0x9E3779B97F4A7C15
+        for place in range(0, len(data), 8):
+            word = int.from_bytes(data[place : place + 8].ljust(8, b"\0"), "little") * odd % 2**64
+            signed = word - 2**64 if word >> 63 else word
+            total += (2 * (place // 8) + 1) * ((word ^ (signed >> 29)) % 2**64)
+        return total % 2**64
+
+    generator = np.random.default_rng(5)
+    arrays = {f"t{size}": generator.integers(0, 256, size, dtype=np.uint8) for size in (0, 1, 7, 8, 9, 64, 1001)}
+    found = fingerprint.each({name: torch.from_numpy(array) for name, array in arrays.items()})
+    assert found == {name: literal(array.tobytes()) for name, array in arrays.items()}
+    assert fingerprint.folded(found) == fingerprint.folded(dict(reversed(found.items())))
+    half = torch.arange(9, dtype=torch.float16)
+    assert fingerprint.each({"h": half})["h"] == literal(half.numpy().tobytes())
+
+
+def test_a_long_tensor_is_summed_in_pieces_to_the_same_number(monkeypatch):
+    tensor = torch.arange(5000, dtype=torch.float32)
+    whole = fingerprint.of(tensor).item()
+    monkeypatch.setattr(fingerprint, "WORDS", 17)
+    assert fingerprint.of(tensor).item() == whole
+
+
+def test_the_journals_header_names_the_base_and_the_parameters_and_nothing_of_the_host(trained):
+    header = json.loads(pq.read_schema(trained / "build" / "journal.parquet").metadata[b"kohaku_delta"])
+    assert len(header["base"]) == 64 and header["parameters"]["train.seed"] == 1337 and header["parameters"]["lokr.dim"] == 10000
+    assert not {"train.ranks", "train.workers", "train.work", "train.save_every"} & header["parameters"].keys()

@@ -121,6 +121,38 @@ def test_the_journal_shows_the_warm_up_of_both_groups_from_rate_0(tmp_path, orde
     assert [row["learning_rate_text"] for row in rows] == pytest.approx([0, 1e-5 / 3, 2e-5 / 3, 1e-5, 1e-5], rel=1e-12)
 
 
+def test_a_step_that_overflows_is_skipped_and_does_not_advance_the_warm_up(tmp_path):
+    """accelerate's scheduler does not advance where the optimizer was skipped: the first real update has rate 0, whenever it comes."""
+    posts = pa.table({"post_id": np.arange(1, 161), "width": [128] * 160, "height": [128] * 160})
+    taken, adapter = lessons(tmp_path, schedule.build(posts, RECIPE.schedule)[0], precision="float16", warmup_steps=2, learning_rate_unet=4e-5)
+    taken.scaler.scale = 1e39  # the first scaled loss is infinite in float32
+    before = {name: weight.clone() for name, weight in adapter.tensors().items()}
+    take(taken, 0)
+    assert not math.isfinite(taken.journal.rows[0]["gradient_norm"]) and taken.scaler.scale == 1e39 / 2
+    taken.scaler.scale = 1024.0
+    take(taken, 1)
+    assert all(torch.equal(weight, before[name]) for name, weight in adapter.tensors().items()), "the first update's rate is 0"
+    for step in range(2, 5):
+        take(taken, step)
+    assert [row["learning_rate_unet"] for row in taken.journal.rows] == pytest.approx([0, 0, 2e-5, 4e-5, 4e-5], rel=1e-12)
+
+
+def test_a_rank_told_to_stop_after_the_ranks_spoke_stops_with_them_after_the_next_step(tmp_path, order):
+    taken, _ = lessons(tmp_path, order)
+    taken.optimizer = Recorder()
+    update = Recorder.step
+
+    def told(*arguments):
+        taken.asked = True  # a signal between the exchange and the step's end
+        return update(taken.optimizer, *arguments)
+
+    taken.optimizer.step = told
+    take(taken, 0)
+    assert not taken.stopping, "the others have not heard it: they go on to the next step, and would wait there for this rank"
+    take(taken, 1)
+    assert taken.stopping
+
+
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory):
     numerics.hold()

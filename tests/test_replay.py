@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 import struct
 import subprocess
@@ -15,7 +16,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from kohaku_delta import table
+from kohaku_delta import cli, table
+from kohaku_delta.audit import replay as audit
 from kohaku_delta.refusal import Refusal
 from kohaku_delta.training import fingerprint, journal
 
@@ -112,6 +114,48 @@ def test_losses_from_a_milestone_are_the_journals_and_another_lokrs_are_not(trai
     save_file({name: array * 0 if name.endswith("lokr_w2") else array for name, array in tensors.items()}, tmp_path / "other.safetensors", metadata)
     done = replay(trained, "--loss-only", "--lokr", tmp_path / "other.safetensors")
     assert done.returncode == 1 and "different" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_losses_of_another_step_or_another_run_are_outside_the_tolerance(trained, tmp_path):
+    """Each is said to be the milestone of step 2 of this run; the other run differs in nothing but train.seed."""
+    other = lesson.write(tmp_path / "run", 24, seed=7, keep_states=100, milestone_every=1)
+    assert lesson.run(other).returncode == 0
+    same = lesson.write(tmp_path / "steps", 24, keep_states=100, milestone_every=1)
+    assert lesson.run(same).returncode == 0
+    right = next(same.glob("work/*/delta-lokr-step00000002.safetensors"))
+    with open(right, "rb") as file:
+        metadata = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))["__metadata__"]
+    assert replay(trained, "--loss-only", "--lokr", right).returncode == 0
+    for wrong in (next(same.glob("work/*/delta-lokr-step00000001.safetensors")), next(other.glob("work/*/delta-lokr-step00000002.safetensors"))):
+        save_file(load_file(wrong), tmp_path / "wrong.safetensors", metadata)
+        done = replay(trained, "--loss-only", "--lokr", tmp_path / "wrong.safetensors")
+        assert done.returncode == 1 and "different" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("visits", "0" * 64, "schedule.parquet has other posts or visits"), ("lanes", [5, 8], "lane 1: all losses are equal and the gradient is not"),
+        ("gradient_norm", 3.0, "all lanes are equal; the gradient's norm is 2.0"), ("learning_rate_text", 0.5, "the text encoders' rate is 0.25"), ("scale", 2.0, "the scaler is 1.0"),
+        ("optimizer", 9, "the optimizer's state came out with other bits"), ("chain", "another", "the journal's earlier rows are of another run"),
+    ],
+)  # fmt: skip
+def test_a_row_that_differs_in_one_thing_is_told_by_that_thing(key, value, told):
+    row = {
+        "visits": "a" * 64, "losses": [0.5, 0.25], "lanes": [5, 7], "gradient_norm": 2.0, "learning_rate_unet": 0.5, "learning_rate_text": 0.25, "scale": 1.0,
+        "weights": 1, "optimizer": 2, "tensors": b"ab", "chain": "one",
+    }  # fmt: skip
+    batches = [{"lane": 0, "posts": [1]}, {"lane": 1, "posts": [2]}]
+    assert audit.difference(row, row, batches, ["x", "y"]) is None
+    assert audit.difference(row | {"gradient_norm": math.nan}, row | {"gradient_norm": math.nan}, batches, ["x", "y"]) is None, "a step that overflowed equals itself"
+    assert told in audit.difference(row | {key: value}, row, batches, ["x", "y"])
+
+
+def test_what_a_sample_proves_is_the_rule_of_three():
+    """n samples without a find bound a share by about 3/n with 95 % (ln 0.05 = -2.996)."""
+    assert "a journal with 5.0 % of its steps false" in cli._confidence(59, 28_638) and "with 0.2 %" in cli._confidence(59, 28_638)
+    assert "a journal with 1.0 % of its steps false" in cli._confidence(299, 28_638)
 
 
 def test_worker_processes_change_no_byte(trained, tmp_path):

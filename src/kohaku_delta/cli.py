@@ -71,30 +71,23 @@ def replay(first: int | None, last: int | None, loss_only: bool, lokr: Path | No
     """Compute a stretch of training anew, on one device, and compare it with the journal.
 
     Exit code 0: equal; 1: the first step, lane and tensor that differ are told; 2: it cannot be compared."""
-    if loss_only == (lokr is None) or loss_only == (first is not None and last is not None):
+    if (lokr is not None, first is None, last is None) != (loss_only,) * 3:
         raise click.UsageError("Say --from and --to, or --loss-only and --lokr.")
     numerics.prepare()
     recipe, files = recipes.load(params), files | {"tokenizer": None, "tokenizer_2": None}
     if loss_only:
         raise SystemExit(0 if _losses(recipe, files, lokr, device, sample, seed) else 1)
     work = work or Path(recipe.train.work)
-    done = begun = 0
-    with tqdm(total=last - first + 1, desc="replay", unit="step", disable=None) as bar:
+    with tqdm(desc="replay", unit="step", disable=None) as bar:
         for step, difference in replays.replay(recipe, files, work, first, last):
-            begun = begun or step + 1
+            bar.update()
             if difference:
                 bar.close()
-                click.echo(f"different: step {step}: {difference.what}")
+                click.echo(f"different: step {step}: {difference}")
                 raise SystemExit(1)
-            if step >= first:
-                done += 1
-                bar.update()
-    click.echo(f"equal: {done} steps, {first} to {last}, bit for bit" + (f" (begun at step {begun - 1})" if begun - 1 < first else ""))
-    click.echo(_confidence(done, _steps(files["journal"])))
-
-
-def _steps(journal: Path) -> int:
-    return table.read(journal, ["step"]).num_rows
+    count = last - first + 1
+    click.echo(f"equal: {count} steps, {first} to {last}, bit for bit")
+    click.echo(_confidence(count, table.read(files["journal"], ["step"]).num_rows))
 
 
 def _confidence(done: int, steps: int) -> str:

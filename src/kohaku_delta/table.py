@@ -1,23 +1,18 @@
 """Invariant: a parquet file's bytes depend on the table's contents only; a reader gets the columns it names or a sentence.
 
-No pandas metadata, no statistics of the writer's host, one compression, row groups of a fixed length. Row groups are encoded in threads.
+No pandas metadata, no statistics of the writer's host, one compression, row groups of a fixed length.
 """
 
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kohaku_delta import atomic, footer
-from kohaku_delta.ordered import THREADS
+from kohaku_delta import atomic
 from kohaku_delta.refusal import Refusal
 
 ROW_GROUP = 1 << 17
-BATCH = 1 << 10  # rows that the library encodes at once: chunks of a multiple of it give the bytes of a column in one piece
-AT_ONCE = min(4, THREADS)  # row groups that are encoded at once: captions take 100 MB each
 FORMAT = {"compression": "zstd", "compression_level": 3, "version": "2.6", "store_schema": False, "dictionary_pagesize_limit": 1 << 26}
 
 
@@ -30,50 +25,26 @@ def writer(path, schema: pa.Schema, plain: list[str] | None = None, metadata: di
     """
     schema = schema.remove_metadata()
     pending: list[pa.Table] = []
-    encoding: deque[Future] = deque()
-    footers, lengths = [], []
     encoded = [_leaf(field) for field in schema if field.name not in plain] if plain else True
 
-    def encode(table: pa.Table) -> pa.Buffer:
-        sink = pa.BufferOutputStream()
-        with pq.ParquetWriter(sink, schema, use_dictionary=encoded, write_statistics=encoded, **FORMAT) as parquet:
-            if any(len(chunk) % BATCH for column in table.columns for chunk in column.chunks[:-1]):
-                table = table.combine_chunks()
-            if table.num_rows:
-                parquet.write_table(table, row_group_size=ROW_GROUP)
-            if metadata:
-                parquet.add_key_value_metadata(metadata)
-        return sink.getvalue()
-
-    with atomic.writing(path) as file, ThreadPoolExecutor(AT_ONCE) as pool:
+    with atomic.writing(path) as file, pq.ParquetWriter(file, schema, use_dictionary=encoded, write_statistics=encoded, **FORMAT) as parquet:
 
         def flush(last: bool) -> None:
             table = pa.concat_tables(pending) if pending else schema.empty_table()
             while table.num_rows >= ROW_GROUP or (last and table.num_rows):
-                encoding.append(pool.submit(encode, table.slice(0, ROW_GROUP)))
+                parquet.write_table(table.slice(0, ROW_GROUP).combine_chunks(), row_group_size=ROW_GROUP)
                 table = table.slice(ROW_GROUP)
-                keep(AT_ONCE)
             pending[:] = [table] if table.num_rows else []
-
-        def keep(waiting: int) -> None:
-            while len(encoding) > waiting:
-                groups, end = footer.split(encoding.popleft().result())
-                file.write(groups)
-                footers.append(end)
-                lengths.append(len(groups))
 
         def append(table: pa.Table) -> None:
             pending.append(table.select(schema.names).cast(schema).replace_schema_metadata(None))
             if sum(part.num_rows for part in pending) >= ROW_GROUP:
                 flush(last=False)
 
-        file.write(footer.MAGIC)
         yield append
         flush(last=True)
-        if not (footers or encoding):
-            encoding.append(pool.submit(encode, schema.empty_table()))
-        keep(0)
-        file.write(footer.join(footers, lengths))
+        if metadata:
+            parquet.add_key_value_metadata(metadata)
 
 
 def _leaf(field: pa.Field) -> str:

@@ -21,13 +21,6 @@ TOLERANCE = 1e-3  # of losses, relative, root mean square: 14 times the most tha
 ELSEWHERE = {"train.device", "train.precision", "train.weights", "train.gradient_checkpointing"}  # what losses on other hardware may differ in
 
 
-class Difference(NamedTuple):
-    """Where the journal and what was computed part. step: as in the journal, from 0; what: a sentence's end."""
-
-    step: int
-    what: str
-
-
 class Compared(NamedTuple):
     """A micro-batch's loss as the journal has it, and as it was computed."""
 
@@ -36,8 +29,8 @@ class Compared(NamedTuple):
     ours: float
 
 
-def replay(recipe: Recipe, files: dict[str, Path], work: Path, first: int, last: int) -> Iterator[tuple[int, Difference | None]]:
-    """Yields (step, None) for every step that is equal, from the nearest state to `last`; ends with (step, Difference) at the first that is not."""
+def replay(recipe: Recipe, files: dict[str, Path], work: Path, first: int, last: int) -> Iterator[tuple[int, str | None]]:
+    """Yields (step, None) for every step that is equal, from the nearest state to `last`; ends with (step, how it differs) at the first that is not."""
     numerics.hold(recipe.train.device)
     from kohaku_delta.training import journal as journals
     from kohaku_delta.training import loader, run, state
@@ -55,15 +48,15 @@ def replay(recipe: Recipe, files: dict[str, Path], work: Path, first: int, last:
         try:
             loop.take_up(begin)
         except Refusal as refusal:
-            yield begin - 1, Difference(begin - 1, refusal.message)
+            yield begin - 1, refusal.message
             return
     rows = [row for step in range(begin, last + 1) for row in loop.rows(step)]
     batches = loader.batches(parts.source, loop.schedule, rows, recipe.train.workers)
     for step in range(begin, last + 1):
         loop.step(step, batches)
         theirs, ours = said.rows[step], loop.journal.rows[-1]
-        what = difference(theirs, ours, loop.schedule.slice(loop.starts[step], loop.starts[step + 1] - loop.starts[step]).to_pylist(), sorted(parts.adapter.tensors()))
-        yield step, what and Difference(step, what)
+        what = difference(theirs, ours, loop.micro_batches(step).to_pylist(), sorted(parts.adapter.tensors()))
+        yield step, what
         if what:
             return
 

@@ -129,7 +129,8 @@ def write_chunk(chunk: pairs.Chunk, ids: np.ndarray, said: Facts, vocabulary: Vo
     # each caption is a run of kept words, a place for the separator, and a run of general words, the tail last
     tails, tail = vocabulary.tail(said, chunk.start, chunk.stop)
     keeps, generals = counts[:, :GENERAL].sum(axis=1), counts[:, GENERAL:].sum(axis=1)
-    ends, middle = _ends(keeps + 1 + generals + tails), _ends(keeps + 1 + generals + tails)[:-1] + keeps
+    ends = _ends(keeps + 1 + generals + tails)
+    middle = ends[:-1] + keeps
     parts = np.stack([keeps, np.ones_like(keeps), generals, tails], axis=1).reshape(-1)
     all_words = np.empty(ends[-1], np.int32)
     is_tag = np.repeat(np.tile([True, False, True, False], count), parts)

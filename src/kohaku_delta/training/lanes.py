@@ -49,6 +49,15 @@ def company():
         raise Refusal(f"Rank {dist.get_rank()} lost the others ({str(error).split('. ')[0]}). Saved steps are kept.") from None
 
 
+def dissenters(number: int, ranks: int, device: str) -> list[int]:
+    """The ranks whose number (0 … 2^64 − 1) is not rank 0's: a card that computes wrong is found in the step where it does."""
+    mine = torch.tensor([number >> 32, number & 0xFFFFFFFF], device=device)
+    gathered = [torch.empty_like(mine) for _ in range(ranks)]
+    with company():
+        dist.all_gather(gathered, mine)
+    return [rank for rank, each in enumerate(gathered) if not torch.equal(each, gathered[0])]
+
+
 def across(subtree: torch.Tensor, ranks: int) -> torch.Tensor:
     """The whole tree's sum on every rank, from each rank's subtree."""
     if ranks == 1:

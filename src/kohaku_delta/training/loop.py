@@ -48,7 +48,8 @@ class Loop:
         self.optimizer = optimizer.Lion(self.trained, recipe.train)
         self.scaler = optimizer.Scaler(recipe.train.precision == "float16")
         self.journal = journals.Journal(parts.header)
-        self.stopping = False
+        self.asked = False  # this rank was told to stop
+        self.stopping = False  # all ranks stop after this step: what one is told the others hear with the losses
 
     @property
     def steps(self) -> int:
@@ -63,7 +64,7 @@ class Loop:
         self.optimizer.load(state.part(tensors, "optimizer/"), step)
 
     def save(self, step: int) -> None:
-        if self.rank == 0 and not state.place(self.folder, step).exists():
+        if self.rank == 0:
             tensors = {f"weights/{name}": tensor for name, tensor in self.adapter.tensors().items()}
             tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.tensors().items()}
             train = self.recipe.train
@@ -77,11 +78,14 @@ class Loop:
         facts = {"ss_steps": str(len(self.journal.rows)), "ss_num_train_images": str(len(self.source.post_ids))}
         return lokr.write(path, weights, self.recipe, self.journal.header["base"], facts)
 
+    def micro_batches(self, step: int) -> pa.Table:
+        """The schedule's rows of a step, in place order."""
+        return self.schedule.slice(self.starts[step], self.starts[step + 1] - self.starts[step])
+
     def rows(self, step: int) -> list[int]:
         """This rank's rows of the schedule in a step: lane after lane, each lane's micro-batches in order."""
-        start, stop = self.starts[step], self.starts[step + 1]
-        lane = self.schedule["lane"][start:stop].to_numpy()
-        return [int(start) + row for own in self.lanes for row in (lane == own).nonzero()[0].tolist()]
+        lane = self.micro_batches(step)["lane"].to_numpy()
+        return [int(self.starts[step]) + row for own in self.lanes for row in (lane == own).nonzero()[0].tolist()]
 
     def lane(self, count: int, batches: Iterator[Batch], divisor: int, losses: list[torch.Tensor]) -> torch.Tensor:
         """The flat float32 gradient of the next `count` micro-batches, added in order; their mean losses are appended."""
@@ -101,7 +105,7 @@ class Loop:
         """The step's gradient (flat, float32, scaled), the loss of each micro-batch in place order, and each lane's fingerprint.
 
         `batches` gives those of `rows(step)`. What one rank knows goes to the others as integers, each place from one rank: exact in any order."""
-        rows = self.schedule.slice(self.starts[step], self.starts[step + 1] - self.starts[step])
+        rows = self.micro_batches(step)
         divisor = self.recipe.schedule.micro_batches if self.recipe.train.last_step_divisor == "full" else len(rows)
         lane, place = rows["lane"].to_numpy(), rows["place"].to_numpy()
         known = torch.zeros(len(rows) + self.recipe.schedule.lanes + 1, dtype=torch.int64, device=self.model.device)
@@ -114,7 +118,7 @@ class Loop:
                 known[at] = loss.view(torch.int32)
             tree.add(total)
         gradient = lanes.across(tree.sum(), self.ranks)
-        known[-1] = int(self.stopping)
+        known[-1] = int(self.asked)
         if self.ranks > 1:
             with lanes.company():
                 dist.all_reduce(known)
@@ -131,7 +135,7 @@ class Loop:
         weights = fingerprint.each(self.adapter.tensors())
         row = {
             "step": step,
-            "visits": journals.visits_digest(self.schedule.slice(self.starts[step], self.starts[step + 1] - self.starts[step]).to_pylist()),
+            "visits": journals.visits_digest(self.micro_batches(step).to_pylist()),
             "losses": losses,
             "lanes": of_lanes,
             "gradient_norm": norm,
@@ -143,25 +147,13 @@ class Loop:
             "tensors": fingerprint.marks(weights),
         }
         self.journal.append(row)
-        self.agree(row["weights"])
-
-    def agree(self, weights: int) -> None:
-        """Refuses to go on where a rank's weights are not rank 0's: a card that computes wrong is found in the step where it does."""
-        if self.ranks == 1:
-            return
-        mine = torch.tensor([weights >> 32, weights & 0xFFFFFFFF], device=self.model.device)
-        all_of = [torch.empty_like(mine) for _ in range(self.ranks)]
-        with lanes.company():
-            dist.all_gather(all_of, mine)
-        other = [rank for rank, each in enumerate(all_of) if not torch.equal(each, all_of[0])]
-        if other:
-            step = self.journal.rows[-1]["step"]
+        if self.ranks > 1 and (other := lanes.dissenters(row["weights"], self.ranks, self.model.device)):
             raise Refusal(f"After step {step} rank {other[0]} has other weights than rank 0: one of the two computes wrong. Check the cards, and run the stage again.")
 
     def run(self) -> Iterator[tuple[int, float, float]]:
         """Yields (steps made, mean loss, seconds) a step. SIGTERM and SIGINT end after the current step, saved."""
         for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, lambda *_: setattr(self, "stopping", True))
+            signal.signal(each, lambda *_: setattr(self, "asked", True))
         done = max(state.saved(self.folder), default=0)
         if done:
             self.take_up(done)

@@ -9,6 +9,8 @@ import resource
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from kohaku_delta import atomic, numerics, table
@@ -135,7 +137,7 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
             dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=10))
         loop = Loop(recipe, made, folder, rank, ranks)
         done = 0
-        images = [sum(map(len, made.schedule["visits"][loop.starts[step] : loop.starts[step + 1]].to_pylist())) for step in range(steps)] if rank == 0 else []
+        images = np.add.reduceat(pc.list_value_length(made.schedule["visits"]).to_numpy(), loop.starts[:-1])
         with tqdm(total=loop.steps, desc="train", unit="step", disable=None if rank == 0 else True) as bar:
             for done, loss, seconds in loop.run():
                 bar.update(done - bar.n)

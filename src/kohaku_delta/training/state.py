@@ -101,6 +101,8 @@ def load(folder: Path, step: int, header: dict) -> tuple[dict[str, torch.Tensor]
         raise Refusal(f"{here / JOURNAL} belongs to another run. {remedy}")
     with stream.open_file(here / STATE) as file:
         arrays = {name: file.read(name) for name in file.specs}
+    if "scaler" not in arrays or arrays["scaler"].shape != (2,):
+        raise Refusal(f"{here / STATE} holds no scaler: it is not what training saved. {remedy}")
     scale, good_steps = arrays.pop("scaler").tolist()
     tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
     weights = fingerprint.each(part(tensors, "weights/"))

@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from kohaku_delta import cli, table
+from kohaku_delta import table
 from kohaku_delta.audit import replay as audit
+from kohaku_delta.commands import replay as command
 from kohaku_delta.refusal import Refusal
 from kohaku_delta.training import fingerprint, journal
 
@@ -154,8 +155,8 @@ def test_a_row_that_differs_in_one_thing_is_told_by_that_thing(key, value, told)
 
 def test_what_a_sample_proves_is_the_rule_of_three():
     """n samples without a find bound a share by about 3/n with 95 % (ln 0.05 = -2.996)."""
-    assert "a journal with 5.0 % of its steps false" in cli._confidence(59, 28_638) and "with 0.2 %" in cli._confidence(59, 28_638)
-    assert "a journal with 1.0 % of its steps false" in cli._confidence(299, 28_638)
+    assert "a journal with 5.0 % of its steps false" in command._confidence(59, 28_638) and "with 0.2 %" in command._confidence(59, 28_638)
+    assert "a journal with 1.0 % of its steps false" in command._confidence(299, 28_638)
 
 
 def test_worker_processes_change_no_byte(trained, tmp_path):

@@ -1,0 +1,1 @@
+"""The commands of kohaku-delta: a file a command."""

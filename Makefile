@@ -6,7 +6,7 @@ REPRO ?=
 BENCH ?=
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: repro test test-slow miniature-data bench-dataset bench-checkpoint lock
+.PHONY: repro test test-slow miniature-data bench-dataset bench-checkpoint bench-train lock
 
 repro: $(VENV)/requirements.txt
 	@dvc pull -q data.dvc
@@ -31,6 +31,10 @@ bench-dataset: $(VENV)/requirements.txt
 
 bench-checkpoint: $(VENV)/requirements.txt
 	python bench/checkpoint.py $(BENCH)
+
+# After `make repro`: a training step against LyCORIS's forward, against bare forward and backward, and its memory at full size.
+bench-train: $(VENV)/requirements.txt
+	python bench/train.py $(BENCH)
 
 # The locks of requirements/recipe.in, with hashes: one for the CPU build of torch, one for its CUDA build. Needs uv.
 lock:

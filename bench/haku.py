@@ -19,20 +19,25 @@ import dateutil.parser
 import hakubooru.caption
 from hakubooru.caption import KohakuCaptioner
 from hakubooru.dataset import Post, load_db
-from hakubooru.export import BaseSaver, Exporter
+from hakubooru.export import Exporter, FileSaver
 from hakubooru.source import TarSource
 from hakubooru.tag_generator import quality_tag, rating_tag, year_tag
 
 TODAY = datetime.datetime(2024, 2, 14)
 
 
-class Lines(BaseSaver):
-    """Keeps the captions; the image's bytes were read by then and are dropped."""
+class Saver(FileSaver):
+    """HakuBooru's own, which writes what a trainer reads: an image and a text for each post. Keeps the captions as well, to compare them."""
 
-    def __init__(self):
+    def __init__(self, folder: str | None):
         self.captions = {}
+        self.written = folder is not None
+        if folder:
+            super().__init__(folder)
 
     def __call__(self, img_id, img_data, img_ext, caption):
+        if self.written:
+            super().__call__(img_id, img_data, img_ext, caption)
         self.captions[img_id] = caption
 
 
@@ -49,11 +54,12 @@ def main() -> None:
     arguments = argparse.ArgumentParser()
     for name in ("--database", "--tars", "--seed", "--ranges", "--out"):
         arguments.add_argument(name, required=True)
+    arguments.add_argument("--files", help="Where its files go; without, it keeps captions in memory and drops the images.")
     arguments = arguments.parse_args()
     as_released()
     started = time.perf_counter()
     load_db(arguments.database)
-    saver = Lines()
+    saver = Saver(arguments.files)
     captioner = KohakuCaptioner(processors=[year_tag, rating_tag, quality_tag])
     exporter = Exporter(source=TarSource(arguments.tars), saver=saver, captioner=captioner, process_batch_size=100_000, process_threads=2)
     random.seed(int(arguments.seed))

@@ -21,11 +21,15 @@ OUTS = ("delta-lokr.safetensors", "journal.parquet", "curves.csv")
 yaml = YAML(typ="safe", pure=True)
 
 
-def write(folder: Path, posts: int, **train) -> Path:
-    """Everything that `stages/train.py` reads, under folder/build, and params.yaml: two images a micro-batch, four micro-batches a step."""
+def write(folder: Path, posts: int, sections: dict[str, dict] | None = None, **train) -> Path:
+    """Everything that `stages/train.py` reads, under folder/build, and params.yaml: two images a micro-batch, four micro-batches a step.
+
+    `train`, and other `sections`: parameters that differ from the miniature's."""
     content = yaml.load((ROOT / "miniature" / "params.yaml").read_text())
     content["schedule"] |= {"batch_size": 2, "micro_batches": 4, "lanes": 4}
     content["train"] |= {"save_every": 1, "warmup_steps": 0} | train
+    for name, values in (sections or {}).items():
+        content[name] |= values
     content["download"] = {
         "mirror": "mirror",
         "inputs": {

@@ -128,7 +128,15 @@ class Lokr(Section):
     dim: Positive
     alpha: Annotated[int, Field(gt=0, lt=65520)]  # as fp16 it would become inf
     seed: int
+    forward: Literal["factors", "delta"]
+    dora: bool
     preset: Preset
+
+    @model_validator(mode="after")
+    def _dora_needs_delta(self):
+        if self.dora and self.forward == "factors":
+            raise ValueError("dora: true scales the whole weight, which forward: factors never builds; set lokr.forward to delta")
+        return self
 
 
 class Train(Section):

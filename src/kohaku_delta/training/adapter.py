@@ -1,7 +1,8 @@
 """Invariant: the LoKr on a model is what the preset says, no entry more or less, and starts from weights that only the seed and the name decide.
 
-LyCORIS's modules do the work; which module of the model carries one, under which name and with which factor is told by
-`checkpoint.preset` (its own walk matches by diffusers' class and path names, which moved).
+Which module of the model carries one, under which name and with which factor is told by `checkpoint.preset` (LyCORIS's own walk matches by
+diffusers' class and path names, which moved). `lokr.forward` says how it is computed: from the factors (training/kron.py), or through ΔW by LyCORIS's
+modules, which DoRA needs.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from torch import nn
 
 from kohaku_delta.checkpoint import preset
 from kohaku_delta.params import Lokr
+from kohaku_delta.training.kron import Kron
 
 
 def initial(shape: tuple[int, ...], seed: int, name: str) -> torch.Tensor:
@@ -35,7 +37,11 @@ class Adapter(nn.Module):
             if target.algorithm == "norm":
                 entry = NormModule(target.lora, module)
             else:
-                entry = LokrModule(target.lora, module, lora_dim=parameters.dim, alpha=parameters.alpha, factor=target.factor, full_matrix=True, bypass_mode=False)
+                if parameters.forward == "factors":
+                    entry = Kron(module, target.factor)
+                else:
+                    settings = {"lora_dim": parameters.dim, "alpha": parameters.alpha, "factor": target.factor, "full_matrix": True}
+                    entry = LokrModule(target.lora, module, **settings, bypass_mode=False, weight_decompose=parameters.dora)
                 entry.lokr_w1.data = initial(tuple(entry.lokr_w1.shape), parameters.seed, target.lora)
             self.entries[target.lora] = entry
         self.entries = dict(sorted(self.entries.items()))

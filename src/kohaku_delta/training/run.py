@@ -74,6 +74,8 @@ def sdxl(recipe: Recipe, checkpoint: Path, tokenizers: tuple, device: str, preci
     for name, tokens in zip(("te1", "te2"), tokenizers):
         if len(tokens) > models[name].config.vocab_size:
             raise Refusal(f"{checkpoint}: text encoder {name[-1]} has {models[name].config.vocab_size} token embeddings and its tokenizer {len(tokens)} tokens. They are of different models.")
+    models["vae"].float()
+    models = {name: model.to(device) for name, model in models.items()}
     return Sdxl(models, tokenizers[1].eos_token_id, recipe.model.vae_scaling_factor, recipe.train.min_snr_gamma, device, precision)
 
 
@@ -95,9 +97,7 @@ def parts(recipe: Recipe, files: dict[str, Path], texts: tuple, places: dict[int
         raise Refusal(f"{files['tars']} holds no tar (data-0000.tar …). Name the folder of the tars with --tars.")
     model = sdxl(recipe, files["base"], texts, device, getattr(torch, recipe.train.precision))
     if recipe.train.gradient_checkpointing:
-        for name in ("unet", "te1", "te2"):
-            getattr(model.models[name], "enable_gradient_checkpointing" if name == "unet" else "gradient_checkpointing_enable")()
-            model.models[name].train()
+        model.checkpointed()
     with stream.open_file(files["base"]) as base:
         digest = base.digest()
     adapter = Adapter(model.models, recipe.lokr, getattr(torch, recipe.train.weights)).to(device)

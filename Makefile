@@ -3,15 +3,21 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 REPRO ?=
+RECIPE ?= miniature
 BENCH ?=
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: repro test test-slow miniature-data bench-dataset bench-checkpoint bench-train lock
+.PHONY: repro report test test-slow miniature-data bench-dataset bench-checkpoint bench-train lock
 
 repro: $(VENV)/requirements.txt
 	@dvc pull -q data.dvc
 	@cd miniature && dvc repro $(REPRO)
 	@python miniature/verdict.py
+
+# The build as one page, miniature/build/report.html, and its model card beside it. RECIPE=. for the release's.
+report: $(VENV)/requirements.txt
+	@kohaku-delta card $(RECIPE)
+	@kohaku-delta report $(RECIPE)
 
 test: $(VENV)/requirements.txt
 	@dvc pull -q data.dvc

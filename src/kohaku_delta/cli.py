@@ -2,7 +2,9 @@
 
 import click
 
+from kohaku_delta.commands.card import card
 from kohaku_delta.commands.replay import replay
+from kohaku_delta.commands.report import report
 from kohaku_delta.commands.tensors import tensors
 
 
@@ -11,5 +13,5 @@ def main() -> None:
     """Ask about checkpoints, LoKr files, trainings and folders of the recipe."""
 
 
-for command in (replay, tensors):
+for command in (card, replay, report, tensors):
     main.add_command(command)

@@ -1,0 +1,1 @@
+"""What a build shows of itself: one page of HTML, and its model card."""

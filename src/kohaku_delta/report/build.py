@@ -1,0 +1,144 @@
+"""Invariant: a build is what its lock says and what its files say; both are read once, and where they or the recipe disagree, that is told."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from kohaku_delta import params as recipes
+from kohaku_delta.hub import pins
+from kohaku_delta.params import Pin, Recipe
+from kohaku_delta.refusal import Refusal
+from kohaku_delta.report import lock as locks
+from kohaku_delta.report import outs, testimony
+
+FOLDER = "build"
+WEIGHTS = {"base": "delta-base.safetensors", "lokr": "delta-lokr.safetensors", "final": "kohaku-xl-delta.safetensors"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input, and how firmly the recipe holds it."""
+
+    name: str
+    url: str
+    bytes: int
+    sha256: str
+    pin: str
+    good: bool
+
+
+@dataclass(frozen=True)
+class Weights:
+    name: str  # key of WEIGHTS
+    file: str
+    bytes: int
+    sha256: str
+    published: str | None  # the release's sha256, where the recipe has one
+
+
+@dataclass(frozen=True)
+class Build:
+    recipe: Recipe  # as the lock says that the stages ran; as params.yaml says, where none has
+    changed: list[str]  # keys in which params.yaml, or one stage, differs from what stages ran with
+    stages: list[locks.Stage]
+    lost: dict[str, str]  # out → why the file that lies there cannot be what the lock names
+    sources: list[Source]
+    weights: list[Weights]
+    dataset: outs.Dataset | None
+    held_out: outs.HeldOut | None
+    curves: dict[str, list[float]] | None
+    buckets: list[list[int]] | None
+    told: testimony.Testimony
+    folder: Path
+
+    @property
+    def miniature(self) -> bool:
+        """Whether this is not the release's recipe: the recipe itself says so, by naming nothing published."""
+        return self.recipe.published is None
+
+    def out(self, name: str) -> locks.Out | None:
+        """What the lock says of build/`name`."""
+        return next((stage.outs[f"{FOLDER}/{name}"] for stage in self.stages if f"{FOLDER}/{name}" in stage.outs), None)
+
+
+def read(place: Path) -> Build:
+    """The build of the recipe in the folder `place` (params.yaml, dvc.yaml, dvc.lock, build/)."""
+    lock, folder = place / "dvc.lock", place / FOLDER
+    stages = locks.read(place / "dvc.yaml", lock)
+    today = recipes.load(place / locks.PARAMS)
+    found, torn = locks.sections(stages)
+    recipe = _recipe(today.model_dump(by_alias=True) | found, lock)
+    listed = outs.read(folder / "inputs.json", outs.Inputs)
+    return Build(
+        recipe=recipe,
+        changed=sorted({*torn, *_differences(today.model_dump(by_alias=True), recipe.model_dump(by_alias=True))}),
+        stages=stages,
+        lost={out.path: why for stage in stages for out in stage.outs.values() if (why := _lost(place / out.path, out))},
+        sources=_sources(listed, recipe) if listed else [],
+        weights=_weights(folder, recipe),
+        dataset=outs.read(folder / "dataset.json", outs.Dataset),
+        held_out=outs.read(folder / "held-out.json", outs.HeldOut),
+        curves=outs.curves(folder / "curves.csv"),
+        buckets=outs.buckets(folder / "bucket.txt", recipe.schedule),
+        told=testimony.read(folder, lock, stages),
+        folder=folder,
+    )
+
+
+def _recipe(sections: dict, lock: Path) -> Recipe:
+    try:
+        return Recipe.model_validate(sections)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        remedy = "Run `dvc repro`, or use the code that the build was made with."
+        raise Refusal(f"{lock}: the parameter {key} is none that this code knows ({first['msg']}). {remedy}") from None
+
+
+def _differences(a, b, path: str = "") -> list[str]:
+    """Keys whose values differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [key for name in {**a, **b} for key in _differences(a.get(name), b.get(name), f"{path}.{name}" if path else str(name))]
+    return [] if a == b else [path]
+
+
+def _lost(path: Path, out: locks.Out) -> str | None:
+    if not path.exists():
+        return "not at hand"
+    size = sum(each.stat().st_size for each in path.rglob("*") if each.is_file()) if path.is_dir() else path.stat().st_size
+    return None if size == out.size else f"here are {size:,} bytes"
+
+
+def _sources(listed: outs.Inputs, recipe: Recipe) -> list[Source]:
+    pinned = {name: [each for pin in (pin if isinstance(pin, list) else [pin]) for each in pins.spread(pin)] for name, pin in recipe.download.inputs.items()}
+    found = []
+    for name, entries in listed.inputs.items():
+        of = {pin.url: pin for pin in pinned.get(name, [])}
+        for entry in entries if isinstance(entries, list) else [entries]:
+            found.append(Source(name, entry.url, entry.bytes, entry.sha256, *_held(entry, of.get(entry.url))))
+    return found
+
+
+def _held(entry: outs.Input, pin: Pin | None) -> tuple[str, bool]:
+    """How the recipe's pin holds what was downloaded, and whether it does."""
+    if pin is None:
+        return "not in the recipe", False
+    if (pin.sha256 and not entry.sha256.startswith(pin.sha256)) or (pin.bytes and entry.bytes != pin.bytes):
+        return "differs from its pin", False
+    if pin.sha256 is None:
+        return "no hash known before: recorded at first download", True
+    return "pinned" if len(pin.sha256) == 64 else f"pinned by {len(pin.sha256)} digits", True
+
+
+def _weights(folder: Path, recipe: Recipe) -> list[Weights]:
+    found = []
+    for name, file in WEIGHTS.items():
+        path = folder / file
+        if path.is_file():
+            with open(path, "rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            published = getattr(recipe.published, name).sha256 if recipe.published else None
+            found.append(Weights(name, file, path.stat().st_size, digest, published))
+    return found

@@ -10,23 +10,28 @@ from pathlib import Path
 import click
 
 from kohaku_delta import params as recipes
-from kohaku_delta.hub import inputs, mirror
+from kohaku_delta.dataset import supply
+from kohaku_delta.hub import inputs
 from kohaku_delta.stage import Stage, summary
 
 
 @click.command(cls=Stage)
 @click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True, help="The recipe.")
-@click.option("--mirror", "folder", type=click.Path(path_type=Path), help="Where downloaded files are kept.  [default: download.mirror]")
+@click.option(
+    "--mirror",
+    "others",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Another mirror, only read: looked at before the network is asked. May be repeated.",
+)
 @click.option("--out", type=click.Path(path_type=Path), default="build/inputs.json", show_default=True, help="The list of verified inputs.")
-def main(params: Path, folder: Path | None, out: Path) -> None:
+def main(params: Path, others: tuple[Path, ...], out: Path) -> None:
     """Fetch and verify every pinned input."""
     recipe = recipes.load(params)
-    download = recipe.download.model_copy(update={"mirror": str(folder.resolve())}) if folder else recipe.download
-    unused = {"delta_base"} if recipe.merge.start == "merge" else {"gamma", "beta"}
-    entries = mirror.gather(download, params.parent, unused)
-    inputs.write(entries, out)
+    entries = supply.gather(recipe, params.parent, others)
+    inputs.write(entries, params.parent, recipe.merge.start, out)
     files = [each for entry in entries.values() for each in (entry if isinstance(entry, list) else [entry])]
-    summary("download", f"{len(files)} inputs, {sum(each['bytes'] for each in files):,} bytes, every sha256 verified → {out}")
+    summary("download", f"{len(files):,} files, {sum(each['bytes'] for each in files):,} bytes, every one hashed ({inputs.tally(files)}) → {out}")
 
 
 if __name__ == "__main__":

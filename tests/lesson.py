@@ -32,6 +32,7 @@ def write(folder: Path, posts: int, sections: dict[str, dict] | None = None, **t
         content[name] |= values
     content["download"] = {
         "mirror": "mirror",
+        "images": "all",
         "inputs": {
             "tars": [{"url": f"file://{path}", "bytes": None, "sha256": None} for path in sorted((ROOT / "data" / "images").glob("*.tar"))],
             **{
@@ -45,7 +46,7 @@ def write(folder: Path, posts: int, sections: dict[str, dict] | None = None, **t
     with open(folder / "params.yaml", "w") as file:
         yaml.dump(content, file)
     recipe, build = params.load(folder / "params.yaml"), folder / "build"
-    inputs.write(mirror.gather(recipe.download, folder), build / "inputs.json")
+    inputs.write(mirror.gather(recipe.download, folder), folder, recipe.merge.start, build / "inputs.json")
     database = Database(ROOT / "data" / "danbooru2023.db")
     chosen, _ = filtering.filter_posts(database, tars.folder(ROOT / "data" / "images"), database.post_ids()[-2 * posts :], recipe.filter, recipe.caption)
     chosen = chosen.slice(0, posts)

@@ -26,9 +26,12 @@ def file(tmp_path):
 
 
 def test_a_pinned_file_is_listed_with_its_hash(file, tmp_path):
-    entries = mirror.gather(Download(mirror="m", inputs={"sdxl": pin(file), "tars": [pin(file, sha256=None, bytes=None)]}), tmp_path)
-    inputs.write(entries, tmp_path / "inputs.json")
-    assert json.loads((tmp_path / "inputs.json").read_text())["inputs"]["sdxl"] == {"path": str(file), "bytes": 13, "sha256": SHA256, "url": f"file://{file}"}
+    entries = mirror.gather(Download(mirror="m", images="all", inputs={"sdxl": pin(file), "tars": [pin(file, sha256=None, bytes=None)]}), tmp_path)
+    inputs.write(entries, tmp_path, "merge", tmp_path / "inputs.json")
+    said = json.loads((tmp_path / "inputs.json").read_text())
+    assert (
+        said["inputs"]["sdxl"] == {"path": str(file), "bytes": 13, "sha256": SHA256, "url": f"file://{file}", "pinned": "sha256"} and said["start"] == "merge"
+    )
     assert inputs.path(tmp_path / "inputs.json", "sdxl") == file and inputs.paths(tmp_path / "inputs.json", "tars") == [file]
 
 
@@ -46,19 +49,20 @@ def test_another_size_or_hash_is_refused(file, changes, word):
 
 def test_a_missing_input_is_refused(tmp_path):
     with pytest.raises(Refusal, match="is not there"):
-        mirror.gather(Download(mirror="m", inputs={"sdxl": pin(tmp_path / "none")}), tmp_path)
+        mirror.gather(Download(mirror="m", images="all", inputs={"sdxl": pin(tmp_path / "none")}), tmp_path)
 
 
 def test_relative_places_are_seen_from_params_and_found_from_anywhere(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe").mkdir()
-    inputs.write(mirror.gather(Download(mirror="m", inputs={"sdxl": pin("../input.bin")}), Path("recipe")), Path("recipe/build/inputs.json"))
+    entries = mirror.gather(Download(mirror="m", images="all", inputs={"sdxl": pin("../input.bin")}), Path("recipe"))
+    inputs.write(entries, Path("recipe"), "merge", Path("recipe/build/inputs.json"))
     monkeypatch.chdir("/")
     assert inputs.path(tmp_path / "recipe" / "build" / "inputs.json", "sdxl") == file
 
 
 def test_an_input_that_changed_its_size_after_the_download_is_refused(file, tmp_path):
-    inputs.write(mirror.gather(Download(mirror="m", inputs={"sdxl": pin(file)}), tmp_path), tmp_path / "inputs.json")
+    inputs.write(mirror.gather(Download(mirror="m", images="all", inputs={"sdxl": pin(file)}), tmp_path), tmp_path, "merge", tmp_path / "inputs.json")
     file.write_bytes(DATA + b"!")
     with pytest.raises(Refusal, match="14 bytes"):
         inputs.path(tmp_path / "inputs.json", "sdxl")
@@ -72,7 +76,7 @@ def test_every_pin_of_the_release_names_a_place_and_a_whole_revision():
     assert places["database"] == pins.Place("KBlueLeaf/danbooru2023-sqlite", "dataset", "5a6b5e4421c384dd3613d1c6553518e6d63e6eff", "danbooru2023.db")
     assert places["beta"].repo == "nnnn1111/models" and places["beta"].kind == "model"
     assert all(len(place.revision) == 40 for place in places.values())
-    tars = pins.spread(recipe["tars"][0])
+    tars = pins.spread(recipe["tars"][0], Path("pins-tars.csv"))
     assert len(tars) == 2001 and tars[0].url.endswith("/images/data-0000.tar") and tars[-1].url.endswith("/images/data-2000.tar")
 
 

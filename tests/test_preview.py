@@ -4,17 +4,18 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler
 
+from kohaku_delta.dataset import selection
 from kohaku_delta.params import load
-from kohaku_delta.preview import grid, held_out, sampler
+from kohaku_delta.preview import grid, sampler
 from kohaku_delta.training import diffusion, visit
 
 
 def test_held_out_posts_were_not_selected():
     ids, selected = np.arange(1000), np.arange(0, 1000, 2)
-    chosen = held_out.candidates(ids, selected, 1337, 50)
+    chosen = selection.held_out(ids, selected, 1337, 50)
     assert len(set(chosen.tolist())) == 50 and (chosen % 2 == 1).all() and (np.diff(chosen) > 0).all()
-    assert (chosen == held_out.candidates(ids[::-1], selected[::-1], 1337, 50)).all()
-    assert len(held_out.candidates(ids, selected, 1337, 5000)) == 500
+    assert (chosen == selection.held_out(ids[::-1], selected[::-1], 1337, 50)).all()
+    assert len(selection.held_out(ids, selected, 1337, 5000)) == 500
 
 
 class Linear:

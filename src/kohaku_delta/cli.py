@@ -3,6 +3,7 @@
 import click
 
 from kohaku_delta.commands.card import card
+from kohaku_delta.commands.pin import pin
 from kohaku_delta.commands.replay import replay
 from kohaku_delta.commands.report import report
 from kohaku_delta.commands.tensors import tensors
@@ -13,5 +14,5 @@ def main() -> None:
     """Ask about checkpoints, LoKr files, trainings and folders of the recipe."""
 
 
-for command in (card, replay, report, tensors):
+for command in (card, pin, replay, report, tensors):
     main.add_command(command)

@@ -35,6 +35,7 @@ def _one_or_many(value) -> str:
 
 class Download(Section):
     mirror: str
+    images: Literal["all", "selected"]
     inputs: dict[str, Annotated[Annotated[Pin, Tag("Pin")] | Annotated[list[Pin], Tag("Pins")], Discriminator(_one_or_many)]]
 
 

@@ -8,6 +8,7 @@ Where a tar has its public index beside it (data-0000.json: offset, size and sha
 The tar must be as long as it says, and every member's bytes are hashed; one with another hash is not sound.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -89,16 +90,26 @@ def members_of(path) -> Members:
 
 
 def _members(name: list[bytes], offset: np.ndarray, size: np.ndarray, head: np.ndarray, sound: np.ndarray) -> Members:
-    names = pa.array(name, pa.binary())
-    ids, extension = _plain(names) or _any(names)
-    named = np.flatnonzero(ids >= 0)
-    ids, first = np.unique(ids[named], return_index=True)
-    row = named[first]
+    ids, row, extension = _first(name)
     extension = extension.take(pa.array(row)).dictionary_encode()
     words = pa.array([text.decode("utf-8", "replace").lower() for text in extension.dictionary.to_pylist()], pa.string())
     webp, width, height = image.webp_sizes(head[row], size[row])
     width, height = (np.where(webp, side, UNKNOWN).astype(np.int32) for side in (width, height))
     return Members(ids, words.take(extension.indices), offset[row], size[row], width, height, sound[row])
+
+
+def first_of(name: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (int64, ascending and distinct) and the row of each one's first file among members of these names."""
+    return _first([each.encode() for each in name])[:2]
+
+
+def _first(name: list[bytes]) -> tuple[np.ndarray, np.ndarray, pa.Array]:
+    """The same, and every row's extension (binary)."""
+    names = pa.array(name, pa.binary())
+    ids, extension = _plain(names) or _any(names)
+    named = np.flatnonzero(ids >= 0)
+    ids, first = np.unique(ids[named], return_index=True)
+    return ids, named[first], extension
 
 
 def _any(names: pa.BinaryArray) -> tuple[np.ndarray, pa.Array]:
@@ -134,27 +145,60 @@ def _plain(names: pa.BinaryArray) -> tuple[np.ndarray, pa.Array] | None:
     return None if any(b"/" in each or b"\0" in each for each in extensions) else (ids, pa.array(extensions, pa.binary()).take(pa.array(which)))
 
 
-def _published(path: Path, listing: Path) -> Members:
-    """Members as the public index lists them, each one's bytes compared with its sha256."""
+@dataclass(frozen=True)
+class Listing:
+    """A tar as its public index lists it. All lists have a member's length."""
+
+    length: int  # of the tar, in bytes
+    sha256: str  # of the tar
+    name: list[str]
+    offset: np.ndarray  # int64
+    size: np.ndarray  # int64
+    digest: list[str]  # sha256 of each member
+
+    @property
+    def consistent(self) -> bool:
+        """Whether every member lies inside the tar."""
+        return not ((self.offset < 0) | (self.size < 0) | (self.size > self.length) | (self.offset > self.length - self.size)).any()
+
+
+def listed(path: Path) -> Listing:
+    """What a public index says. Refuses one that cannot be read."""
     try:
-        content = json.loads(listing.read_bytes())
-        length, entries = int(content["filesize"]), content["files"]
-        name = [each.encode() for each in entries]
+        content = json.loads(path.read_bytes())
+        length, sha256, entries = int(content["filesize"]), str(content.get("hash_lfs")), content["files"]
         offset, size = (np.array([int(entry[key]) for entry in entries.values()], np.int64) for key in ("offset", "size"))
-        wanted = [str(entry["sha256"]) for entry in entries.values()]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise Refusal(f"{listing} is not the index of a tar that can be read ({type(error).__name__}: {error}). Download it again, or remove it.") from None
-    there = path.stat().st_size
-    if there != length or (len(name) and ((offset < 0) | (size < 0) | (offset + size > length)).any()):
-        raise Refusal(f"The tar {path} has {there:,} bytes, its index {listing} says {length:,}. One of them is of another revision, or damaged: download both again.")
-    heads, sound = [], np.zeros(len(name), bool)
+        digest = [str(entry["sha256"]) for entry in entries.values()]
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise Refusal(f"{path} is not the index of a tar that can be read ({type(error).__name__}: {error}). Download it again, or remove it.") from None
+    return Listing(length, sha256, list(entries), offset, size, digest)
+
+
+def _published(path: Path, index: Path) -> Members:
+    """Members as the public index lists them, each one's bytes compared with its sha256."""
+    told, there = listed(index), path.stat().st_size
+    if there != told.length or not told.consistent:
+        what = f"The tar {path} has {there:,} bytes, its index {index} says {told.length:,}"
+        raise Refusal(f"{what}. One of them is of another revision, or damaged: download both again.")
+    heads, sound = [], np.zeros(len(told.name), bool)
     with open(path, "rb", buffering=0) as file:
-        for row in np.argsort(offset, kind="stable").tolist():
-            data = piece(file.fileno(), int(offset[row]), int(size[row]))
-            sound[row] = hashlib.sha256(data).hexdigest() == wanted[row]
-            heads.append((row, data[: image.HEAD].ljust(image.HEAD, b"\0")))
+        for row in np.argsort(told.offset, kind="stable").tolist():
+            data = held(file.fileno(), int(told.offset[row]), int(told.size[row]))
+            sound[row] = data is not None and hashlib.sha256(data).hexdigest() == told.digest[row]
+            heads.append((row, (data or b"")[: image.HEAD].ljust(image.HEAD, b"\0")))
     head = np.frombuffer(b"".join(data for _, data in sorted(heads)), np.uint8).reshape(-1, image.HEAD)
-    return _members(name, offset, size, head, sound)
+    return _members([name.encode() for name in told.name], told.offset, told.size, head, sound)
+
+
+def held(descriptor: int, offset: int, size: int) -> bytes | None:
+    """A member's bytes; None where it lies in a hole of a sparse tar, without reading it."""
+    try:
+        if os.lseek(descriptor, offset, os.SEEK_DATA) >= offset + size > offset:
+            return None
+    except OSError as error:
+        if error.errno == errno.ENXIO and size:  # nothing but a hole, up to the end
+            return None
+    return piece(descriptor, offset, size)
 
 
 def _state(path: Path) -> str:

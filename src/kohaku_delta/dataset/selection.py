@@ -57,3 +57,10 @@ def select(database: Database, parameters: Selection) -> pa.Table:
     if not taken.any():
         raise Refusal(f"selection.ranges take no post of the database {database.path}: nothing would be trained on.")
     return pa.table({"post_id": ids[taken], "drawn": drawn[taken].astype(np.int32)}, schema=SCHEMA)
+
+
+def held_out(ids: np.ndarray, selected: np.ndarray, seed: int, count: int) -> np.ndarray:
+    """`count` post ids out of those not selected, ascending; fewer when there are fewer. The preview measures on them."""
+    rest = np.setdiff1d(ids, selected)
+    keys = np.random.Philox(key=[seed, 0]).random_raw(len(rest))
+    return np.sort(rest[np.argsort(keys, kind="stable")[:count]])

@@ -1,36 +1,40 @@
 """Invariant: inputs.json names every verified input once: its place, bytes and sha256. Readers check the size before they believe the place.
 
-A place is written as seen from the folder of inputs.json, or absolute where its pin was.
+It is the same on every host: a place is written as seen from the folder of inputs.json, and hf:// inputs always lie in the recipe's own mirror
+(what another mirror has is linked there). Only an absolute path in params.yaml itself stays absolute. `pinned` says how each
+file was known: "sha256", "prefix <digits>", or "recorded" when nothing but this run says what it is; `start` says where the base comes from.
 """
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 from kohaku_delta import atomic
 from kohaku_delta.refusal import Refusal
 
 
-def write(entries: dict, path) -> None:
-    """entries: input name → {path, bytes, sha256, url} or a list of them; paths as seen from here."""
+def write(entries: dict, folder: Path, start: str, path) -> None:
+    """entries: input name → {path, bytes, sha256, url, pinned} or a list of them; relative paths as seen from `folder`. start: merge.start of the recipe."""
     path = Path(path)
 
     def seen(entry: dict) -> dict:
-        place = entry["path"] if os.path.isabs(entry["path"]) else os.path.relpath(entry["path"], path.parent)
+        place = entry["path"] if os.path.isabs(entry["path"]) else os.path.relpath(folder / entry["path"], path.parent)
         return entry | {"path": place}
 
     entries = {name: [seen(each) for each in entry] if isinstance(entry, list) else seen(entry) for name, entry in entries.items()}
     with atomic.writing(path, "w") as file:
-        json.dump({"inputs": entries}, file, indent=1, sort_keys=True)
+        json.dump({"inputs": entries, "start": start}, file, indent=1, sort_keys=True)
         file.write("\n")
 
 
 def _checked(file: Path, entry: dict) -> Path:
     place = Path(os.path.normpath(file.parent / entry["path"]))
     if not place.is_file():
-        raise Refusal(f"{place} is named by {file} and is not there. Run the download stage again.")
+        raise Refusal(f"{place} is named by {file} and is not there. Run the download stage again (`dvc repro -f -s download`).")
     if place.stat().st_size != entry["bytes"]:
-        raise Refusal(f"{place} has {place.stat().st_size} bytes; {file} says {entry['bytes']}. Run the download stage again: it fetches what is damaged.")
+        size = f"{place} has {place.stat().st_size} bytes; {file} says {entry['bytes']}"
+        raise Refusal(f"{size}. Run the download stage again (`dvc repro -f -s download`): it fetches what is damaged.")
     return place
 
 
@@ -66,3 +70,10 @@ def tokenizer(file, name: str, folder: Path | None) -> tuple[Path, Path]:
 def sha256(file, name: str) -> str:
     """The verified sha256 of the input `name`."""
     return _entry(file, name)["sha256"]
+
+
+def tally(files: list[dict]) -> str:
+    """How many of these entries were known by what, as a phrase."""
+    counts = Counter(each["pinned"] for each in files)
+    words = {"sha256": "as pinned", "recorded": "pinned by nothing: recorded here", "members": "in part, each member by the public index"}
+    return ", ".join(f"{count:,} {words.get(known, f'by its {known}')}" for known, count in sorted(counts.items(), reverse=True))

@@ -1,84 +1,143 @@
-"""Invariant: a file counts as there only after all its bytes were hashed and agree with its pin.
+"""Invariant: a file counts as there only after all its bytes were hashed in this run and agree with its pin, wherever it came from.
 
-`file://` inputs stay where they are; `hf://` inputs are kept in the mirror as owner/name/revision/file. A file whose pin has no sha256 is
-"recorded at first download": inputs.json says what was found.
+`file://` inputs stay where they are; `hf://` inputs are kept in the mirror as kind/owner/name/revision/file. A file that is not there
+(or damaged) is first looked for in other mirrors, which may be read-only: what agrees is linked. Only then is the network asked.
+
+Hashes are not remembered from run to run. Size, times and inode would say that nobody wrote to a file; that its disk still gives back what was
+written they cannot say, and a training reads these files for weeks. Hashing goes at the disk's speed, on all processors.
 """
 
-import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
-from kohaku_delta.hub import pins
+from kohaku_delta.hub import pins, remote, together, transfer
+from kohaku_delta.hub.digest import hashed
+from kohaku_delta.ordered import in_order
 from kohaku_delta.params import Download, Pin
 from kohaku_delta.refusal import Refusal
 
-PIECE = 1 << 20
+
+@dataclass(frozen=True)
+class Wanted:
+    """One file of the recipe."""
+
+    name: str  # of its input
+    several: bool  # whether that input is a list
+    pin: Pin
+    path: Path  # where it lies, or will
+
+    @property
+    def remote(self) -> bool:
+        return self.pin.url.startswith("hf://")
 
 
-def hashed(path: Path, bar: tqdm | None = None) -> str:
-    """sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-            if bar is not None:
-                bar.update(len(piece))
-    return digest.hexdigest()
-
-
-def verify(path: Path, pin: Pin, bar: tqdm | None = None) -> str:
+def verify(path: Path, pin: Pin, advance: Callable[[int], object] = lambda count: None) -> str:
     """The file's sha256. Refuses a file that is missing or that has another size or hash than its pin."""
     if not path.is_file():
         raise Refusal(f"{path} is not there; it is pinned as {pin.url}. Put the file there, or mend the url in params.yaml (download.inputs).")
     size = path.stat().st_size
     if pin.bytes is not None and size != pin.bytes:
         raise Refusal(f"{path} has {size} bytes; its pin {pin.url} says {pin.bytes}. It is damaged or another file: fetch it again.")
-    found = hashed(path, bar)
+    found = hashed(path, advance)
     if pin.sha256 is not None and not found.startswith(pin.sha256):
         raise Refusal(f"{path} has the sha256 {found}; its pin {pin.url} says {pin.sha256}. It is damaged or another file: fetch it again.")
     return found
 
 
-def fetch(pin: Pin, mirror: Path) -> Path:
-    """The file of an hf:// pin in the mirror, downloaded by huggingface_hub if it is not there yet."""
-    place = pins.place(pin)
-    folder = mirror / place.kind / place.repo / (place.revision or "unpinned")
-    target = folder / place.file
-    if not target.is_file():
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def gather(parameters: Download, folder: Path, skip: set[str] = frozenset(), others: Sequence[Path] = ()) -> dict:
+    """Verifies every pinned input but those named in `skip`, and fetches what is not there; returns the entries of inputs.json.
 
-        try:
-            hf_hub_download(place.repo, place.file, repo_type=place.kind, revision=place.revision, local_dir=folder)
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise Refusal(f"{pin.url} could not be fetched: {reason} Check the network and, for a gated repository, HF_TOKEN; what arrived is kept.") from None
-    return target
-
-
-def gather(parameters: Download, folder: Path, skip: set[str] = frozenset()) -> dict:
-    """Fetches and verifies every pinned input but those named in `skip`; returns the entries of inputs.json.
-
-    folder: that of params.yaml; relative file:// urls and a relative mirror are seen from there.
+    folder: that of params.yaml; relative file:// urls and a relative mirror are seen from there. others: mirrors that are only read.
     """
-    wanted = [
-        (name, isinstance(pinned, list), pin)
-        for name, pinned in sorted(parameters.inputs.items())
-        if name not in skip
-        for each in (pinned if isinstance(pinned, list) else [pinned])
-        for pin in pins.spread(each)
-    ]
-    if not wanted:
-        raise Refusal("params.yaml pins no input (download.inputs is empty). For the miniature run `make miniature-data`.")
+    files = wanted(parameters, folder, skip)
+    digests = at_hand(files, others)
+    missing = [file for file in files if file not in digests]
+    if missing:
+        digests |= fetch(missing, folder / parameters.mirror)
     entries: dict = {}
-    with tqdm(desc="verify", unit="B", unit_scale=True, total=sum(pin.bytes or 0 for *_, pin in wanted), disable=None) as bar:
-        for name, several, pin in wanted:
-            path = folder / pin.url.removeprefix("file://") if pin.url.startswith("file://") else fetch(pin, folder / parameters.mirror)
-            found = verify(path, pin, bar)
-            entry = {"path": str(path), "bytes": path.stat().st_size, "sha256": found, "url": pin.url}
-            if several:
-                entries.setdefault(name, []).append(entry)
-            else:
-                entries[name] = entry
+    for file in files:
+        written = parameters.mirror if file.remote else file.pin.url.removeprefix("file://")
+        entry = {
+            "path": seen(file.path, folder, written),
+            "bytes": file.path.stat().st_size,
+            "sha256": digests[file],
+            "url": file.pin.url,
+            "pinned": pins.known(file.pin),
+        }
+        if file.several:
+            entries.setdefault(file.name, []).append(entry)
+        else:
+            entries[file.name] = entry
     return entries
+
+
+def seen(path: Path, folder: Path, written: str) -> str:
+    """A place as inputs.json keeps it: relative to `folder`, that of params.yaml, unless it was `written` there as an absolute path."""
+    return str(path) if os.path.isabs(written) else os.path.relpath(path, folder)
+
+
+def wanted(parameters: Download, folder: Path, skip: set[str]) -> list[Wanted]:
+    """Every file of the recipe, inputs by name and files in the order of their pins."""
+    files = []
+    for name, pinned in sorted(parameters.inputs.items()):
+        if name in skip:
+            continue
+        for each in pinned if isinstance(pinned, list) else [pinned]:
+            for pin in pins.spread(each, pins.listing(folder, name)):
+                if pin.url.startswith("file://"):
+                    path = folder / pin.url.removeprefix("file://")
+                else:
+                    path = folder / parameters.mirror / pins.place(pin).path
+                files.append(Wanted(name, isinstance(pinned, list), pin, path))
+    if not files:
+        raise Refusal("params.yaml pins no input (download.inputs is empty). For the miniature run `make miniature-data`.")
+    for file in files:
+        if file.remote and pins.place(file.pin).revision is None:
+            raise Refusal(
+                f"{file.pin.url} names no revision, and what lies there may change. Run `kohaku-delta pin`, which fills in the present one and shows it first."
+            )
+    return files
+
+
+def at_hand(files: list[Wanted], others: Sequence[Path] = ()) -> dict[Wanted, str]:
+    """The sha256 of each file that is there and right. What lies in another mirror is linked. Refuses a file:// input that is missing or wrong."""
+    places = {file: [file.path, *(other / pins.place(file.pin).path for other in others if file.remote)] for file in files}
+    here = [file for file in files if not file.remote or any(path.is_file() for path in places[file])]
+    sizes = [path.stat().st_size for file in here for path in [path for path in places[file] if path.is_file()][:1]]
+    with together.bar("verify", sum(sizes)) as advance:
+
+        def look(file: Wanted) -> str | None:
+            if not file.remote:
+                return verify(file.path, file.pin, advance)
+            for path in places[file]:
+                if path.is_file():
+                    try:
+                        found = verify(path, file.pin, advance)
+                    except (Refusal, OSError) as error:
+                        reason = error.message.rsplit(": fetch", 1)[0] if isinstance(error, Refusal) else f"{path} cannot be read ({error.strerror})"
+                        together.tell(f"{reason}: passed over")
+                        continue
+                    if path != file.path:
+                        transfer.link(file.path, path)
+                    return found
+            return None
+
+        return {file: found for file, found in zip(here, in_order(look, here), strict=True) if found is not None}
+
+
+def fetch(missing: list[Wanted], mirror: Path) -> dict[Wanted, str]:
+    """Fetches files from the hub; returns their sha256. The hub is asked about all of them, and the disk about its space, before the first byte.
+
+    What cannot be fetched does not hold up the rest: it is told at the end, as one Refusal.
+    """
+    said = together.every(lambda file, stop: remote.patiently(lambda: remote.ask(pins.place(file.pin)), file.pin.url, stop), missing)
+    for file in missing:
+        transfer.agree(file.pin, said[file])
+    parts = {file: transfer.part(file.path, said[file]) for file in missing}
+    there = sum(min(part.stat().st_size, said[file].size) for file, part in parts.items() if part.is_file())
+    total = sum(each.size for each in said.values())
+    together.room(mirror, total - there)
+    with together.bar("download", total, there) as advance:
+        return together.every(lambda file, stop: transfer.bring(file.pin, file.path, said[file], stop, advance), missing)

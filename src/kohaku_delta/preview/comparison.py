@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from kohaku_delta import atomic, table
 from kohaku_delta.danbooru.database import Database
-from kohaku_delta.dataset import captions, filtering
+from kohaku_delta.dataset import captions, filtering, selection
 from kohaku_delta.hub import inputs
 from kohaku_delta.params import Recipe
 from kohaku_delta.preview import grid, held_out, sampler
@@ -24,7 +24,7 @@ def compare(recipe: Recipe, files: dict[str, Path]) -> dict:
     _, texts = run.tokenizers(files)
     parameters = recipe.train.model_copy(update={"shuffle_caption": False, "tag_dropout": 0.0, "seed": recipe.preview.seed})
     selected = table.read(files["selection"], ["post_id"])["post_id"].to_numpy()
-    ids = held_out.candidates(database.post_ids(), selected, recipe.preview.seed, recipe.preview.held_out)
+    ids = selection.held_out(database.post_ids(), selected, recipe.preview.seed, recipe.preview.held_out)
     posts, _ = filtering.filter_posts(database, tar_files, ids, recipe.filter.model_copy(update={"image_check": "decode"}), recipe.caption)
     if posts.num_rows == 0:
         raise Refusal("No post is left to measure on: every post was selected, or none that was not has an image. Lower a draw in selection.ranges.")

@@ -3,19 +3,11 @@
 The loss is the plain mean of ‖ε − ε_θ‖² (no min-SNR weight), captions neither shuffled nor dropped.
 """
 
-import numpy as np
 import pyarrow as pa
 import torch
 
 from kohaku_delta.training.batch import Source
 from kohaku_delta.training.model import Sdxl
-
-
-def candidates(ids: np.ndarray, selected: np.ndarray, seed: int, count: int) -> np.ndarray:
-    """`count` post ids out of those not selected, ascending; fewer when there are fewer."""
-    rest = np.setdiff1d(ids, selected)
-    keys = np.random.Philox(key=[seed, 0]).random_raw(len(rest))
-    return np.sort(rest[np.argsort(keys, kind="stable")[:count]])
 
 
 @torch.no_grad()

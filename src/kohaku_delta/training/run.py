@@ -16,7 +16,7 @@ from tqdm import tqdm
 from kohaku_delta import atomic, numerics, table
 from kohaku_delta.danbooru import tars as tar_files
 from kohaku_delta.hub import inputs as hub_inputs
-from kohaku_delta.hub.mirror import hashed
+from kohaku_delta.hub.digest import hashed
 from kohaku_delta.params import Recipe
 from kohaku_delta.refusal import Refusal
 

@@ -4,6 +4,7 @@ import click
 
 from kohaku_delta.commands.card import card
 from kohaku_delta.commands.pin import pin
+from kohaku_delta.commands.preflight import preflight
 from kohaku_delta.commands.replay import replay
 from kohaku_delta.commands.report import report
 from kohaku_delta.commands.tensors import tensors
@@ -11,8 +12,8 @@ from kohaku_delta.commands.tensors import tensors
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Ask about checkpoints, LoKr files, trainings and folders of the recipe."""
+    """Ask about checkpoints, LoKr files, trainings, hosts and folders of the recipe."""
 
 
-for command in (card, pin, replay, report, tensors):
+for command in (card, pin, preflight, replay, report, tensors):
     main.add_command(command)

@@ -59,6 +59,12 @@ def spans(pin: Pin) -> bool:
     return SPAN.search(pin.url) is not None
 
 
+def files(pin: Pin) -> int:
+    """How many files its url names."""
+    match = SPAN.search(pin.url)
+    return int(match[2]) - int(match[1]) + 1 if match else 1
+
+
 def spread(pin: Pin, listing: Path) -> list[Pin]:
     """A pin whose url holds {0000..2000} as one pin a file, as its list `listing` has them; any other pin as it is."""
     match = SPAN.search(pin.url)

@@ -18,7 +18,7 @@ from kohaku_delta.checkpoint import lokr
 from kohaku_delta.checkpoint.stream import Written
 from kohaku_delta.params import Recipe
 from kohaku_delta.refusal import Refusal
-from kohaku_delta.training import fingerprint, lanes, loader, optimizer, state
+from kohaku_delta.training import fingerprint, lanes, loader, optimizer, state, together
 from kohaku_delta.training import journal as journals
 from kohaku_delta.training.adapter import Adapter
 from kohaku_delta.training.batch import Batch, Source
@@ -57,7 +57,21 @@ class Loop:
 
     def take_up(self, step: int) -> None:
         """Goes back (or forward) to the saved state after `step` steps."""
-        tensors, (self.scaler.scale, self.scaler.good_steps), self.journal = state.load(self.folder, step, self.journal.header)
+        self.adopt(step, state.load(self.folder, step, self.journal.header))
+
+    def begin(self) -> int:
+        """Takes up the newest saved state, which need not lie on this rank's machine. Returns its steps; 0 where there is none."""
+        if self.ranks == 1:
+            done = max(state.saved(self.folder), default=0)
+            held = state.load(self.folder, done, self.journal.header) if done else None
+        else:
+            done, held = together.newest(self.folder, self.journal.header, self.ranks, self.model.device)
+        if held:
+            self.adopt(done, held)
+        return done
+
+    def adopt(self, step: int, held: together.State) -> None:
+        tensors, (self.scaler.scale, self.scaler.good_steps), self.journal = held
         weights = state.part(tensors, "weights/")
         for name, weight in self.adapter.tensors().items():
             weight.copy_(weights[name])
@@ -154,9 +168,7 @@ class Loop:
         """Yields (steps made, mean loss, seconds) a step. SIGTERM and SIGINT end after the current step, saved."""
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, lambda *_: setattr(self, "asked", True))
-        done = max(state.saved(self.folder), default=0)
-        if done:
-            self.take_up(done)
+        done = self.begin()
         rows = [row for step in range(done, self.steps) for row in self.rows(step)]
         batches = loader.batches(self.source, self.schedule, rows, self.recipe.train.workers)
         for step in range(done, self.steps):

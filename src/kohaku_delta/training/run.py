@@ -121,20 +121,28 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
     import torch
     import torch.distributed as dist
 
-    from kohaku_delta.training import lanes, state
+    from kohaku_delta.training import lanes, state, together
     from kohaku_delta.training.loop import Loop
 
     lanes.own(recipe.schedule.lanes, rank, ranks)
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        card = int(os.environ.get("LOCAL_RANK", 0))
+        if card >= torch.cuda.device_count():
+            raise Refusal(f"This machine has {torch.cuda.device_count()} GPUs, and rank {rank} wants a further one. Name fewer ranks (--ranks; torchrun's --nproc-per-node).")
+        torch.cuda.set_device(card)
     text_files, texts = tokenizers(files)
     places = tars(files)
     with state.locked(work, rank):
         made = parts(recipe, files, texts, places, device)
         steps = int(made.schedule["step"][-1].as_py()) + 1
-        folder = state.claim(work, dependencies(recipe, files, text_files, list(places.values())), steps, rank)
+        depends = dependencies(recipe, files, text_files, list(places.values()))
+        folder = state.claim(work, depends, steps, rank)
         if ranks > 1:
-            dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=10))
+            try:
+                dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=10))
+            except RuntimeError as error:
+                raise Refusal(f"Rank {rank} did not find the others ({str(error).splitlines()[0]}). Look at what they said, on every machine.") from None
+            together.agree(depends, ranks, device)
         loop = Loop(recipe, made, folder, rank, ranks)
         done = 0
         images = np.add.reduceat(pc.list_value_length(made.schedule["visits"]).to_numpy(), loop.starts[:-1])

@@ -105,14 +105,19 @@ def load(folder: Path, step: int, header: dict) -> tuple[dict[str, torch.Tensor]
         raise Refusal(f"{here / STATE} holds no scaler: it is not what training saved. {remedy}")
     scale, good_steps = arrays.pop("scaler").tolist()
     tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    weights = fingerprint.each(part(tensors, "weights/"))
-    said = rows.rows[-1]
-    if fingerprint.folded(weights) != said["weights"]:
-        names = differing(weights, said["tensors"])
-        raise Refusal(f"{here / STATE} is not what training saved: after step {step - 1} {', '.join(names[:3]) or 'a weight'} had other bits. {remedy}")
-    if fingerprint.folded(fingerprint.each(part(tensors, "optimizer/"))) != said["optimizer"]:
-        raise Refusal(f"{here / STATE} is not what training saved: after step {step - 1} the optimizer's state had other bits. {remedy}")
+    if fault := strange(tensors, rows):
+        raise Refusal(f"{here / STATE} is not what training saved: after step {step - 1} {fault} had other bits. {remedy}")
     return tensors, (scale, int(good_steps)), rows
+
+
+def strange(tensors: dict[str, torch.Tensor], rows: Journal) -> str | None:
+    """What of a state has not the fingerprints that the last row of its journal says; None when all of it has."""
+    weights, said = fingerprint.each(part(tensors, "weights/")), rows.rows[-1]
+    if fingerprint.folded(weights) != said["weights"]:
+        return ", ".join(differing(weights, said["tensors"])[:3]) or "a weight"
+    if fingerprint.folded(fingerprint.each(part(tensors, "optimizer/"))) != said["optimizer"]:
+        return "the optimizer's state"
+    return None
 
 
 def part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

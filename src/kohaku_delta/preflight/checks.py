@@ -1,0 +1,220 @@
+"""Invariant: a line is green only if what it names was seen and is enough; a red line says what to do. What does not concern the recipe has no line.
+
+A described host (`--simulate`) has lines only for what its description says.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kohaku_delta.params import Recipe
+from kohaku_delta.preflight import lock, need
+from kohaku_delta.preflight.host import Host
+from kohaku_delta.preflight.model import Numbers
+
+BROKEN = ((0, 36, 0), (0, 41, 0))  # bitsandbytes, model card: its 8-bit optimizers are wrong from … to
+DRIVERS = {12: 525, 13: 580}  # CUDA major → least driver, NVIDIA's table of minor version compatibility
+SPARE = 0.02  # of the disk, for what is not counted (logs, indices)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table."""
+
+    name: str
+    good: bool
+    says: str
+    remedy: str = ""
+
+
+def size(number: float) -> str:
+    """Bytes as people read them."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number / 1e3:.3g} kB"
+
+
+def table(recipe: Recipe, host: Host, numbers: Numbers | None, locked: dict[str, str]) -> list[Line]:
+    """All lines. numbers: None leaves out what depends on the model's size."""
+    lines: list[Line | None] = [_python(host), _tools(host, recipe), _libraries(host, locked, recipe), _bitsandbytes(host, locked, recipe)]
+    lines += [_numerics(host, recipe)]
+    if recipe.train.device == "cuda":
+        lines += [_cards(host, recipe), _same(host), _architecture(host), _driver(host, locked), _cuda(host, locked, recipe), _nccl(host, locked)]
+        lines += [_card_memory(host, recipe, numbers)] if numbers else []
+    if numbers:
+        lines += [_memory(host, recipe, numbers)]
+    lines += [_shared_memory(host, recipe), _supplied(host)]
+    if numbers and host.places is not None:
+        lines += list(_disks(host, recipe, numbers))
+    return [line for line in lines if line is not None]
+
+
+def _install(recipe: Recipe) -> str:
+    return f"install the lock: `pip install --no-deps --require-hashes -r requirements/{recipe.requirements}.txt`, or build the image anew"
+
+
+def _python(host: Host) -> Line | None:
+    if host.python is None:
+        return None
+    return Line("Python", host.python.startswith("3.11."), host.python, "the lock is for 3.11: make .venv with that one")
+
+
+def _tools(host: Host, recipe: Recipe) -> Line | None:
+    if host.missing_tools is None:
+        return None
+    missing = ", ".join(host.missing_tools)
+    says = f"not there: {missing}" + (" (DVC does without git)" if missing == "git" else "") if missing else "there"
+    return Line("dvc, git", "dvc" not in host.missing_tools, says, f"put .venv/bin on PATH; {_install(recipe)}")
+
+
+def _libraries(host: Host, locked: dict[str, str], recipe: Recipe) -> Line | None:
+    if host.libraries is None:
+        return None
+    found = {name: host.libraries.get(name, "is missing") for name in sorted(locked)}
+    others = [f"{name} {number} (lock: {locked[name]})" for name, number in found.items() if number != locked[name]]
+    good = f"all {len(locked)} as in requirements/{recipe.requirements}.txt"
+    return Line("libraries", not others, f"{len(others)} of {len(locked)} differ: {', '.join(others[:3])}" if others else good, _install(recipe))
+
+
+def _bitsandbytes(host: Host, locked: dict[str, str], recipe: Recipe) -> Line | None:
+    if host.libraries is None or host.bitsandbytes is None:
+        return None
+    installed = host.libraries.get("bitsandbytes", "")
+    number = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
+    if not installed:
+        says = "it is not installed"
+    elif BROKEN[0] <= number <= BROKEN[1]:
+        says = f"{installed}: the 8-bit optimizers of 0.36.0 to 0.41.0 are broken (model card)"
+    elif installed != locked.get("bitsandbytes"):
+        says = f"{installed}: the lock says {locked.get('bitsandbytes')}, and another version rounds otherwise"
+    elif host.bitsandbytes:
+        says = f"{installed}: {host.bitsandbytes}"
+    else:
+        return Line("bitsandbytes", True, f"{installed}, native library loaded")
+    return Line("bitsandbytes", False, says, f"{_install(recipe)}; on a GPU host look at the lines on driver and CUDA first")
+
+
+def _numerics(host: Host, recipe: Recipe) -> Line | None:
+    if host.numerics is None:
+        return None
+    says = host.numerics or f"the contract for {recipe.train.device} holds"
+    return Line("numerics", not host.numerics, says, "mend what the sentence names; the other lines say how")
+
+
+def _cards(host: Host, recipe: Recipe) -> Line | None:
+    if host.cards is None:
+        return None
+    count, ranks, lanes = len(host.cards), recipe.train.ranks, recipe.schedule.lanes
+    if lanes % ranks:
+        return Line("GPUs", False, f"train.ranks is {ranks}, which does not divide {lanes} lanes", f"set train.ranks in params.yaml to a divisor of {lanes}")
+    names = ", ".join(sorted({card.name for card in host.cards}))
+    says = f"{count} ({names})" if count else "none is seen"
+    possible = max((each for each in range(1, count + 1) if lanes % each == 0), default=0)
+    remedy = "show the GPUs to this process (driver; `--gpus all` for a container)"
+    if possible:
+        remedy = f"set train.ranks in params.yaml to {possible}: it takes longer, the bits are the same"
+    return Line("GPUs", count >= ranks, f"{says}, for {ranks} ranks that share {lanes} lanes", remedy)
+
+
+def _same(host: Host) -> Line | None:
+    if not host.cards or host.cards[0].multiprocessors is None:
+        return None
+    kinds = sorted({f"{card.name}, architecture {card.architecture}, {card.multiprocessors} multiprocessors" for card in host.cards})
+    remedy = "equal bits need one kind: show only equal ones (CUDA_VISIBLE_DEVICES), and set train.ranks to their number"
+    return Line("same GPU", len(kinds) == 1, " / ".join(kinds), remedy)
+
+
+def _architecture(host: Host) -> Line | None:
+    if not host.cards or not host.architectures or host.cards[0].architecture is None:
+        return None
+    major, minor = map(int, host.cards[0].architecture.split("."))
+    fitting = [each for each in host.architectures if _runs(each, major, minor)]
+    says = f"sm_{major}{minor}; torch is built for {', '.join(host.architectures)}"
+    return Line("architecture", bool(fitting), says, "take a GPU of one of these architectures: the lock's torch has no code for this one")
+
+
+def _runs(built: str, major: int, minor: int) -> bool:
+    """Whether code built for an architecture runs on another: machine code (sm_) on the same major, portable code (compute_) on any later one."""
+    kind, _, number = built.partition("_")
+    number = "".join(each for each in number if each.isdigit())
+    theirs = (int(number[:-1]), int(number[-1])) if len(number) > 1 else (99, 0)
+    return theirs <= (major, minor) and (kind == "compute" or theirs[0] == major)
+
+
+def _driver(host: Host, locked: dict[str, str]) -> Line | None:
+    if host.driver is None:
+        return None
+    cuda = (lock.version(locked, "cuda-toolkit", "nvidia-cuda-runtime") or "13").split(".")[0]
+    least = DRIVERS.get(int(cuda), max(DRIVERS.values()))
+    found = host.driver.split(".")[0]
+    says = host.driver or "none answers (nvidia-smi)"
+    return Line("driver", found.isdigit() and int(found) >= least, says, f"install NVIDIA's driver {least} or later on the host: CUDA {cuda} needs it")
+
+
+def _cuda(host: Host, locked: dict[str, str], recipe: Recipe) -> Line | None:
+    if host.cuda is None:
+        return None
+    wanted = ".".join((lock.version(locked, "cuda-toolkit", "nvidia-cuda-runtime") or "").split(".")[:2])
+    return Line("CUDA", host.cuda == wanted, f"{host.cuda or 'torch is a CPU build'} (lock: {wanted})", _install(recipe))
+
+
+def _nccl(host: Host, locked: dict[str, str]) -> Line | None:
+    if host.nccl is None:
+        return None
+    wanted = lock.version(locked, "nvidia-nccl") or ""
+    remedy = "another NCCL comes before the lock's: unset LD_LIBRARY_PATH and LD_PRELOAD" if host.nccl else "it is seen with the GPUs: mend their lines"
+    return Line("NCCL", host.nccl == wanted, f"{host.nccl or 'none answers'} (lock: {wanted})", remedy)
+
+
+def _card_memory(host: Host, recipe: Recipe, numbers: Numbers) -> Line | None:
+    if not host.cards:
+        return None
+    least, lowest = need.card_memory(recipe, numbers, recipe.train.ranks), min(card.memory for card in host.cards)
+    always = need.total(need.card(recipe, numbers, recipe.train.ranks))
+    says = f"{size(lowest)} a GPU; {size(least)} is taken for enough (the release's cards), {size(always)} of it is always full"
+    remedy = "take larger GPUs"
+    if lowest > always:
+        remedy += "; how much activations need was not measured, so less may do: try the train stage by hand"
+    return Line("GPU memory", lowest >= least, says, remedy)
+
+
+def _memory(host: Host, recipe: Recipe, numbers: Numbers) -> Line | None:
+    if host.memory is None:
+        return None
+    least = need.memory(recipe, numbers, recipe.train.ranks)
+    says = f"{size(host.memory)}, {size(least)} while {recipe.train.ranks} ranks begin"
+    return Line("memory", host.memory >= least, says, "add swap for the beginning, or train with fewer ranks")
+
+
+def _shared_memory(host: Host, recipe: Recipe) -> Line | None:
+    if host.shared_memory is None:
+        return None
+    least = need.shared_memory(recipe, recipe.train.ranks)
+    remedy = f"give /dev/shm {size(least)} (`--shm-size` or `--ipc=host` for a container, `mount -o remount,size=…` on a host), or lower train.workers"
+    return Line("shared memory", host.shared_memory >= least, f"{size(host.shared_memory)} in /dev/shm, {size(least)} needed", remedy)
+
+
+def _supplied(host: Host) -> Line | None:
+    if host.supplied is None:
+        return None
+    missing = ", ".join(host.supplied)
+    remedy = "put the file there (params.yaml says where it comes from), or start from the published base: merge.start: published"
+    return Line("supplied inputs", not missing, f"not there: {missing}" if missing else "there", remedy)
+
+
+def _disks(host: Host, recipe: Recipe, numbers: Numbers) -> Iterator[Line]:
+    """A line a file system: what is still to come into its folders, against what is free."""
+    written = need.total(need.build(recipe, numbers))
+    folders = {"mirror": need.total(need.fetched(recipe, numbers)), "build": written, "cache": written}
+    folders["work"] = need.total(need.work(recipe, numbers))
+    shared: dict[int, list[str]] = defaultdict(list)
+    for name, place in host.places.items():
+        shared[place.device].append(name)
+    for names in shared.values():
+        left = {name: max(0, folders[name] - host.places[name].there) for name in names}
+        least, free = sum(left.values()), host.places[names[0]].free
+        parts = ", ".join(f"{name} {size(left[name])}" for name in names if left[name])
+        says = f"{size(free)} free, {size(least)} to come" + (f": {parts}" if parts else "")
+        remedy = "free some, or put the largest folder elsewhere: download.mirror and train.work in params.yaml, `dvc cache dir`, or links"
+        yield Line(f"disk of {', '.join(names)}", free >= least * (1 + SPARE), says, remedy)

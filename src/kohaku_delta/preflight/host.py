@@ -1,0 +1,140 @@
+"""Invariant: what is said of a host was read on it; None: not known (a host that is only described). Nothing here changes the host.
+
+The checks see a `Host` and nothing else, so a test can hand in any. GPUs and libraries are read in another process (`probe`), which imports torch.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.utils import canonicalize_name
+
+from kohaku_delta.params import Recipe
+from kohaku_delta.preflight.model import Numbers
+from kohaku_delta.refusal import Refusal
+
+PATIENCE = 300  # seconds for the probe; on a cold disk torch and diffusers take their time
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU. `memory` in bytes, `architecture` as "8.6"."""
+
+    name: str
+    memory: int
+    architecture: str | None = None
+    multiprocessors: int | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder that is written to. `device`: folders with the same one share `free`; `there`: bytes that it has already."""
+
+    path: str
+    device: int
+    free: int
+    there: int
+
+
+@dataclass(frozen=True)
+class Host:
+    """Sizes in bytes. `driver`: "" where none answers; `numerics`, `bitsandbytes`: "" where all is well, else a sentence.
+
+    `architectures`: what torch was built for ("sm_86"); `supplied`: pinned file:// inputs that are not there."""
+
+    python: str | None = None
+    missing_tools: tuple[str, ...] | None = None
+    libraries: dict[str, str] | None = None
+    numerics: str | None = None
+    bitsandbytes: str | None = None
+    cards: tuple[Card, ...] | None = None
+    architectures: tuple[str, ...] | None = None
+    driver: str | None = None
+    cuda: str | None = None
+    nccl: str | None = None
+    memory: int | None = None
+    shared_memory: int | None = None
+    places: dict[str, Place] | None = None
+    supplied: tuple[str, ...] | None = None
+
+
+def here(recipe: Recipe, params: Path) -> tuple[Host, Numbers | None]:
+    """This host, seen from the recipe's folder; and the sizes of the model, which the same process counts (None where libraries are missing)."""
+    folder = params.parent
+    root = (folder / recipe.root).resolve()
+    found = _probe(params)
+    return Host(
+        python=platform.python_version(),
+        missing_tools=tuple(tool for tool in ("dvc", "git") if not shutil.which(tool)),
+        libraries={canonicalize_name(each.metadata["Name"]): each.version for each in importlib.metadata.distributions()},
+        numerics=found["numerics"],
+        bitsandbytes=found["bitsandbytes"],
+        cards=tuple(Card(**card) for card in found["cards"]),
+        architectures=tuple(found["architectures"]),
+        driver=driver(),
+        cuda=found["cuda"],
+        nccl=found["nccl"],
+        memory=_memory(),
+        shared_memory=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
+        places=_places(recipe, folder, root),
+        supplied=_supplied(recipe, folder),
+    ), Numbers(**found["numbers"]) if found["numbers"] else None
+
+
+def _probe(params: Path) -> dict:
+    script = Path(__file__).with_name("probe.py")
+    try:
+        done = subprocess.run([sys.executable, str(script), str(params)], capture_output=True, text=True, timeout=PATIENCE)
+        found = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        raise Refusal(f"{script} did not answer in {PATIENCE} s. Does `nvidia-smi` answer? A card that hangs needs a restart of the host.") from None
+    except (ValueError, IndexError):
+        said = done.stderr.strip().splitlines()
+        raise Refusal(f"{script} could not look at this host: {said[-1] if said else f'exit code {done.returncode}'}") from None
+    if "refusal" in found:
+        raise Refusal(found["refusal"])
+    return found
+
+
+def driver() -> str:
+    """The NVIDIA driver's version; "" where none answers."""
+    try:
+        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else ""
+
+
+def _memory() -> int:
+    """Main memory in bytes: the machine's, or what a container may use of it."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    said = limit.read_text().strip() if limit.is_file() else "max"
+    return min(total, int(said)) if said.isdigit() else total
+
+
+def _places(recipe: Recipe, folder: Path, root: Path) -> dict[str, Place]:
+    cache = root / ".dvc" / "cache"
+    paths = {"mirror": folder / recipe.download.mirror, "build": folder / "build", "cache": cache, "work": folder / recipe.train.work}
+    return {name: _place(path) for name, path in paths.items()}
+
+
+def _place(path: Path) -> Place:
+    existing = path.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    there = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
+    return Place(str(path), existing.stat().st_dev, shutil.disk_usage(existing).free, there)
+
+
+def _supplied(recipe: Recipe, folder: Path) -> tuple[str, ...]:
+    from kohaku_delta.preflight.need import wanted
+
+    paths = [pin.url.removeprefix("file://") for _, pin in wanted(recipe) if pin.url.startswith("file://")]
+    return tuple(path for path in paths if not (folder / path).is_file())

@@ -1,0 +1,93 @@
+"""Invariant: sizes are counted on the modules themselves, without their numbers: of the recipe's own SDXL where it is a local file, else of SDXL 1.0."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kohaku_delta.params import Recipe
+
+CLIP = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": None, "max_position_embeddings": 77, "vocab_size": 49408}
+# Stability AI's SDXL 1.0: config.json of unet, text_encoder, text_encoder_2 and vae at the pinned revision
+SDXL = {
+    "unet": {
+        "sample_size": 128, "in_channels": 4, "out_channels": 4, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (320, 640, 1280), "layers_per_block": 2,
+        "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048, "use_linear_projection": True,
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+    },
+    "te1": CLIP | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768},
+    "te2": CLIP | {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280},
+    "vae": {
+        "sample_size": 1024, "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "latent_channels": 4,
+        "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
+    },
+}  # fmt: skip
+EIGHT_BIT, BLOCK = 4096, 256  # bitsandbytes 0.50.2: elements from which Lion keeps 8 bits, and elements a scale of 4 bytes
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Counts of numbers, and bytes of the optimizer's state. `of`: whose sizes these are.
+
+    `entries`: tensors of the LoKr; `trained`: its numbers that a gradient reaches."""
+
+    of: str
+    unet: int
+    text: int
+    vae: int
+    lokr: int
+    entries: int
+    trained: int
+    optimizer: int
+
+
+def count(recipe: Recipe, folder: Path) -> Numbers:
+    """The sizes of the recipe's model and LoKr. Imports torch."""
+    import torch
+    from lycoris.modules.lokr import LokrModule
+    from lycoris.modules.norms import NormModule
+
+    from kohaku_delta.checkpoint import modules, preset, stream
+
+    checkpoint = _at_hand(recipe, folder)
+    if checkpoint:
+        with stream.open_file(checkpoint) as file:
+            configs = modules.architecture({name: spec.shape for name, spec in file.specs.items()}, recipe.model)
+    else:
+        configs = SDXL
+    built = modules.build(configs)
+    sizes = {part: sum(weight.numel() for weight in module.parameters()) for part, module in built.items()}
+    idle = f"lora_te1_text_model_encoder_layers_{built['te1'].config.num_hidden_layers - 1}_"
+    lokr = recipe.lokr
+    weights: list[tuple[bool, int]] = []
+    with torch.device("meta"):
+        for target in preset.targets({part: built[part] for part in ("te1", "te2", "unet")}, lokr.preset):
+            layer = built[target.part].get_submodule(target.path)
+            if target.algorithm == "norm":
+                entry = NormModule(target.lora, layer)
+            else:
+                entry = LokrModule(target.lora, layer, lora_dim=lokr.dim, alpha=lokr.alpha, factor=target.factor, full_matrix=True)
+            weights += [(target.lora.startswith(idle), weight.numel()) for weight in entry.parameters()]
+    trained = [size for never, size in weights if not never]
+    return Numbers(
+        of=checkpoint.name if checkpoint else "SDXL 1.0",
+        unet=sizes["unet"],
+        text=sizes["te1"] + sizes["te2"],
+        vae=sizes["vae"],
+        lokr=sum(size for _, size in weights),
+        entries=len(weights),
+        trained=sum(trained),
+        optimizer=sum(state(size) for size in trained),
+    )
+
+
+def state(size: int) -> int:
+    """Bytes of Lion8bit's state for a weight of so many numbers: 8 bits and a scale a block, or fp32 for a small one."""
+    return size + 4 * -(-size // BLOCK) if size >= EIGHT_BIT else 4 * size
+
+
+def _at_hand(recipe: Recipe, folder: Path) -> Path | None:
+    """The pinned SDXL checkpoint, where it is a local file: the miniature's has dimensions of its own."""
+    pin = recipe.download.inputs.get("sdxl")
+    local = pin and not isinstance(pin, list) and pin.url.startswith("file://")
+    path = folder / pin.url.removeprefix("file://") if local else None
+    return path if path and path.is_file() else None

@@ -1,0 +1,104 @@
+"""Invariant: no number without its source: counted, pinned, computed, or measured by somebody who is named; what nobody measured is said to be so.
+
+A host is described in words: "2x RTX 3090", or "4x RTX 4090, 24 GB, memory 128 GB, disk 4 TB" (the first size is each GPU's memory).
+"""
+
+import re
+from dataclasses import dataclass
+
+from kohaku_delta.params import Recipe
+from kohaku_delta.preflight import need
+from kohaku_delta.preflight.checks import size
+from kohaku_delta.preflight.host import Card, Host, Place
+from kohaku_delta.preflight.model import Numbers
+from kohaku_delta.preflight.need import GB, Need
+from kohaku_delta.refusal import Refusal
+
+# each GPU's memory in GB, architecture and multiprocessors, from the makers' data sheets
+CARDS = {
+    "RTX 3090": (24, "8.6", 82),
+    "RTX 3090 Ti": (24, "8.6", 84),
+    "RTX 4090": (24, "8.9", 128),
+    "A100 80GB": (80, "8.0", 108),
+    "H100": (80, "9.0", 132),
+}
+UNITS = {"GB": GB, "TB": 1000 * GB}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the plan."""
+
+    what: str
+    figure: str
+    source: str = ""
+
+
+def described(text: str) -> Host:
+    """The host of a description; what it does not say is not known."""
+    first, *rest = [part.strip() for part in text.split(",")]
+    match = re.fullmatch(r"(\d+)\s*[x×]\s*(.+)", first)
+    if not match or not int(match[1]):
+        raise Refusal(f'--simulate: {first!r} says nothing known. An example: "2x RTX 3090, 24 GB, memory 64 GB, disk 2 TB".')
+    count, name = int(match[1]), match[2].strip()
+    sizes = {}
+    for part in rest:
+        said = re.fullmatch(r"(?:(memory|disk)\s+)?(\d+(?:\.\d+)?)\s*(GB|TB)", part)
+        if not said:
+            raise Refusal(f'--simulate: {part!r} says nothing known. An example: "2x RTX 3090, 24 GB, memory 64 GB, disk 2 TB".')
+        sizes[said[1] or "card"] = int(float(said[2]) * UNITS[said[3]])
+    known = CARDS.get(name)
+    if not known and "card" not in sizes:
+        raise Refusal(f'--simulate: the memory of {name} is not known here. Say it: "{first}, 24 GB". Known: {", ".join(CARDS)}.')
+    card = Card(name, sizes.get("card", known[0] * GB if known else 0), *(known[1:] if known else ()))
+    places = {place: Place(place, 0, sizes["disk"], 0) for place in ("mirror", "build", "cache", "work")} if "disk" in sizes else None
+    return Host(cards=(card,) * count, memory=sizes.get("memory"), places=places)
+
+
+def rows(recipe: Recipe, numbers: Numbers, host: Host, seconds: float | None) -> list[Row]:
+    """The plan of the whole recipe on a described host. seconds: a step's, measured on such a host; None: the release's, where it is the release's host."""
+    ranks = recipe.train.ranks
+    fetched, written, worked = need.fetched(recipe, numbers), need.build(recipe, numbers), need.work(recipe, numbers)
+    both = [*written, Need("a second copy in DVC's cache", need.total(written), "unless the file system shares blocks (reflink)")]
+    plan = [Row("fetch into the mirror", size(need.total(fetched)), f"{len(fetched)} inputs"), *_each(fetched)]
+    plan += [Row("build and cache", size(need.total(both)), "what the stages write"), *_each(both)]
+    plan += [Row("work", size(need.total(worked)), "training state at its fullest"), *_each(worked)]
+    plan += [Row("disk in all", size(need.total([*fetched, *both, *worked])), "sum of the three")]
+    plan += _time(recipe, host, seconds)
+    if recipe.train.device == "cuda":
+        always = need.card(recipe, numbers, ranks)
+        above = f"each of {ranks} GPUs; activations come on top, not measured for this code"
+        plan += [Row("GPU memory, always full", size(need.total(always)), above), *_each(always)]
+    plan += [Row("main memory", size(need.memory(recipe, numbers, ranks)), f"computed: base, LoKr and tables, once a rank, {ranks} ranks")]
+    loaders = f"computed: {ranks} × {recipe.train.workers} loader processes × {need.AHEAD} micro-batches"
+    nccl = "; 1 GB for NCCL (its documentation)" if recipe.train.device == "cuda" else ""
+    return [*plan, Row("shared memory", size(need.shared_memory(recipe, ranks)), loaders + nccl)]
+
+
+def _each(needs: list[Need]) -> list[Row]:
+    return [Row(f"  {each.what}", size(each.bytes), each.source) for each in needs]
+
+
+def _time(recipe: Recipe, host: Host, seconds: float | None) -> list[Row]:
+    count, release = need.steps(recipe), need.RELEASE
+    if count is None:
+        return [Row("steps", "not known", "the schedule stage tells")]
+    kept = need.milestones(recipe)
+    plan = [Row("steps", f"{count:,}", "the model card; the schedule stage tells again")]
+    if kept:
+        plan += [Row("states kept for good", f"{len(kept)}", f"steps {kept[0]:,} to {kept[-1]:,}, each with its LoKr file")]
+    used = f"{recipe.train.ranks} of {len(host.cards)} GPUs"
+    if seconds is None and (recipe.train.ranks, host.cards[0].name) == (release["gpus"], release["gpu"]) and recipe.published:
+        seconds, source = release["seconds"], release["who"]
+    elif seconds is None:
+        return [*plan, Row("time a step", "not measured", f"on {used} of this kind: measure some steps (work/*/log.csv has them) and say --seconds-per-step")]
+    else:
+        source = "--seconds-per-step"
+    lost = recipe.train.save_every * seconds / 3600
+    product = "steps × time a step" + ("; this code's own speed on that card was not measured" if source == release["who"] else "")
+    return [
+        *plan,
+        Row("time a step", f"{seconds:g} s", f"{source}; {used}"),
+        Row("training", f"{need.days(count, seconds):.1f} days", product),
+        Row("a power cut costs", f"up to {lost:.1f} h", f"a state every {recipe.train.save_every} steps; a stop (SIGTERM) costs none"),
+    ]

@@ -76,7 +76,7 @@ def read(place: Path) -> Build:
         changed=sorted({*torn, *_differences(today.model_dump(by_alias=True), recipe.model_dump(by_alias=True))}),
         stages=stages,
         lost={out.path: why for stage in stages for out in stage.outs.values() if (why := _lost(place / out.path, out))},
-        sources=_sources(listed, recipe) if listed else [],
+        sources=_sources(listed, recipe, place) if listed else [],
         weights=_weights(folder, recipe),
         dataset=outs.read(folder / "dataset.json", outs.Dataset),
         held_out=outs.read(folder / "held-out.json", outs.HeldOut),
@@ -111,8 +111,8 @@ def _lost(path: Path, out: locks.Out) -> str | None:
     return None if size == out.size else f"here are {size:,} bytes"
 
 
-def _sources(listed: outs.Inputs, recipe: Recipe) -> list[Source]:
-    pinned = {name: [each for pin in (pin if isinstance(pin, list) else [pin]) for each in pins.spread(pin)] for name, pin in recipe.download.inputs.items()}
+def _sources(listed: outs.Inputs, recipe: Recipe, place: Path) -> list[Source]:
+    pinned = {name: [each for pin in (pin if isinstance(pin, list) else [pin]) for each in pins.spread(pin, pins.listing(place, name))] for name, pin in recipe.download.inputs.items()}
     found = []
     for name, entries in listed.inputs.items():
         of = {pin.url: pin for pin in pinned.get(name, [])}

@@ -64,7 +64,7 @@ def test_the_releases_card_has_the_front_matter_that_the_hub_reads(tmp_path):
         "license_name": "fair-ai-public-license-1.0-sd",
         "license_link": "https://freedevproject.org/faipl-1.0-sd/",
         "base_model": ["nnnn1111/models", "stabilityai/stable-diffusion-xl-base-1.0"],
-        "datasets": ["KBlueLeaf/danbooru2023-sqlite", "KBlueLeaf/danbooru2023-webp-4Mpixel"],
+        "datasets": ["KBlueLeaf/danbooru2023-sqlite", "KBlueLeaf/danbooru2023-webp-4Mpixel", "deepghs/danbooru2023-webp-4Mpixel_index"],
         "tags": ["stable-diffusion-xl", "text-to-image", "anime", "lokr", "reproducible"],
     }
     read = ModelCard(text)

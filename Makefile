@@ -7,7 +7,7 @@ RECIPE ?= miniature
 BENCH ?=
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: repro report test test-slow miniature-data bench-dataset bench-checkpoint bench-train lock
+.PHONY: repro report test test-slow miniature-data bench-dataset bench-checkpoint bench-train image image-check wheels lock
 
 repro: $(VENV)/requirements.txt
 	@dvc pull -q data.dvc
@@ -41,6 +41,18 @@ bench-checkpoint: $(VENV)/requirements.txt
 # After `make repro`: a training step against LyCORIS's forward, against bare forward and backward, and its memory at full size.
 bench-train: $(VENV)/requirements.txt
 	python bench/train.py $(BENCH)
+
+# The container image of HEAD (LOCK=cuda or cpu), and whether it holds what docs/container.md promises (STOP=1: `docker stop` amid the training too).
+image:
+	@container/build.sh
+
+image-check:
+	@container/check.sh
+
+# Every wheel of a lock in one folder, for building the image without a network: make image WHEELS=build/wheels-cuda
+wheels: LOCK ?= cuda
+wheels: $(VENV)/requirements.txt
+	@$(VENV)/bin/pip download --quiet --no-deps --require-hashes --no-build-isolation -d build/wheels-$(LOCK) -r requirements/$(LOCK).txt -r container/init.txt
 
 # The locks of requirements/recipe.in, with hashes: one for the CPU build of torch, one for its CUDA build. Needs uv.
 lock:

@@ -1,0 +1,28 @@
+#!/bin/sh
+# Rebuilds the miniature in a scratch copy of the recipe whose dvc.lock has lost all hashes, and compares what comes out with the committed dvc.lock.
+# The image's default command; needs no network. A stopped container that is started again goes on where the training was saved.
+set -eu
+recipe=$(cd "$(dirname "$0")/.." && pwd)
+copy=${1:-/tmp/miniature}
+trap 'echo "Stopped. Start this container again to go on."; exit 130' INT
+
+if [ ! -d "$copy" ]; then
+    aside=$copy.$$
+    mkdir -p "$aside/.dvc" "$aside/miniature"
+    cp "$recipe/.dvc/config" "$aside/.dvc/"
+    printf '[core]\n    no_scm = true\n' > "$aside/.dvc/config.local"
+    cp -R "$recipe/.dvcignore" "$recipe/data.dvc" "$recipe/dvc.yaml" "$recipe/params.yaml" "$recipe/requirements" "$recipe/src" "$recipe/stages" "$aside/"
+    cp -RP "$recipe/miniature/dvc.yaml" "$recipe/miniature/params.yaml" "$recipe/miniature/remote" "$aside/miniature/"
+    sed -E 's/md5: [0-9a-f]{32}/md5: ffffffffffffffffffffffffffffffff/' "$recipe/miniature/dvc.lock" > "$aside/miniature/dvc.lock"
+    mv "$aside" "$copy"
+fi
+cd "$copy"
+dvc pull -q data.dvc
+cd miniature
+dvc repro
+if diff "$recipe/miniature/dvc.lock" dvc.lock; then
+    echo "equal: miniature/dvc.lock came out as it was committed, bit for bit"
+else
+    echo "different: the lines above say what came out otherwise (<: committed, >: here). The first stage in dvc.lock that differs is where to look."
+    exit 1
+fi

@@ -21,13 +21,13 @@ from kohaku_delta.stage import Stage, summary
 @click.option("--sdxl", type=click.Path(path_type=Path), help="The donor of the original embeddings.  [default: sdxl of --inputs]")
 @click.option("--gamma", type=click.Path(path_type=Path), help="A parent.  [default: gamma of --inputs]")
 @click.option("--beta", type=click.Path(path_type=Path), help="The other parent.  [default: beta of --inputs]")
-@click.option("--published", type=click.Path(path_type=Path), help="The base to take as it is, with merge.start: published.  [default: delta_base of --inputs]")
+@click.option("--published", "delta_base", type=click.Path(path_type=Path), help="The base to take as it is, with merge.start: published.  [default: delta_base of --inputs]")
 @click.option("--out", type=click.Path(path_type=Path), default="build/delta-base.safetensors", show_default=True, help="The delta base.")
-def main(params: Path, inputs: Path, sdxl: Path | None, gamma: Path | None, beta: Path | None, published: Path | None, out: Path) -> None:
+def main(params: Path, inputs: Path, sdxl: Path | None, gamma: Path | None, beta: Path | None, delta_base: Path | None, out: Path) -> None:
     """Give both parents the donor's embeddings back and add them up."""
     recipe = recipes.load(params).merge
     if recipe.start == "published":
-        written = merge.take_published(published or listed.path(inputs, "delta_base"), None if published else listed.sha256(inputs, "delta_base"), out)
+        written = merge.take_published(delta_base or listed.path(inputs, "delta_base"), None if delta_base else listed.sha256(inputs, "delta_base"), out)
     else:
         parents = {"gamma": gamma or listed.path(inputs, "gamma"), "beta": beta or listed.path(inputs, "beta")}
         written = merge.merge(sdxl or listed.path(inputs, "sdxl"), parents, recipe, out)

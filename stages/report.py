@@ -1,11 +1,11 @@
 """report: what the dataset is, in figures and pictures. Reads what select, filter, caption and schedule wrote; writes dataset.json and report/."""
 
-import json
 import os
 import sys
 
 sys.path[0] = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "src")
 
+import json
 from pathlib import Path
 
 import click

@@ -1,6 +1,7 @@
 """The report counts what is there, compares it with what was published, and draws the same bytes every time."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -129,3 +130,19 @@ def test_the_report_does_not_load_torch():
 
 def test_a_parquet_file_of_captions_reads_as_plain_texts(build):
     assert table.read(build / "captions.parquet").schema.types == [pa.int64(), pa.list_(pa.field("element", pa.string())), pa.list_(pa.field("element", pa.string())), pa.string()]
+
+
+def test_a_font_list_in_the_home_directory_decides_nothing(tmp_path):
+    """matplotlib keeps a list of fonts in the user's cache; here it says that a serif face is DejaVu Sans."""
+    script = "import sys; sys.path[0] = 'src'; from kohaku_delta.dataset import pictures; print(pictures.font_manager.findfont('DejaVu Sans'))"
+
+    def found():
+        environment = os.environ | {"MPLCONFIGDIR": str(tmp_path)}
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True).stdout
+
+    honest = found()
+    (kept,) = tmp_path.glob("fontlist*.json")
+    text = kept.read_text()
+    assert "DejaVuSans.ttf" in text
+    kept.write_text(text.replace("DejaVuSans.ttf", "DejaVuSerif.ttf"))
+    assert found() == honest

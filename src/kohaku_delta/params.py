@@ -3,6 +3,7 @@
 `load("params.yaml")` gives the recipe as attributes named as the keys. YAML 1.2, as DVC reads it (4e-5 is a number).
 """
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -255,12 +256,16 @@ def load(path) -> Recipe:
     """The recipe of a params.yaml. Refuses a file that is missing, not YAML, or that has wrong or unknown keys."""
     path = Path(path)
     try:
-        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        return _recipe(path, path.read_bytes())
     except FileNotFoundError:
         raise Refusal(f"{path} is not there. Run in a recipe's folder, or name the file with --params.") from None
+
+
+@lru_cache(maxsize=1)  # a stage and what holds it to its declarations read the same recipe
+def _recipe(path: Path, content: bytes) -> Recipe:
+    try:
+        return Recipe.model_validate(YAML(typ="safe", pure=True).load(content.decode("utf-8")))
     except (YAMLError, UnicodeDecodeError) as error:
         raise Refusal(f"{path} is not YAML that can be read: {' '.join(str(error).split())}") from None
-    try:
-        return Recipe.model_validate(content)
     except ValidationError as error:
         raise Refusal("\n".join(_sentences(path, error.errors())[:5])) from None

@@ -1,23 +1,25 @@
-"""Invariant: every stage ends with one summary line and exit code 0, or with one sentence and another exit code."""
+"""Invariant: every stage ends with one summary line and exit code 0, or with one sentence and another exit code; it opens what it declares."""
 
 import errno
 
 import click
 
+from kohaku_delta import hermetic
 from kohaku_delta.refusal import Refusal
 
 
 class Stage(click.Command):
-    """A click command that turns what the operating system refuses into a sentence."""
+    """A click command that is held to what it declares, and turns what the operating system refuses into a sentence."""
 
     def invoke(self, context: click.Context):
         try:
-            return super().invoke(context)
+            with hermetic.confined(self, context):
+                return super().invoke(context)
         except OSError as error:
             place = f" at {error.filename}" if error.filename else ""
             remedy = {
                 errno.ENOSPC: "Free some space and run the stage again.",
-                errno.EACCES: "Check the permissions, or name another place by the option.",
+                errno.EACCES: "Check the permissions, or name another place by the option. What a stage does not declare is closed to it (docs/hermetic.md).",
                 errno.EROFS: "The file system is read-only: name another place by the option.",
                 errno.ENOENT: "Check the path, or run the stage that writes it.",
             }.get(error.errno, "Nothing unfinished was left behind; run the stage again when this is mended.")

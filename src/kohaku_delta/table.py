@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kohaku_delta import atomic
+from kohaku_delta.hermetic import watch
 from kohaku_delta.refusal import Refusal
 
 ROW_GROUP = 1 << 17
@@ -63,6 +64,7 @@ def read(path, columns: list[str] | None = None) -> pa.Table:
     path = Path(path)
     if not path.is_file():
         raise Refusal(f"{path} is not there. It is written by an earlier stage: run `dvc repro`, or name the file by its option.")
+    watch.opening(path)
     try:
         present = pq.read_schema(path).names
     except pa.ArrowException as error:

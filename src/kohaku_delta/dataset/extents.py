@@ -17,6 +17,7 @@ from tqdm import tqdm
 from kohaku_delta.danbooru import image
 from kohaku_delta.danbooru.members import UNKNOWN, Members
 from kohaku_delta.danbooru.tars import piece
+from kohaku_delta.hermetic import watch
 
 FEW = 1000  # images that are decoded sooner than processes start
 TASK = 64  # images that a process is given at a time
@@ -50,7 +51,7 @@ def by_decoding(paths: list[Path], offset: np.ndarray, size: np.ndarray, max_pix
 
 def _everywhere(tasks: list) -> Iterator:
     count = len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=watch.hold, initargs=watch.held()) as pool:
         yield from pool.map(_decoded, tasks)
 
 

@@ -11,7 +11,11 @@ from kohaku_delta import atomic
 from kohaku_delta.params import Caption, PublishedDataset
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import font_manager, pyplot  # noqa: E402
+
+font_manager.fontManager.ttflist = []  # what it found on this host, or in a list that it keeps in the home directory, must not decide
+for font in sorted(Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVuSans*.ttf")):
+    font_manager.fontManager.addfont(font)
 
 INK, QUIET, GOOD, BAD, LINE = "#1f2933", "#9aa5b1", "#2f7ed8", "#d9534f", "#e4e7eb"
 PERIODS = ("#c3cfe2", "#9fb8dd", "#7ba0d8", "#5789d3", "#3372ce", "#1c5bb0")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
+from kohaku_delta.hermetic import watch
 from kohaku_delta.refusal import Refusal
 
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -16,6 +17,8 @@ PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 def tokenizer(vocab: Path, merges: Path) -> Tokenizer:
     """CLIP's tokenizer, without begin and end."""
+    for path in (vocab, merges):
+        watch.opening(path)
     try:
         model = models.BPE.from_file(str(vocab), str(merges), continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token="<|endoftext|>")
     except Exception as error:  # the library raises bare Exceptions

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from kohaku_delta.hermetic import watch
 from kohaku_delta.refusal import Refusal
 
 CHUNK = 75
@@ -20,6 +21,7 @@ def tokenizer(vocab, merges):
     for path in (vocab, merges):
         if not Path(path).is_file():
             raise Refusal(f"{path} is not there; the tokenizer needs vocab.json and merges.txt. Run the download stage.")
+        watch.opening(path)
     try:
         return CLIPTokenizer(vocab=str(vocab), merges=str(merges))
     except Exception as error:  # the tokenizers library raises bare Exceptions

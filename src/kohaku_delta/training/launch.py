@@ -31,9 +31,10 @@ def ranks(count: int, arguments: list[str]) -> None:
 
     for logger in ("torch.distributed.elastic", api.__name__):  # the second has a level of its own
         logging.getLogger(logger).setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        1, 1, count, run_id="train", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.5, shutdown_timeout=PATIENCE
-    )
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo and the agent look up the host's name, and meet at the address that they are told
+    os.environ.pop("PYTHONSAFEPATH", None)  # a rank is a script again: the first of its paths is the one that the stage changes
+    where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "127.0.0.1"}
+    config = LaunchConfig(1, 1, count, run_id="train", max_restarts=0, monitor_interval=0.5, shutdown_timeout=PATIENCE, **where)
     try:
         elastic_launch(config, sys.executable)("-u", os.path.abspath(sys.argv[0]), *arguments)
     except SignalException as signalled:

@@ -7,7 +7,7 @@ RECIPE ?= miniature
 BENCH ?=
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: repro report test test-slow miniature-data bench-dataset bench-checkpoint bench-train image image-check wheels lock
+.PHONY: repro report test test-slow miniature-data bench-dataset bench-checkpoint bench-train bench-audit image image-check wheels lock
 
 repro: $(VENV)/requirements.txt
 	@dvc pull -q data.dvc
@@ -41,6 +41,10 @@ bench-checkpoint: $(VENV)/requirements.txt
 # After `make repro`: a training step against LyCORIS's forward, against bare forward and backward, and its memory at full size.
 bench-train: $(VENV)/requirements.txt
 	python bench/train.py $(BENCH)
+
+# How fast outs are hashed anew, against sha256sum. Needs 14 GB of disk; BENCH="--gib 1" for less.
+bench-audit: $(VENV)/requirements.txt
+	python bench/digests.py $(BENCH)
 
 # The container image of HEAD (LOCK=cuda or cpu), and whether it holds what docs/container.md promises (STOP=1: `docker stop` amid the training too).
 image:

@@ -18,7 +18,6 @@ from safetensors.numpy import load_file, save_file
 
 from kohaku_delta import table
 from kohaku_delta.audit import replay as audit
-from kohaku_delta.commands import replay as command
 from kohaku_delta.refusal import Refusal
 from kohaku_delta.training import fingerprint, journal
 
@@ -155,8 +154,8 @@ def test_a_row_that_differs_in_one_thing_is_told_by_that_thing(key, value, told)
 
 def test_what_a_sample_proves_is_the_rule_of_three():
     """n samples without a find bound a share by about 3/n with 95 % (ln 0.05 = -2.996)."""
-    assert "a journal with 5.0 % of its steps false" in command._confidence(59, 28_638) and "with 0.2 %" in command._confidence(59, 28_638)
-    assert "a journal with 1.0 % of its steps false" in command._confidence(299, 28_638)
+    assert "a journal with 5.0 % of its steps false" in audit.confidence(59, 28_638) and "among all with 0.2 %" in audit.confidence(59, 28_638)
+    assert "a journal with 1.0 % of its steps false" in audit.confidence(299, 28_638)
 
 
 def test_worker_processes_change_no_byte(trained, tmp_path):
@@ -210,3 +209,42 @@ def test_the_journals_header_names_the_base_and_the_parameters_and_nothing_of_th
     header = json.loads(pq.read_schema(trained / "build" / "journal.parquet").metadata[b"kohaku_delta"])
     assert len(header["base"]) == 64 and header["parameters"]["train.seed"] == 1337 and header["parameters"]["lokr.dim"] == 10000
     assert not {"train.ranks", "train.workers", "train.work", "train.save_every"} & header["parameters"].keys()
+
+
+def sampled(folder, count, seed=3):
+    """What the audit says of a random sample of this lesson's steps."""
+    from kohaku_delta import params
+    from kohaku_delta.audit import rebuild, sample
+
+    lessons = rebuild.Rebuild("lesson", folder, params.load(folder / "params.yaml"), {}, {}, None)
+    return sample.finding(lessons, journal.read(folder / "build" / "journal.parquet"), None, count, seed, iter)
+
+
+def test_a_forged_journal_with_an_honest_beginning_and_end_is_found_by_the_sample(trained, tmp_path):
+    """Every row but one is true, the chain is whole, base and LoKr are the honest ones: only computing the step anew shows it."""
+    steps = lesson.journal(trained).num_rows
+    honest = sampled(trained, steps)
+    assert honest.status == "PASS" and f"{steps} steps drawn with seed 3" in honest.said and "with 95 % probability" in honest.said
+    folder = elsewhere(trained, tmp_path)
+    shutil.rmtree(folder / "work")  # a forger hands out no states that give it away
+    rewrite(folder, lambda rows: rows[1].update(gradient_norm=rows[1]["gradient_norm"] * 1.5))
+    forged = sampled(folder, steps)
+    assert forged.status == "FAIL" and "step 1: all lanes are equal; the gradient's norm is" in forged.said
+
+
+def test_on_foreign_hardware_the_sample_is_of_losses_and_says_that_it_is_weaker(trained, tmp_path, monkeypatch):
+    from kohaku_delta.audit import sample
+
+    monkeypatch.setattr(sample, "foreign", lambda rebuild: ["gpu", "multiprocessors"])
+    found = sampled(trained, 2)
+    assert (found.name, found.status) == ("losses", "PASS") and "differs from the trainer's in gpu, multiprocessors" in found.said and "weaker evidence" in found.said
+    shutil.rmtree(elsewhere(trained, tmp_path) / "work")
+    assert sampled(tmp_path / "elsewhere", 2).status == "SKIP"
+
+
+def test_the_seed_decides_which_steps_are_sampled_and_each_is_as_likely_as_another():
+    from kohaku_delta.audit import sample
+
+    assert sample.drawn(58, 58, 1) == list(range(58)) and sample.drawn(58, 5, 1) == sample.drawn(58, 5, 1) != sample.drawn(58, 5, 2)
+    counts = np.bincount([step for seed in range(2000) for step in sample.drawn(20, 5, seed)], minlength=20)
+    assert abs(counts - 500).max() < 5 * math.sqrt(500 * 0.75), "five standard deviations of a fair draw"

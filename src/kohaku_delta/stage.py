@@ -5,6 +5,7 @@ import errno
 import click
 
 from kohaku_delta import hermetic
+from kohaku_delta.evidence import record
 from kohaku_delta.refusal import Refusal
 
 
@@ -13,7 +14,7 @@ class Stage(click.Command):
 
     def invoke(self, context: click.Context):
         try:
-            with hermetic.confined(self, context):
+            with record.recorded(context), hermetic.confined(self, context):
                 return super().invoke(context)
         except OSError as error:
             place = f" at {error.filename}" if error.filename else ""

@@ -67,9 +67,12 @@ def read(path, columns: list[str] | None = None) -> pa.Table:
     watch.opening(path)
     try:
         present = pq.read_schema(path).names
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise Refusal(f"{path} is not a parquet file that can be read ({error}). Delete it and run its stage again.") from None
     missing = [name for name in columns or [] if name not in present]
     if missing:
         raise Refusal(f"{path} has no column {', '.join(missing)}; it has {', '.join(present)}. Was another file meant?")
-    return pq.read_table(path, columns=columns)
+    try:
+        return pq.read_table(path, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise Refusal(f"{path} is damaged: {str(error).splitlines()[0]}. Delete it and run its stage again.") from None

@@ -42,7 +42,7 @@ def replay(recipe: Recipe, files: dict[str, Path], work: Path, first: int, last:
     _, texts = run.tokenizers(files)
     parts = run.parts(recipe, files, texts, run.tars(files), recipe.train.device)
     same_run(said.header, parts.header, files, set())
-    folder, begin = _nearest(work, said, first)
+    folder, begin = nearest(work, said, first)
     loop = Loop(recipe, parts, folder)
     if begin:
         try:
@@ -71,7 +71,7 @@ def same_run(theirs: dict, ours: dict, files: dict[str, Path], but: set[str]) ->
         raise Refusal(f"{files['journal']} was trained with other parameters than the recipe has: {', '.join(other)}. Name its params.yaml with --params.")
 
 
-def _nearest(work: Path, said, first: int) -> tuple[Path, int]:
+def nearest(work: Path, said, first: int) -> tuple[Path, int]:
     """The folder and steps of the latest state from which step `first` is reached, and that this journal continues; (work, 0) for none."""
     from kohaku_delta.training import journal as journals
     from kohaku_delta.training import state
@@ -88,10 +88,10 @@ def _nearest(work: Path, said, first: int) -> tuple[Path, int]:
     return work, 0
 
 
-def difference(theirs: dict, ours: dict, schedule: list[dict], names: list[str]) -> str | None:
+def difference(theirs: dict, ours: dict, schedule: list[dict], names: list[str], they: str = "the journal says") -> str | None:
     """How two rows of one step differ, first cause first: the order, a micro-batch's loss, a lane's gradient, the update, a tensor. None: not at all.
 
-    schedule: the step's micro-batches; names: of the trained tensors, ascending."""
+    schedule: the step's micro-batches; names: of the trained tensors, ascending; they: the words before what `theirs` has."""
     if theirs["visits"] != ours["visits"]:
         return "schedule.parquet has other posts or visits in this step"
     losses = [np.asarray(row["losses"], np.float32).view(np.uint32) for row in (theirs, ours)]
@@ -99,14 +99,14 @@ def difference(theirs: dict, ours: dict, schedule: list[dict], names: list[str])
         return f"the journal has {len(losses[0])} micro-batches, the schedule {len(losses[1])}"
     if other := np.flatnonzero(losses[0] != losses[1]).tolist():
         lane, posts = schedule[other[0]]["lane"], schedule[other[0]]["posts"]
-        return f"lane {lane}, place {other[0]}: the loss of posts {', '.join(map(str, posts))} is {ours['losses'][other[0]]!r}, the journal says {theirs['losses'][other[0]]!r}" + (
+        return f"lane {lane}, place {other[0]}: the loss of posts {', '.join(map(str, posts))} is {ours['losses'][other[0]]!r}, {they} {theirs['losses'][other[0]]!r}" + (
             f" ({len(other)} micro-batches differ)" if len(other) > 1 else " (one micro-batch differs: its pictures, captions or visits were others)"
         )
     if other := [lane for lane, (a, b) in enumerate(zip(theirs["lanes"], ours["lanes"], strict=True)) if a != b]:
         return f"lane {other[0]}: all losses are equal and the gradient is not"
     for key, name in NUMBERS.items():
         if theirs[key] != ours[key] and not (theirs[key] != theirs[key] and ours[key] != ours[key]):
-            return f"all lanes are equal; {name} is {ours[key]!r}, the journal says {theirs[key]!r}"
+            return f"all lanes are equal; {name} is {ours[key]!r}, {they} {theirs[key]!r}"
     if theirs["weights"] != ours["weights"]:
         other = [name for name, a, b in zip(names, theirs["tensors"], ours["tensors"], strict=True) if a != b]
         shown = ", ".join(other[:SHOWN]) or "a tensor that its mark does not name"
@@ -114,6 +114,15 @@ def difference(theirs: dict, ours: dict, schedule: list[dict], names: list[str])
     if theirs["optimizer"] != ours["optimizer"]:
         return "all weights are equal; the optimizer's state came out with other bits"
     return None if theirs["chain"] == ours["chain"] else "the row is equal and its chain is not: the journal's earlier rows are of another run"
+
+
+def confidence(done: int, steps: int) -> str:
+    """What a random sample of so many of all steps shows: 1 − (1 − share)^done ≥ 95 % where share = 1 − 0.05^(1/done)."""
+    share = 1 - 0.05 ** (1 / done)
+    return (
+        f"A random sample of {done} of {steps:,} steps finds a journal with {100 * share:.1f} % of its steps false with 95 % probability, "
+        f"and one false step among all with {100 * done / steps:.1f} %."
+    )
 
 
 def losses(recipe: Recipe, files: dict[str, Path], lokr: Path, device: str, sample: int, seed: int) -> tuple[int, list[Compared]]:

@@ -50,16 +50,7 @@ def replay(first: int | None, last: int | None, loss_only: bool, lokr: Path | No
                 raise SystemExit(1)
     count = last - first + 1
     click.echo(f"equal: {count} steps, {first} to {last}, bit for bit")
-    click.echo(_confidence(count, table.read(files["journal"], ["step"]).num_rows))
-
-
-def _confidence(done: int, steps: int) -> str:
-    """What a random sample of so many of all steps shows: 1 − (1 − share)^done ≥ 95 % where share = 1 − 0.05^(1/done)."""
-    share = 1 - 0.05 ** (1 / done)
-    return (
-        f"{done} of {steps:,} steps were computed anew. Had they been drawn at random, a journal with {100 * share:.1f} % of its steps false would have been found "
-        f"with 95 % probability; one false step among all, with {100 * done / steps:.1f} %."
-    )
+    click.echo(replays.confidence(count, table.read(files["journal"], ["step"]).num_rows))
 
 
 def _losses(recipe, files: dict, lokr: Path, device: str, sample: int, seed: int) -> bool:

@@ -20,6 +20,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from kohaku_delta.evidence.record import FOLDER
 from kohaku_delta.params import Recipe, load
 
 ASIDE = re.compile(r"/\.([^/]+)\.\d+\.aside(?=/|$)")  # how kohaku_delta.atomic calls what is not finished yet
@@ -100,7 +101,7 @@ def of(script: Path, said: dict, context: click.Context) -> Declared:
     mirror = os.path.join(recipe_folder, recipe.download.mirror)
 
     files = [recipe_file, root / "dvc.yaml", *code, *map(cache_from_source, code), *named, *beside, *inputs, *_indexes(options, inputs)]
-    files += [*libraries, tempfile.gettempdir()]
+    files += [*libraries, tempfile.gettempdir(), root / "requirements" / f"{recipe.requirements}.txt", FOLDER]  # the last two for the run's record
     if "work" in options:
         written.add(options["work"] or Path(recipe.train.work))
         files.append(options["work"] or recipe.train.work)

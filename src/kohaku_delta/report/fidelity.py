@@ -49,7 +49,7 @@ def _cells(tokens: list) -> list[tuple[str, str]]:
 
 
 def _row(release: tuple[str, str], here: tuple[str, str], key: tuple[str, str], recipe: Recipe) -> Row:
-    name, value = key[0].strip("`"), recipe.model_dump(by_alias=True)
+    name, value = key[0].strip("`").partition(":")[0], recipe.model_dump(by_alias=True)  # the document gives the release's value; here stands this build's
     for part in name.split("."):
         if not isinstance(value, dict) or part not in value:
             return Row(release[1], here[1], "", "")

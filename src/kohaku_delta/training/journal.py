@@ -1,7 +1,7 @@
 """Invariant: a row a step, equal on every host and world size, each chained to the one before: a changed past changes every later row.
 
-The chain begins with the header: the base's content digest and the parameters that move bits. What varies from host to host (times,
-throughput, memory) is not in it.
+The chain begins with the header: the base's content digest and the parameters that move bits. A finished training's ends with the content digest of
+the LoKr file that came of it. What varies from host to host (times, throughput, memory) is not in it.
 """
 
 import hashlib
@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from kohaku_delta import table
 from kohaku_delta.refusal import Refusal
 
-HEADER = "kohaku_delta"  # key of the file's metadata
+HEADER = "kohaku_delta"  # keys of the file's metadata
+LOKR, SEAL = "lokr", "seal"  # the LoKr's content digest, and the chain's last link, over that
 SCHEMA = pa.schema(
     [
         ("step", pa.int32()),
@@ -40,17 +41,18 @@ def visits_digest(rows: list[dict]) -> str:
 
 
 class Journal:
-    """Rows so far. `header`: what the chain begins with."""
+    """Rows so far. `header`: what the chain begins with. `lokr`: content digest of the file that it ends with; None while training goes on."""
 
-    def __init__(self, header: dict, rows: list[dict] | None = None):
-        self.header, self.rows = header, rows or []
+    def __init__(self, header: dict, rows: list[dict] | None = None, lokr: str | None = None):
+        self.header, self.rows, self.lokr = header, rows or [], lokr
 
     def append(self, row: dict) -> None:
         self.rows.append(row | {"chain": link(self.rows[-1]["chain"] if self.rows else start(self.header), row)})
 
     def write(self, path) -> None:
-        """The file: the rows, and the header among its metadata."""
-        table.write(pa.Table.from_pylist(self.rows, schema=SCHEMA), path, {HEADER: json.dumps(self.header, sort_keys=True)})
+        """The file: the rows, and what the chain begins and ends with among its metadata."""
+        end = {LOKR: self.lokr, SEAL: seal(self.rows[-1]["chain"], self.lokr)} if self.lokr else {}
+        table.write(pa.Table.from_pylist(self.rows, schema=SCHEMA), path, {HEADER: json.dumps(self.header, sort_keys=True)} | end)
 
 
 def start(header: dict) -> str:
@@ -65,17 +67,35 @@ def link(before: str, row: dict) -> str:
     return hashlib.sha256(before.encode() + row["visits"].encode() + lists + numbers + row["tensors"]).hexdigest()
 
 
+def _link(before: str, row: dict) -> str | None:
+    """link, of a row that may be anything."""
+    try:
+        return link(before, row)
+    except (struct.error, TypeError, AttributeError, OverflowError):
+        return None
+
+
+def seal(chain: str, lokr: str) -> str:
+    """sha256 of the last row's chain and the LoKr's content digest."""
+    return hashlib.sha256(f"{chain} {lokr}".encode()).hexdigest()
+
+
 def read(path) -> Journal:
     """A journal whose chain is whole. Refuses a file that is none, and names the first row that the chain does not hold."""
     rows = table.read(path, SCHEMA.names).to_pylist()
     metadata = pq.read_schema(Path(path)).metadata or {}
     try:
         header = json.loads(metadata[HEADER.encode()])
+        if not isinstance(header, dict):
+            raise ValueError
     except (KeyError, ValueError):
         raise Refusal(f"{path} has no header ({HEADER} in its metadata): it is not a journal of this recipe's train stage.") from None
     before = start(header)
     for place, row in enumerate(rows):
-        if row["step"] != place or row["chain"] != link(before, row):
+        if row["step"] != place or row["chain"] != _link(before, row):
             raise Refusal(f"{path}: the chain breaks at row {place}: its step is {row['step']}, and it does not follow from the rows before it. The journal was changed.")
         before = row["chain"]
-    return Journal(header, rows)
+    lokr, sealed = (metadata.get(key.encode(), b"").decode("ascii", "replace") or None for key in (LOKR, SEAL))
+    if lokr and (not rows or sealed != seal(before, lokr)):
+        raise Refusal(f"{path}: the chain breaks at its end: the LoKr that it names does not follow from row {len(rows) - 1}. The journal was changed.")
+    return Journal(header, rows, lokr)

@@ -163,6 +163,7 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
             return None
         rows = loop.journal.rows
         written = loop.write(files["out"])
+        loop.journal.lokr = written.digest
         loop.journal.write(files["journal"])
         with atomic.writing(files["curves"], "w") as file:
             file.write(CURVES)

@@ -1,0 +1,234 @@
+"""Invariant: dvc.lock is believed for nothing that can be looked at: what it says of outs, inputs, code and parameters is compared with them.
+
+DVC itself takes an out's md5 from the lock unread (`repro --dry --allow-missing`) and hashes a dependency after the command ran; these checks look.
+"""
+
+import csv
+import posixpath
+import re
+from pathlib import Path
+
+from kohaku_delta.audit import revision
+from kohaku_delta.audit.findings import FAIL, PASS, SKIP, Finding, judged, some
+from kohaku_delta.audit.rebuild import ROOT, Rebuild, commit, outside
+from kohaku_delta.evidence import digests, host, pipeline
+from kohaku_delta.ordered import in_order
+
+GROUP = "lock"
+SPAN = re.compile(r"\{\d+\.\.\d+\}")  # data-{0000..2000}.tar stands for many files
+
+
+def bundle(rebuild: Rebuild) -> Finding:
+    """Each file of a bundle is the one that was packed."""
+    listed, folder = rebuild.bundle.files, rebuild.folder
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {"bundle.json"}
+    faults = [f"{place} is not in the bundle, whose list names it" for place in sorted(listed.keys() - there)]
+    faults += [f"{place} is in the bundle and its list does not name it" for place in sorted(there - listed.keys())]
+    shared = sorted(there & listed.keys())
+    for place, digest in zip(shared, digests.each((folder / place for place in shared), md5=False)):
+        if digest.sha256 != listed[place]:
+            faults.append(f"{place} was changed after it was packed")
+    return judged(GROUP, "bundle", faults, f"its {len(listed)} files are those that were packed")
+
+
+def declared(rebuild: Rebuild) -> Finding:
+    """The lock has the stages, commands, inputs and outs of dvc.yaml."""
+    faults = [f"dvc.lock has a stage {name}, which dvc.yaml does not declare" for name in rebuild.lock if name not in rebuild.stages]
+    missing = [name for name in rebuild.stages if name not in rebuild.lock]
+    for name in missing:
+        faults += [f"{out} lies there and dvc.lock has no stage {name}" for out in rebuild.stages[name].outs if (rebuild.folder / out).exists()]
+    for name, stage in rebuild.stages.items():
+        if name in rebuild.lock:
+            locked = rebuild.lock[name]
+            faults += [f"{name}: dvc.lock ran “{locked.cmd}”, dvc.yaml says “{stage.command}”"] if locked.cmd != stage.command else []
+            for what, said, declared_ in (("inputs", locked.deps, stage.deps), ("outs", locked.outs, stage.outs)):
+                other = sorted({posixpath.normpath(each.path) for each in said} ^ set(declared_))
+                faults += [f"{name}: dvc.lock and dvc.yaml name other {what}: {some(other)}"] if other or len(said) != len(declared_) else []
+    if missing and not faults:
+        return Finding(GROUP, "pipeline", SKIP, f"not finished: dvc.lock has no stage {', '.join(missing)}")
+    return judged(GROUP, "pipeline", faults, f"{len(rebuild.lock)} stages with the commands, inputs and outs that dvc.yaml declares")
+
+
+def parameters(rebuild: Rebuild) -> Finding:
+    """params.yaml says what the lock says that the stages were told."""
+    faults, count = [], 0
+    for name, stage in rebuild.stages.items():
+        if name in rebuild.lock:
+            ours, locked = pipeline.parameters(rebuild.values, stage.params), rebuild.lock[name].parameters
+            count += len(ours)
+            faults += [f"{name}: {key} in params.yaml is not what dvc.lock says" for key in sorted(ours.keys() | locked.keys()) if not _same(ours, locked, key)]
+    return judged(GROUP, "parameters", faults, f"{count} sections of params.yaml are as the stages were told")
+
+
+def _same(ours: dict, locked: dict, key: str) -> bool:
+    return key in ours and key in locked and repr(ours[key]) == repr(locked[key])
+
+
+def links(rebuild: Rebuild) -> Finding:
+    """A lock edited at one place contradicts itself: what a stage read has the hash that its writer wrote, and one file has one hash."""
+    written = {posixpath.normpath(each.path): (name, each) for name, stage in rebuild.lock.items() for each in stage.outs}
+    seen, faults, count = {}, [], 0
+    for name, stage in rebuild.lock.items():
+        for dep in stage.deps:
+            path = posixpath.normpath(dep.path)
+            if path in written:
+                writer, out = written[path]
+                count += 1
+                faults += (
+                    [f"{name} read {path} with md5 {dep.md5[:8]}…, {writer} wrote it with {out.md5[:8]}…"] if (dep.md5, dep.size) != (out.md5, out.size) else []
+                )
+            elif path in rebuild.writers:
+                faults.append(f"{name} read {path}, and dvc.lock has no stage {rebuild.writers[path]} that wrote it")
+            elif seen.setdefault(path, dep.md5) != dep.md5:
+                faults.append(f"{name} ran with another {path} than an earlier stage: dvc repro was not run to its end after it was changed")
+    return judged(GROUP, "links", faults, f"{count} inputs have the hashes that their stages wrote, {len(seen)} files of the repository one hash each")
+
+
+def outs(rebuild: Rebuild) -> list[Finding]:
+    """Every out that is there has the md5 of the lock."""
+    faults, done, left = [], [], []
+    for name, stage in rebuild.lock.items():
+        for out in stage.outs:
+            path = posixpath.normpath(out.path)
+            if path not in rebuild.writers:
+                continue
+            if path in rebuild.digests:
+                done.append(path)
+                found = rebuild.digests[path]
+                faults += (
+                    [f"{path} (of {name}) has md5 {found.md5[:8]}…, dvc.lock says {out.md5[:8]}…"] if (found.md5, found.bytes) != (out.md5, out.size) else []
+                )
+            elif rebuild.bundle and path in rebuild.bundle.left_out:
+                left.append(path)
+            else:
+                faults.append(f"{path} (of {name}) is not there")
+    total = sum(each.bytes for each in rebuild.digests.values())
+    found = [judged(GROUP, "outs", faults, f"{len(done)} outs re-hashed, {total:,} bytes: as dvc.lock says")] if done or faults else []
+    return found + ([Finding(GROUP, "weights", SKIP, f"not in the bundle, so only what is said of them can be compared: {', '.join(left)}")] if left else [])
+
+
+def code(rebuild: Rebuild) -> Finding:
+    """The code at hand, or that of the recorded commit, is what the lock says was run."""
+    root = rebuild.recipe.root
+    said = {posixpath.normpath(dep.path): dep.md5 for stage in rebuild.lock.values() for dep in stage.deps}
+    said = {path: md5 for path, md5 in said.items() if rebuild.code(path) and not rebuild.libraries(path)}
+    places = {path: posixpath.relpath(path, root) for path in said}
+    if strange := [path for path, place in places.items() if not place.startswith(("src/", "stages/")) or ".." in place.split("/")]:
+        return Finding(GROUP, "code", FAIL, f"dvc.lock names code outside of src/ and stages/: {some(strange)}")
+    base = ROOT if rebuild.bundle else rebuild.folder / root
+    other = [places[path] for path, md5 in said.items() if not (base / places[path]).is_file() or digests.of(base / places[path]).md5 != md5]
+    if not other:
+        return Finding(GROUP, "code", PASS, f"{len(said)} files of code are those at hand")
+    named = commit(rebuild)
+    if named and (blobs := revision.md5s(base, named, list(places.values()))) is not None:
+        faults = [f"{place} is not what commit {named[:10]} holds" for path, place in places.items() if blobs.get(place) != said[path]]
+        if not faults and rebuild.bundle:
+            return Finding(
+                GROUP,
+                "code",
+                PASS,
+                f"{len(said)} files of code are those of commit {named[:10]}, which the records name ({len(other)} differ from the code at hand)",
+            )
+        if faults:
+            return judged(GROUP, "code", faults, "")
+    if rebuild.bundle:
+        return Finding(
+            GROUP,
+            "code",
+            SKIP,
+            f"{some(other)} differ from the code at hand, and {f'commit {named[:10]}' if named else 'what was run'} is not here: check it out, and audit again",
+        )
+    return Finding(GROUP, "code", FAIL, f"{some(other)}: not what dvc.lock says was run. `dvc repro` runs what changed")
+
+
+def libraries(rebuild: Rebuild) -> Finding:
+    """The lock of the libraries is the one that the stages ran under, and they had what it names."""
+    said = {posixpath.normpath(dep.path): dep.md5 for stage in rebuild.lock.values() for dep in stage.deps if rebuild.libraries(posixpath.normpath(dep.path))}
+    if len(said) != 1:
+        return Finding(
+            GROUP, "libraries", FAIL, f"dvc.lock names {len(said)} locks of the libraries instead of one: requirements/{rebuild.recipe.requirements}.txt"
+        )
+    path, md5 = said.popitem()
+    file = rebuild.folder / ("requirements.txt" if rebuild.bundle else path)
+    if not file.is_file() or digests.of(file).md5 != md5:
+        return Finding(GROUP, "libraries", FAIL, f"{path} is {'not there' if not file.is_file() else 'not the one that dvc.lock says the stages ran under'}")
+    locked = host.locked(file)
+    faults = [
+        f"{name} ran with {library} {version}, the lock says {locked.get(library)}"
+        for name, each in rebuild.records.items()
+        for library, version in each.libraries.items()
+        if version and locked.get(library) != version  # what was not installed was not used
+    ]
+    if not rebuild.records:
+        return Finding(GROUP, "libraries", PASS, f"{path} is the one of dvc.lock; no record says what was installed")
+    return judged(GROUP, "libraries", faults, f"{path}: {len(locked)} libraries, installed as locked in {len(rebuild.records)} recorded stages")
+
+
+def pinned(rebuild: Rebuild) -> Finding:
+    """inputs.json has each pinned input, with the pinned size and sha256; of a span of files without a list the names alone are pinned."""
+    entries = outside(rebuild)
+    if not entries:
+        there = rebuild.out("inputs.json")
+        return Finding(GROUP, "pins", FAIL if there else SKIP, f"build/inputs.json is {'no list of inputs' if there else 'not there'}")
+    recipe, faults, whole, seen = rebuild.recipe, [], 0, set()
+    unused = {"index"} | ({"delta_base"} if recipe.merge.start == "merge" else {"gamma", "beta"})
+    for name, pins in recipe.download.inputs.items():
+        listed = [each for each in entries if each["name"] == name]
+        for pin in pins if isinstance(pins, list) else [pins]:
+            span = re.compile(r"\d+".join(map(re.escape, SPAN.split(pin.url))))
+            rows, fault = _rows(rebuild, name, pin)
+            faults += [fault] if fault else []
+            found = [each for each in listed if span.fullmatch(each["url"])]
+            seen |= {each["url"] for each in found}
+            if not found and name not in unused:
+                faults.append(f"{pin.url} is pinned and not in inputs.json")
+            for each in found:
+                size, sha256 = rows.get(each["url"].rpartition("/")[2], (None, None)) if rows is not None else (pin.bytes, pin.sha256)
+                whole += len(sha256 or "") == 64
+                if each.get("pinned") != "members" and (not each["sha256"].startswith(sha256 or "") or (size or each["bytes"]) != each["bytes"]):
+                    faults.append(f"{each['url']} has another size or sha256 than params.yaml pins")
+    faults += [f"{each['url']} is in inputs.json and not pinned" for each in entries if each["url"] not in seen]
+    left = f"; {len(entries) - whole} others as the first download recorded them" if whole < len(entries) else ""
+    return judged(GROUP, "pins", faults, f"{len(entries)} inputs as pinned, {whole} of them by a whole sha256{left}")
+
+
+def _rows(rebuild: Rebuild, name: str, pin) -> tuple[dict | None, str | None]:
+    """file → (bytes, sha256) of the list that pins a span (pins-<input>.csv, whose own sha256 the pin has), and what is wrong with it.
+
+    {} for a span without a list, None for a single file."""
+    if not SPAN.search(pin.url):
+        return None, None
+    path = rebuild.folder / f"pins-{name}.csv"
+    if not pin.sha256:
+        return {}, None
+    if not path.is_file() or digests.of(path, md5=False).sha256 != pin.sha256:
+        return {}, f"{path.name} is {'not the list that params.yaml pins' if path.is_file() else 'not there'}"
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return {row["file"].rpartition("/")[2]: (int(row["bytes"]), row["sha256"] or None) for row in csv.DictReader(file)}, None
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error):
+        return {}, f"{path.name} is no list of pins (file,bytes,sha256)"
+
+
+def data(rebuild: Rebuild, hashed: bool) -> Finding:
+    """The inputs lie where inputs.json says; with `hashed` they are read."""
+    entries = outside(rebuild)
+    if rebuild.bundle or not entries:
+        return Finding(GROUP, "data", SKIP, "a bundle holds no inputs" if rebuild.bundle else "no build/inputs.json says where the inputs lie")
+    places = [Path(posixpath.normpath(rebuild.folder / "build" / each["path"])) for each in entries]
+    if not any(place.is_file() for place in places):
+        return Finding(GROUP, "data", SKIP, "the inputs are not on this machine")
+    faults = [f"{place} is not there" for place in places if not place.is_file()]
+    there = [(place, each) for place, each in zip(places, entries) if place.is_file()]
+    faults += [
+        f"{place} has {place.stat().st_size:,} bytes, inputs.json says {each['bytes']}" for place, each in there if place.stat().st_size != each["bytes"]
+    ]
+    total = sum(place.stat().st_size for place, _ in there)
+    if not hashed and not faults:
+        return Finding(GROUP, "data", SKIP, f"{len(there)} inputs lie there with the right sizes and were not read; --data hashes their {total:,} bytes")
+    if hashed:
+        known = [(place, each["sha256"]) for place, each in there if len(each["sha256"]) == 64]
+        found = in_order(lambda item: digests.of(item[0], md5=False).sha256, known)
+        faults += [f"{place} is not what the download stage verified" for (place, said), sha256 in zip(known, found) if sha256 != said]
+        there = known
+    return judged(GROUP, "data", faults, f"{len(there)} inputs re-hashed, {total:,} bytes")

@@ -1,0 +1,121 @@
+"""Invariant: a recipe's folder and a bundle of it are seen alike: recipe, pipeline, lock, records, and those outs that are there.
+
+A bundle holds a recipe's folder without weights, work, code and mirror, and beside it `bundle.json` (what it holds and what was left out), `requirements.txt`
+(the lock of the libraries) and `tensors.json` (the digest of each tensor of what was left out).
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from kohaku_delta import params as recipes
+from kohaku_delta.audit import archive, lockfile
+from kohaku_delta.audit.lockfile import LockedStage
+from kohaku_delta.evidence import digests, pipeline, record
+from kohaku_delta.evidence.digests import Digest
+from kohaku_delta.evidence.pipeline import Declared
+from kohaku_delta.evidence.record import Record
+from kohaku_delta.params import Recipe
+from kohaku_delta.refusal import Refusal
+
+ROOT = Path(__file__).resolve().parents[3]  # the code at hand
+
+
+@dataclass
+class Rebuild:
+    """`told`: how the user named it; `bundle`: its bundle.json, None for a recipe's folder."""
+
+    told: str
+    folder: Path
+    recipe: Recipe
+    stages: dict[str, Declared]
+    lock: dict[str, LockedStage]
+    bundle: archive.Bundle | None
+    records: dict[str, Record] = field(default_factory=dict)  # of the runs that the lock names, by stage
+    unreadable: dict[str, str] = field(default_factory=dict)  # by stage, why its record is none
+
+    @cached_property
+    def digests(self) -> dict[str, Digest]:
+        """Of every out that is there, by its path; hashed once, on all processors."""
+        there = [out for stage in self.stages.values() for out in stage.outs if (self.folder / out).exists()]
+        return dict(zip(there, digests.each(self.folder / out for out in there)))
+
+    @cached_property
+    def writers(self) -> dict[str, str]:
+        """out → the stage that writes it."""
+        return {out: stage.name for stage in self.stages.values() for out in stage.outs}
+
+    @cached_property
+    def values(self) -> dict:
+        """The content of params.yaml, as DVC sees it."""
+        return pipeline.document(self.folder / pipeline.PARAMS)
+
+    @cached_property
+    def tensors(self) -> archive.Tensors:
+        """Digest and tensors of each safetensors out: of the file, or as the bundle says."""
+        if self.bundle:
+            return archive.tensors(self.folder / archive.TENSORS)
+        return archive.digested(self.folder, [out for out in self.writers if out.endswith(archive.WEIGHTS) and (self.folder / out).is_file()])
+
+    def code(self, dep: str) -> bool:
+        """Whether a dependency is a file of the repository, not an out of another stage."""
+        return dep not in self.writers
+
+    def libraries(self, dep: str) -> bool:
+        """Whether it is the lock of the libraries."""
+        return dep.endswith(f"requirements/{self.recipe.requirements}.txt")
+
+    def out(self, name: str) -> Path | None:
+        """The place of a file under build/; None where it is not there."""
+        path = self.folder / "build" / name
+        return path if path.exists() else None
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Rebuild]:
+    """What lies at `path`: a recipe's folder (or its build/), a bundle's folder, or a bundle's tar."""
+    told = str(path)
+    if path.is_file():
+        with archive.unpacked(path) as folder:
+            yield _read(told, folder)
+        return
+    if path.name == "build" and not (path / pipeline.LOCK).exists():
+        path = path.parent
+    if not path.is_dir():
+        raise Refusal(f"{path} is not there. Name a recipe's folder (with dvc.yaml, params.yaml and dvc.lock), or a bundle.")
+    yield _read(told, path)
+
+
+def _read(told: str, folder: Path) -> Rebuild:
+    bundle = archive.read(folder) if (folder / archive.MANIFEST).exists() else None
+    found = Rebuild(told, folder, recipes.load(folder / pipeline.PARAMS), pipeline.declared(folder), lockfile.read(folder / pipeline.LOCK), bundle)
+    for name, stage in found.lock.items():
+        path = folder / record.FOLDER / record.name(name, stage.key())
+        if name in found.stages and path.is_file():
+            try:
+                found.records[name] = record.read(path)
+            except Refusal as refusal:
+                found.unreadable[name] = refusal.message.replace(str(folder) + "/", "")
+    return found
+
+
+def commit(rebuild: Rebuild) -> str | None:
+    """The one commit that the records name; None where they name none or several."""
+    named = {each.revision.commit for each in rebuild.records.values() if each.revision}
+    return named.pop() if len(named) == 1 else None
+
+
+def outside(rebuild: Rebuild) -> list[dict]:
+    """The verified inputs of inputs.json, one an entry with its name; empty where it is not there, or is no list of inputs."""
+    path = rebuild.out("inputs.json")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))["inputs"] if path else {}
+        found = [{"name": name} | each for name, entry in content.items() for each in (entry if isinstance(entry, list) else [entry])]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
+    return (
+        found if all(all(isinstance(each.get(key), str) for key in ("path", "url", "sha256")) and isinstance(each.get("bytes"), int) for each in found) else []
+    )

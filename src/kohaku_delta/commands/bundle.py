@@ -1,0 +1,73 @@
+"""kohaku-delta bundle: what a stranger needs to audit a rebuild, without its weights."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import click
+
+from kohaku_delta import atomic
+from kohaku_delta.audit import archive, rebuild, signature
+from kohaku_delta.audit import provenance as statements
+from kohaku_delta.evidence import pipeline, record
+from kohaku_delta.refusal import Refusal
+from kohaku_delta.stage import Stage
+
+FILE = click.Path(path_type=Path)
+SMALL = 16 << 20  # bytes of an out that is no table
+
+
+@click.command("bundle", cls=Stage)
+@click.argument("out", type=FILE)
+@click.option("--recipe", "folder", type=FILE, default=".", show_default=True, help="The recipe's folder (params.yaml, dvc.lock, build/).")
+@click.option("--key", type=FILE, help="Sign its provenance with this private key (PEM); without, a provenance.json that lies there is taken along.")
+def command(out: Path, folder: Path, key: Path | None) -> None:
+    """Write OUT.tar, or the folder OUT: locks, parameters, records, provenance, journal, schedule, tables and small outs; of weights the digest of each tensor.
+
+    The bytes depend on those of the rebuild only."""
+    with rebuild.opened(folder) as found, tempfile.TemporaryDirectory(prefix="kohaku-delta-") as temporary:
+        if found.bundle:
+            raise Refusal(f"{folder} is a bundle already.")
+        gathered = Path(temporary) / "bundle"
+        gathered.mkdir()
+        left_out = _gather(found, gathered)
+        if key:
+            signature.sign(statements.statement(found), key, gathered / archive.PROVENANCE)
+        elif (found.folder / archive.PROVENANCE).is_file():
+            shutil.copyfile(found.folder / archive.PROVENANCE, gathered / archive.PROVENANCE)
+        archive.manifest(gathered, left_out)
+        if out.suffix == ".tar":
+            with atomic.writing(out) as file:
+                archive.pack(gathered, file)
+        else:
+            with atomic.folder(out) as aside:
+                shutil.copytree(gathered, aside, dirs_exist_ok=True)
+        files = [path for path in gathered.rglob("*") if path.is_file()]
+    click.echo(f"{len(files)} files, {sum(left_out.values()):,} bytes of weights left out → {out}")
+
+
+def _gather(found: rebuild.Rebuild, to: Path) -> dict[str, int]:
+    """Copies what a bundle holds; returns the bytes of each out that it does not."""
+
+    def take(place: str, name: str | None = None) -> None:
+        target = to / (name or place)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(found.folder / place, target)
+
+    for place in (pipeline.PIPELINE, pipeline.LOCK, pipeline.PARAMS, *(path.name for path in found.folder.glob("pins-*.csv"))):
+        take(place)
+    libraries = next((dep for stage in found.stages.values() for dep in stage.deps if found.libraries(dep)), None)
+    if libraries and (found.folder / libraries).is_file():
+        take(libraries, archive.LIBRARIES)
+    for name in found.records:
+        take(f"{record.FOLDER}/{record.name(name, found.lock[name].key())}")
+    left_out = {}
+    for out, digest in found.digests.items():
+        places = [out] if digest.files is None else [f"{out}/{place}" for place in digest.files]
+        if any(place.endswith(archive.WEIGHTS) or (not place.endswith(".parquet") and (found.folder / place).stat().st_size > SMALL) for place in places):
+            left_out[out] = digest.bytes
+        else:
+            for place in places:
+                take(place)
+    archive.write(to / archive.TENSORS, found.tensors)
+    return left_out

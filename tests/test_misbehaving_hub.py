@@ -241,7 +241,7 @@ def test_a_disk_that_fills_up_keeps_what_arrived(tmp_path):
         environment = recipe(tmp_path, hub.url, [pin()])
         full = subprocess.run(COMMAND, cwd=tmp_path, env=environment, capture_output=True, text=True, preexec_fn=small)
         assert full.returncode == 1 and "The operating system said" in full.stderr and "Traceback" not in full.stderr
-        assert not (tmp_path / PLACE).exists() and not (tmp_path / "build").exists()
+        assert not (tmp_path / PLACE).exists() and not (tmp_path / "build" / "inputs.json").exists()
         assert subprocess.run(COMMAND, cwd=tmp_path, env=environment, capture_output=True).returncode == 0
         assert (tmp_path / PLACE).read_bytes() == DATA and hub.requests("storage")[-1][3] == "bytes=100000-"
 
@@ -303,7 +303,7 @@ def test_a_killed_download_resumes_to_the_same_bytes(tmp_path):
         process.wait()
         part = next((tmp_path / PLACE).parent.glob(".*.part"))
         have = part.stat().st_size
-        assert 50_000 < have < len(DATA) and not (tmp_path / PLACE).exists() and not (tmp_path / "build").exists()
+        assert 50_000 < have < len(DATA) and not (tmp_path / PLACE).exists() and not (tmp_path / "build" / "inputs.json").exists()
         done = subprocess.run(COMMAND, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / PLACE).read_bytes() == DATA and hub.requests("storage")[-1][3] == f"bytes={have}-"

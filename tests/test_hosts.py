@@ -67,6 +67,7 @@ def test_a_training_goes_on_from_the_state_that_lies_on_either_machine(trained, 
     done = ends(processes)
     states = sorted(path.name for path in first.glob("work/*/step-*"))
     assert states and all(code for code, _ in done) and "Stopped after step" in done[0][1], done
+    shutil.rmtree(second / "work", ignore_errors=True)
     shutil.move(first / "work", second / "work")  # from now on the newest state is that of the other
     done = ends(train())
     assert [code for code, _ in done] == [0, 0], done

@@ -20,6 +20,7 @@ def quirks(recipe: Recipe) -> dict[str, bool]:
         "selection.replacement": recipe.selection.replacement and not all(posts),
         "caption.before_first_year": recipe.caption.before_first_year == "early",
         "caption.no_quality_above_id": (recipe.caption.no_quality_above_id or inf) <= 7_000_000,
+        "lokr.forward": recipe.lokr.forward == "delta",
         "train.crop_conditioning": recipe.train.crop_conditioning == "letterbox",
         "train.last_step_divisor": recipe.train.last_step_divisor == "full",
     }

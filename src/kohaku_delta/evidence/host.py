@@ -61,8 +61,8 @@ def numerics(device: str) -> dict[str, str] | None:
 
 def confinement() -> str | None:
     """What holds this process to what its stage declares; None where nothing does."""
-    held = sys.modules.get("kohaku_delta.hermetic")
-    return held.layers() if held else None
+    said = sys.modules.get("kohaku_delta.hermetic")  # it imports this room: where a record is left lies open
+    return said.layers() if said and said.watch.held()[0] else None
 
 
 def revision(root: Path, files: list[Path]) -> dict[str, str | bool] | None:

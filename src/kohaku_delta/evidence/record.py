@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -126,6 +126,8 @@ def _begin(context: click.Context):
         return None
     if not stage or not all(Path(path).exists() for path in stage.deps):
         return None
+    with suppress(OSError):  # said at the end
+        Path(FOLDER).mkdir(parents=True, exist_ok=True)  # while the stage is not held yet
     root, libraries = script.parents[1], next((Path(path) for path in stage.deps if "requirements/" in path), None)
     facts = {
         "parameters": pipeline.parameters(values, stage.params),

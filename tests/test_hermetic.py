@@ -159,6 +159,18 @@ def test_code_that_is_run_and_not_declared_is_refused_and_named(stage, repositor
 
 
 @BOTH
+def test_compiled_code_kept_apart_is_judged_by_what_it_is_of(stage, repository, monkeypatch):
+    """As in the container image, where the home directory holds PYTHONPYCACHEPREFIX: the first run writes what the others read."""
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(repository / "home" / "pycache"))
+    for _ in range(2):
+        allowed(stage("import http.client, wave"))
+        assert list(repository.glob("home/pycache/**/wave.*.pyc"))
+        refused(stage("import kohaku_delta.audit.tensors"), repository, "kohaku_delta/audit/__init__.py")
+    shutil.rmtree(repository / "home" / "pycache")
+
+
+@BOTH
 def test_what_is_declared_or_given_by_hand_or_belongs_to_the_system_is_open(stage, repository):
     do = "; ".join(
         [

@@ -56,6 +56,8 @@ def place(path) -> str:
     folder, name = os.path.split(path)
     if folder.endswith("/__pycache__"):
         return f"{os.path.dirname(folder)}/{name.split('.')[0]}.py"
+    if sys.pycache_prefix and name.endswith(".pyc") and folder.startswith(apart := _folder(sys.pycache_prefix)):
+        return f"{folder.removeprefix(apart)}/{name.split('.')[0]}.py"
     return path
 
 
@@ -101,7 +103,7 @@ def of(script: Path, said: dict, context: click.Context) -> Declared:
     mirror = os.path.join(recipe_folder, recipe.download.mirror)
 
     files = [recipe_file, root / "dvc.yaml", *code, *map(cache_from_source, code), *named, *beside, *inputs, *_indexes(options, inputs)]
-    files += [*libraries, tempfile.gettempdir(), root / "requirements" / f"{recipe.requirements}.txt", FOLDER]  # the last two for the run's record
+    files += [*libraries, *filter(None, [sys.pycache_prefix]), tempfile.gettempdir(), root / "requirements" / f"{recipe.requirements}.txt", FOLDER]  # the last two for the run's record
     if "work" in options:
         written.add(options["work"] or Path(recipe.train.work))
         files.append(options["work"] or recipe.train.work)

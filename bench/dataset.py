@@ -41,6 +41,7 @@ def recipe(posts: int, seed: int, folder: Path) -> tuple[Path, list[dict]]:
 
 def timed(command: list, log: Path) -> tuple[float, float]:
     """Seconds and peak MiB of a whole process. Raises CalledProcessError."""
+    os.sync()  # what was written before is not paid for by this one
     with open(log, "w") as file:
         started = time.perf_counter()
         process = subprocess.Popen([str(each) for each in command], stdout=file, cwd=log.parent)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from threading import Event
 
 import pytest
 from booru import picture, write_database, write_tar
@@ -48,6 +49,14 @@ def look(folder, ids, partial=False, keep=None):
     if not path.is_file():
         write_database(path, [{"id": post} for post in ids])
     return filtering.filter_posts(Database(path), tars.folder(folder), ids, recipe.filter, recipe.caption, keep, partial)
+
+
+def test_once_stopped_no_further_tar_is_read_and_what_was_read_is_kept(folder, walks):
+    files = tars.folder(folder)
+    stop = Event()
+    stop.set()
+    assert members.index(files, members.beside(files), stop) == {} and walks == []
+    assert len(members.index(files, members.beside(files))) == len(walks) == 3
 
 
 def test_tars_are_read_once_and_again_only_when_they_changed(folder, walks):

@@ -1,6 +1,7 @@
 """Preflight: what is wrong with a host is a red line of its own name, before anything is spent; every size is what independent arithmetic and real files say."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -144,7 +145,7 @@ def test_this_host_can_make_the_miniature_and_dvc_asks_first():
     stage = YAML(typ="safe", pure=True).load(open(ROOT / "dvc.yaml"))["stages"]["download"]
     first = stage["cmd"].split(" && ")[0].replace("${root}", "..")
     assert first == "python ../src/kohaku_delta preflight" and stage["cmd"].endswith("stages/download.py")
-    done = subprocess.run([sys.executable, *first.split()[1:]], cwd=ROOT / "miniature", capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *first.split()[1:]], cwd=ROOT / "miniature", capture_output=True, text=True, env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
     assert done.returncode == 0 and "are green" in done.stdout and "GPU" not in done.stdout, done.stdout + done.stderr
 
 

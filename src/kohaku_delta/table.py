@@ -27,8 +27,9 @@ def writer(path, schema: pa.Schema, plain: list[str] | None = None, metadata: di
     schema = schema.remove_metadata()
     pending: list[pa.Table] = []
     encoded = [_leaf(field) for field in schema if field.name not in plain] if plain else True
+    ranged = [field.name for field in schema if field.name not in (plain or []) and not pa.types.is_list(field.type)]  # least and greatest of a list say nothing
 
-    with atomic.writing(path) as file, pq.ParquetWriter(file, schema, use_dictionary=encoded, write_statistics=encoded, **FORMAT) as parquet:
+    with atomic.writing(path) as file, pq.ParquetWriter(file, schema, use_dictionary=encoded, write_statistics=ranged, **FORMAT) as parquet:
 
         def flush(last: bool) -> None:
             table = pa.concat_tables(pending) if pending else schema.empty_table()

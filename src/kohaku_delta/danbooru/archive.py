@@ -14,7 +14,8 @@ from kohaku_delta.danbooru.image import HEAD
 
 BLOCK = 512
 LOOK = BLOCK + HEAD
-NEAR = 1 << 18  # bytes of a read that hopes for several small members
+SMALL = 1 << 14  # bytes; behind a member smaller than this, one read hopes for several more
+NEAR, FAR = 1 << 16, 1 << 20  # bytes of such a read: the first one, and the longest, as long as they hold what was hoped for
 PAIRS = np.uint64(0x00FF00FF00FF00FF)  # every other byte of eight
 FEW = 512  # headers that are added up at once: they stay in a processor's cache
 LONGEST = 1 << 20  # bytes of an extension header; real ones hold one name
@@ -68,16 +69,16 @@ def walk(path) -> Listing:
 def _members(descriptor: int, end: int):
     """(headers and heads, their positions, sizes, told name or None) of one or more regular files; checks the sum of every header that is no plain file's."""
     pread, position, told = os.pread, 0, {}  # told: what extension headers said about the member that follows
-    window, base, length = b"", 0, 0
+    window, base, length, hope = b"", 0, 0, NEAR
     while True:
         header = window[position - base : position - base + LOOK]
         if len(header) < LOOK:
-            window, base = pread(descriptor, NEAR if length < NEAR // 16 else LOOK, position), position
+            window, base = pread(descriptor, hope if length < SMALL else LOOK, position), position
             if len(window) > LOOK and not told:
                 rows, lengths, after = _plain(window, end - base)
                 if len(rows):
                     yield _rows(window, rows), (rows + base).tolist(), lengths.tolist(), None
-                    position, length = base + after, int(lengths[-1])
+                    position, length, hope = base + after, int(lengths[-1]), min(2 * hope, FAR)
             header = window[position - base : position - base + LOOK]
             if len(header) < LOOK and position > base:
                 continue
@@ -87,7 +88,7 @@ def _members(descriptor: int, end: int):
                 length = int(header[124:135], 8) if header[135:136] in b"\0 " else _number(header[124:136])
             except ValueError:
                 length = _number(header[124:136])
-            reach = position + BLOCK + length
+            reach, hope = position + BLOCK + length, hope if length < SMALL else NEAR
             if length >= 0 and reach <= end and len(header) >= BLOCK:
                 yield header.ljust(LOOK, b"\0"), [position], [length], None
                 position += BLOCK + (length + BLOCK - 1) // BLOCK * BLOCK

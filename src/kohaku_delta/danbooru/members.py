@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 import click
 import numpy as np
@@ -49,8 +50,8 @@ class Members:
     sound: np.ndarray  # bool, false where the public index gives another sha256
 
 
-def index(files: dict[int, Path], keep=None) -> dict[int, Members]:
-    """The members of each tar, by its number. `keep` is the file that the index is kept in, None for nowhere.
+def index(files: dict[int, Path], keep=None, stop: Event | None = None) -> dict[int, Members]:
+    """The members of each tar, by its number. `keep` is the file that the index is kept in, None for nowhere. Once `stop` is set, no further tar is read.
 
     Refuses, with its name, a tar that is truncated, empty or not a tar, or that is not the one of its public index.
     """
@@ -62,7 +63,7 @@ def index(files: dict[int, Path], keep=None) -> dict[int, Members]:
         total = sum(os.path.getsize(files[number]) for number in missing)
         with tqdm(total=total, desc="index of the tars", unit="B", unit_scale=True, disable=None) as bar:
             try:
-                for number, members in zip(missing, in_order(lambda number: members_of(files[number]), missing)):
+                for number, members in zip(missing, in_order(lambda number: members_of(files[number]), (number for number in missing if stop is None or not stop.is_set()))):
                     found[number] = members
                     bar.update(os.path.getsize(files[number]))
             finally:

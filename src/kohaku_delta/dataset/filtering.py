@@ -10,7 +10,9 @@ post whose file is in a tar is trained on, as it was in the release, and `despit
 4. unreadable image: truncated, empty, no picture, with more pixels than filter.max_pixels, or not the bytes that the tar's public index names.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pyarrow as pa
@@ -54,9 +56,16 @@ def filter_posts(
         )
     if not files:
         raise Refusal("There is no tar (data-0000.tar …) at all, so no post has an image. Download them, or name their folder by --tars.")
-    said = facts(database, ids, caption, parameters.images)
-    possible = captions.possible(database, ids, caption, said)
-    held = members.index({number: path for number, path in files.items() if number % 1000 in residues or number == tars.ADD_ON}, index or members.beside(files))
+    concerned = {number: path for number, path in files.items() if number % 1000 in residues or number == tars.ADD_ON}
+    stop = Event()
+    with ThreadPoolExecutor(1) as beside:  # SQLite and the tars do not wait for each other
+        try:
+            listed = beside.submit(members.index, concerned, index or members.beside(files), stop)
+            said = facts(database, ids, caption, parameters.images)
+            possible = captions.possible(database, ids, caption, said)
+            held = listed.result()
+        finally:
+            stop.set()
     tar, place = locate(ids, held)
     offset, size = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
     width, height = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)

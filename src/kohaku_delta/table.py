@@ -13,7 +13,7 @@ from kohaku_delta import atomic
 from kohaku_delta.hermetic import watch
 from kohaku_delta.refusal import Refusal
 
-ROW_GROUP = 1 << 17
+ROW_GROUP = 1 << 16
 FORMAT = {"compression": "zstd", "compression_level": 3, "version": "2.6", "store_schema": False, "dictionary_pagesize_limit": 1 << 26}
 
 

@@ -17,7 +17,7 @@ LOOK = BLOCK + HEAD
 SMALL = 1 << 14  # bytes; behind a member smaller than this, one read hopes for several more
 NEAR, FAR = 1 << 16, 1 << 20  # bytes of such a read: the first one, and the longest, as long as they hold what was hoped for
 PAIRS = np.uint64(0x00FF00FF00FF00FF)  # every other byte of eight
-FEW = 512  # headers that are added up at once: they stay in a processor's cache
+FEW = 512  # headers that are checked and cut at once: they stay in a processor's cache
 LONGEST = 1 << 20  # bytes of an extension header; real ones hold one name
 FILES = (b"0", b"\0", b"7")  # regular files; type 7 is one that was laid out contiguously
 NO_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: a size in their header means nothing
@@ -39,9 +39,9 @@ class Listing:
 
 def walk(path) -> Listing:
     """Every regular file of the archive. Raises Damaged."""
-    headers, told_names = [], {}  # told_names: those that an extension header gave, by row
-    positions: list[int] = []
-    sizes: list[int] = []
+    parts: list[Listing] = []
+    headers: list[bytes] = []
+    positions, sizes, told_names = [], [], {}  # told_names: those that an extension header gave, by row
     with open(path, "rb", buffering=0) as file:
         descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
         if not end:
@@ -53,10 +53,19 @@ def walk(path) -> Listing:
                 headers.append(header)
                 positions += position
                 sizes += size
+                if len(positions) >= FEW:
+                    parts.append(_listing(headers, positions, sizes, told_names))
+                    headers, positions, sizes, told_names = [], [], [], {}
         except Damaged:
-            _check(_blocks(headers), positions)  # what is wrong earlier is what misled the walk
+            _listing(headers, positions, sizes, told_names)  # what is wrong earlier is what misled the walk
             raise
-    blocks = _blocks(headers)
+    parts.append(_listing(headers, positions, sizes, told_names))
+    return Listing([name for part in parts for name in part.name], *(np.concatenate([getattr(part, each) for part in parts]) for each in ("offset", "size", "head")))
+
+
+def _listing(headers: list[bytes], positions: list[int], sizes: list[int], told_names: dict[int, bytes]) -> Listing:
+    """The files of these headers, each of which has the head of its file behind it. Refuses headers whose checksum is wrong."""
+    blocks = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, LOOK)
     _check(blocks, positions)
     names = _names(blocks)
     for row, name in told_names.items():
@@ -123,12 +132,16 @@ def _plain(window: bytes, end: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Positions and sizes of the plain files that follow one another from the window's start, and where what comes then begins. `end`: the archive's."""
     count = len(window) // BLOCK
     blocks = np.frombuffer(window, np.uint8, count * BLOCK).reshape(-1, BLOCK)
-    digits = blocks[:, 124:135] - np.uint8(ord("0"))
-    size = digits @ (8 ** np.arange(10, -1, -1))
-    start = np.arange(0, count * BLOCK, BLOCK)
-    plain = (digits <= 7).all(axis=1) & ((blocks[:, 135] == 0) | (blocks[:, 135] == ord(" "))) & (blocks[:, 156] == ord("0"))
-    plain &= (start + BLOCK + size <= end) & (start + LOOK <= len(window))
-    after = np.where(plain, start // BLOCK + 1 + (size + BLOCK - 1) // BLOCK, -1).tolist()
+    closing = blocks[:, 135]
+    block = np.flatnonzero((blocks[:, 156] == ord("0")) & ((closing == 0) | (closing == ord(" "))))  # what may be a plain file's header
+    digits = blocks[block, 124:135] - np.uint8(ord("0"))
+    size = np.zeros(count, np.int64)
+    size[block] = digits @ (8 ** np.arange(10, -1, -1))
+    start = block * BLOCK
+    plain = (digits <= 7).all(axis=1) & (start + BLOCK + size[block] <= end) & (start + LOOK <= len(window))
+    after = np.full(count, -1)
+    after[block] = np.where(plain, block + 1 + (size[block] + BLOCK - 1) // BLOCK, -1)
+    after = after.tolist()
     rows, block = [], 0
     while block < count and after[block] >= 0:
         rows.append(block)
@@ -142,17 +155,11 @@ def _rows(window: bytes, starts: np.ndarray) -> bytes:
     return np.lib.stride_tricks.sliding_window_view(np.frombuffer(window, np.uint8), LOOK)[starts].tobytes()
 
 
-def _blocks(headers: list[bytes]) -> np.ndarray:
-    """Headers, each with the head of its file, as (n, LOOK) uint8."""
-    return np.frombuffer(b"".join(headers), np.uint8).reshape(-1, LOOK)
-
-
 def _check(blocks: np.ndarray, positions: list[int]) -> None:
     """Refuses headers whose checksum is wrong: the sum of their bytes, with its own field counted as spaces (old tars: as signed bytes)."""
     digits = blocks[:, 148:154] - np.uint8(ord("0"))  # what is no digit wraps to 10 and more
     written = digits @ (8 ** np.arange(5, -1, -1))
-    total = np.concatenate([np.empty(0, np.int64), *(_sums(blocks[start : start + FEW, :BLOCK]) for start in range(0, len(blocks), FEW))])
-    total += 8 * ord(" ") - blocks[:, 148:156].sum(axis=1, dtype=np.int64)
+    total = _sums(blocks[:, :BLOCK]) + 8 * ord(" ") - blocks[:, 148:156].sum(axis=1, dtype=np.int64)
     for row in np.flatnonzero((total != written) | (digits > 7).any(axis=1)).tolist():
         if not _sound(blocks[row, :BLOCK].tobytes()):
             place = positions[row]

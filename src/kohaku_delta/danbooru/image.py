@@ -52,11 +52,11 @@ def webp_sizes(heads: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.n
     the header is not a picture's.
     """
     head = np.ascontiguousarray(heads.T).astype(np.int32)  # byte by byte
-    webp = _is(heads, 0, b"RIFF") & _is(heads, 8, b"WEBP")
+    webp = _is(head, 0, b"RIFF") & _is(head, 8, b"WEBP")
     announced = head[4] | head[5] << 8 | head[6] << 16 | head[7].astype(np.int64) << 24
-    lossy = _is(heads, 12, b"VP8 ") & _is(heads, 23, b"\x9d\x01\x2a") & (head[20] & 1 == 0)
-    lossless = _is(heads, 12, b"VP8L") & (head[20] == 0x2F)
-    extended = _is(heads, 12, b"VP8X")
+    lossy = _is(head, 12, b"VP8 ") & _is(head, 23, b"\x9d\x01\x2a") & (head[20] & 1 == 0)
+    lossless = _is(head, 12, b"VP8L") & (head[20] == 0x2F)
+    extended = _is(head, 12, b"VP8X")
     bits = head[21] | head[22] << 8 | head[23] << 16 | head[24] << 24
     width = np.select(
         [lossy, lossless, extended],
@@ -72,8 +72,8 @@ def webp_sizes(heads: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.n
     return webp, np.where(whole, width, 0), np.where(whole, height, 0)
 
 
-def _is(heads: np.ndarray, place: int, mark: bytes) -> np.ndarray:
-    return (heads[:, place : place + len(mark)] == np.frombuffer(mark, np.uint8)).all(axis=1)
+def _is(head: np.ndarray, place: int, mark: bytes) -> np.ndarray:
+    return np.logical_and.reduce([head[place + each] == byte for each, byte in enumerate(mark)])
 
 
 def _limit(extent: tuple[int, int], max_pixels: int) -> None:

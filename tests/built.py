@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ("buckets", "names", "posts", "ratings", "tokens", "years")
 yaml = YAML(typ="safe", pure=True)
 yaml.default_flow_style = False
+yaml.representer.ignore_aliases = lambda _: True  # DVC writes none
 
 DATASET = {
     "drawn": 12, "selected": 11, "trained": 9, "dropped": {"deleted": 1, "hidden": 1}, "despite": {}, "micro_batches": 3, "steps": 5, "buckets": 2,

@@ -68,7 +68,7 @@ def followers(arrows: set[tuple[str, str]]) -> set[tuple[str, str]]:
 
 
 PIPELINES = {
-    "of dvc.yaml": lambda: lock.read(built.ROOT / "dvc.yaml", built.ROOT / "miniature" / "dvc.lock"),
+    "of dvc.yaml": lambda: lock.read(built.ROOT / "miniature"),
     "wide": lambda: [stage("a", []), *(stage(f"b{number}", ["a"]) for number in range(5)), stage("c", ["b0", "b4"]), stage("d", ["a", "c"])],
     "two apart": lambda: [stage("a", []), stage("b", []), stage("c", ["a"])],
     "one": lambda: [stage("a", [])],

@@ -284,9 +284,10 @@ def test_a_build_that_has_only_begun_has_a_page_and_no_card(tmp_path):
     ("name", "content", "words"),
     [
         ("dvc.lock", "stages: [", "dvc.lock is not YAML"),
-        ("dvc.lock", "stages: {train: {outs: [{path: x, md5: zz, size: 1}]}}", "stages.train.outs.0.md5"),
-        ("dvc.lock", "stages: {train: {params: {params.yaml: {train: {seed: often}}}}}", "train.seed"),
-        ("dvc.yaml", "stages: 5", "dvc.yaml: stages"),
+        ("dvc.lock", "schema: '2.0'\nstages: {train: {cmd: x, outs: [{path: x, hash: md5, md5: zz, size: 1}]}}", "stages.train.outs.0.md5"),
+        ("dvc.lock", "schema: '2.0'\nstages: {train: {cmd: x, outs: [{path: ../x, hash: md5, md5: " + "a" * 32 + ", size: 1}]}}", "an out lies in its recipe's folder"),
+        ("dvc.lock", "schema: '2.0'\nstages: {train: {cmd: x, params: {params.yaml: {train: {seed: often}}}}}", "train.seed"),
+        ("dvc.yaml", "stages: 5", "dvc.yaml has no stages"),
         ("build/dataset.json", "{", "dataset.json is not what its stage writes"),
         ("build/dataset.json", json.dumps(built.DATASET | {"steps": "many"}), "at steps"),
         ("build/dataset.json", "[" * 100_000, "dataset.json"),
@@ -310,7 +311,7 @@ def test_a_file_that_is_not_what_it_should_be_is_refused_by_name(tmp_path, name,
 
 def test_a_folder_without_a_recipe_is_refused(tmp_path):
     done = run("report", tmp_path)
-    assert done.exit_code == 1 and "dvc.yaml is not there" in done.output
+    assert done.exit_code == 1 and "params.yaml is not there. Name a recipe's folder" in done.output
 
 
 def test_a_picture_too_wide_for_a_page_is_made_smaller_the_same_way_twice(tmp_path, page):

@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path
 
 from kohaku_delta import params as recipes
-from kohaku_delta.audit import archive, lockfile
-from kohaku_delta.audit.lockfile import LockedStage
-from kohaku_delta.evidence import digests, pipeline, record
+from kohaku_delta.audit import archive
+from kohaku_delta.evidence import digests, lockfile, pipeline, record
 from kohaku_delta.evidence.digests import Digest
+from kohaku_delta.evidence.lockfile import LockedStage
 from kohaku_delta.evidence.pipeline import Declared
 from kohaku_delta.evidence.record import Record
 from kohaku_delta.params import Recipe

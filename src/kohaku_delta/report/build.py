@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from kohaku_delta import params as recipes
+from kohaku_delta.evidence import pipeline
 from kohaku_delta.hub import pins
 from kohaku_delta.params import Pin, Recipe
 from kohaku_delta.refusal import Refusal
@@ -58,16 +59,16 @@ class Build:
         """Whether this is not the release's recipe: the recipe itself says so, by naming nothing published."""
         return self.recipe.published is None
 
-    def out(self, name: str) -> locks.Out | None:
+    def out(self, name: str) -> locks.Place | None:
         """What the lock says of build/`name`."""
         return next((stage.outs[f"{FOLDER}/{name}"] for stage in self.stages if f"{FOLDER}/{name}" in stage.outs), None)
 
 
 def read(place: Path) -> Build:
     """The build of the recipe in the folder `place` (params.yaml, dvc.yaml, dvc.lock, build/)."""
-    lock, folder = place / "dvc.lock", place / FOLDER
-    stages = locks.read(place / "dvc.yaml", lock)
-    today = recipes.load(place / locks.PARAMS)
+    lock, folder = place / pipeline.LOCK, place / FOLDER
+    stages = locks.read(place)
+    today = recipes.load(place / pipeline.PARAMS)
     found, torn = locks.sections(stages)
     recipe = _recipe(today.model_dump(by_alias=True) | found, lock)
     listed = outs.read(folder / "inputs.json", outs.Inputs)
@@ -104,7 +105,7 @@ def _differences(a, b, path: str = "") -> list[str]:
     return [] if a == b else [path]
 
 
-def _lost(path: Path, out: locks.Out) -> str | None:
+def _lost(path: Path, out: locks.Place) -> str | None:
     if not path.exists():
         return "not at hand"
     size = sum(each.stat().st_size for each in path.rglob("*") if each.is_file()) if path.is_dir() else path.stat().st_size

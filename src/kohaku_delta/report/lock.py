@@ -4,55 +4,11 @@
 """
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from ruamel.yaml import YAML, YAMLError
-
+from kohaku_delta.evidence import lockfile, pipeline
+from kohaku_delta.evidence.lockfile import Place
 from kohaku_delta.refusal import Refusal
-
-PARAMS = "params.yaml"
-
-
-class Out(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True)
-    path: str = Field(pattern=r"^[^/].*$")
-    md5: str = Field(pattern=r"^[0-9a-f]{32}(\.dir)?$")
-    size: int = Field(ge=0)
-    nfiles: int | None = None
-
-    @field_validator("path")
-    @classmethod
-    def _inside(cls, path: str) -> str:
-        if ".." in path.split("/"):
-            raise ValueError("an out lies in its recipe's folder")
-        return path
-
-
-class Locked(BaseModel):
-    model_config = ConfigDict(strict=True)
-    params: dict[str, dict] = {}
-    outs: list[Out] = []
-
-
-class Lock(BaseModel):
-    stages: dict[str, Locked] = {}
-
-
-class Declared(BaseModel):
-    """A stage of dvc.yaml. An out is a path, or a path with settings."""
-
-    deps: list[str] = []
-    outs: list[str | dict[str, object]] = []
-    metrics: list[str | dict[str, object]] = []
-    plots: list[str | dict[str, object]] = []
-
-    def products(self) -> list[str]:
-        return [each if isinstance(each, str) else next(iter(each)) for each in self.outs + self.metrics + self.plots]
-
-
-class Pipeline(BaseModel):
-    stages: dict[str, Declared]
 
 
 @dataclass(frozen=True)
@@ -60,19 +16,23 @@ class Stage:
     name: str
     reads: list[str]  # names of the stages whose outs it declares as dependencies
     products: list[str]
-    outs: dict[str, Out]  # path → what the lock says; empty where the stage has not run
+    outs: dict[str, Place]  # path → what the lock says; empty where the stage has not run
     params: dict  # section or dotted key → value, as the lock has them
 
 
-def read(pipeline: Path, lock: Path) -> list[Stage]:
-    """The stages of `pipeline` (a dvc.yaml), in its order, with what `lock` says of them."""
-    declared, locked = _load(pipeline, Pipeline).stages, _load(lock, Lock).stages
-    maker = {product: name for name, stage in declared.items() for product in stage.products()}
+def read(folder: Path) -> list[Stage]:
+    """The stages of the recipe in `folder`, with what its lock says of them. Refuses a lock that names an out elsewhere."""
+    declared, locked = pipeline.declared(folder), lockfile.read(folder / pipeline.LOCK)
+    maker = {product: name for name, stage in declared.items() for product in stage.outs}
     stages = []
     for name, stage in declared.items():
-        entry = locked.get(name, Locked())
+        entry = locked.get(name)
+        outs = {out.path: out for out in entry.outs} if entry else {}
+        for path in map(PurePosixPath, outs):
+            if path.is_absolute() or ".." in path.parts:
+                raise Refusal(f"{folder / pipeline.LOCK}: {name} has an out {path}; an out lies in its recipe's folder. `dvc repro` writes the lock anew.")
         reads = dict.fromkeys(maker[dep] for dep in stage.deps if dep in maker)
-        stages.append(Stage(name, list(reads), stage.products(), {out.path: out for out in entry.outs}, entry.params.get(PARAMS, {})))
+        stages.append(Stage(name, list(reads), list(stage.outs), outs, entry.parameters if entry else {}))
     return stages
 
 
@@ -92,15 +52,3 @@ def sections(stages: list[Stage]) -> tuple[dict, list[str]]:
         if section in found and whole != value:
             torn[key] = None
     return found, list(torn)
-
-
-def _load(path: Path, model):
-    try:
-        return model.model_validate(YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise Refusal(f"{path} is not there. Name a recipe's folder, and run `dvc repro` in it before asking for its report.") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise Refusal(f"{path} is not YAML that can be read: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise Refusal(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}. Is this a file of DVC? `dvc repro` writes the lock anew.") from None

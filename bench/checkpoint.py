@@ -13,7 +13,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(1, str(HERE.parent / "src"))
 
 import click
+import environment
 
 from kohaku_delta.audit import tensors
 
@@ -53,24 +53,6 @@ def timed(command: list, inputs: list[Path], out: Path, log: Path) -> tuple[floa
         seconds = time.perf_counter() - started
         said.seek(0)
         return seconds, used.ru_maxrss / 1024, (said.read().splitlines() or [""])[-1]
-
-
-def environment(folder: Path) -> Path | None:
-    """The Python that has sd-mecha, and torch from this environment; None, with a sentence, where it cannot be installed."""
-    python = folder / "bin" / "python"
-    if (folder / "done").is_file():
-        return python
-    click.echo(f"making an environment for sd-mecha in {folder} …")
-    try:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        place = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
-        (place / "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", *SD_MECHA], check=True)
-    except (subprocess.CalledProcessError, OSError) as error:
-        click.echo(f"sd-mecha cannot be installed here ({error}): its figures are left out.", err=True)
-        return None
-    (folder / "done").touch()
-    return python
 
 
 def sha256(path: Path) -> str:
@@ -131,7 +113,7 @@ def main(scale: float, rounds: int, others: bool, seed: int, work: Path) -> None
     figures |= {f"{what}_seconds": round(value, 1) for what, value in seconds.items()}
     figures |= {f"{what}_peak_mib": round(max(run[1] for run in runs[what])) for what in ("merge", "bake")}
     figures |= {f"{what}_distinct_hashes": len(hashes[what]) for what in hashes} | {"merge_time_ratio_cp": round(seconds["merge"] / seconds["cp"], 2)}
-    python = environment(work / "sd-mecha") if others else None
+    python = environment.made(work / "sd-mecha", "sd-mecha", SD_MECHA, borrowing=True) if others else None
     if python:
         command = [python, HERE / "mecha.py", files["gamma"], files["beta"], theirs]
         found = []

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import click
 import collection
+import environment
 import pyarrow.parquet as pq
 from ruamel.yaml import YAML
 
@@ -55,22 +56,6 @@ def timed(command: list, log: Path) -> tuple[float, float]:
     return seconds, used.ru_maxrss / 1024
 
 
-def environment(folder: Path) -> Path | None:
-    """The Python that has HakuBooru; None, with a sentence, where it cannot be installed."""
-    python = folder / "bin" / "python"
-    if (folder / "done").is_file():
-        return python
-    click.echo(f"making an environment for HakuBooru in {folder} …")
-    try:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES], check=True)
-    except (subprocess.CalledProcessError, OSError) as error:
-        click.echo(f"HakuBooru cannot be installed here ({error}): its figures are left out.", err=True)
-        return None
-    (folder / "done").touch()
-    return python
-
-
 def same(theirs: Path, ours: Path) -> tuple[bool, int]:
     """Whether ids and captions are equal, post for post, and how many posts HakuBooru wrote."""
     table = pq.read_table(ours, columns=["post_id", "caption"])
@@ -93,7 +78,7 @@ def main(sizes: tuple[int, ...], largest: int, spare_files: bool, seed: int, wor
     keys = ("speed_ratio_hakubooru", "peak_mib", "peak_mib_hakubooru", "posts", "captions", "captions_equal", "seconds_hakubooru")
     figures = dict.fromkeys(keys) | {"seed": seed, "hakubooru_writes_files": not spare_files}
     opposed = max((size for size in sizes if size <= largest), default=None)
-    python = environment(work / "hakubooru") if opposed else None
+    python = environment.made(work / "hakubooru", "HakuBooru", PACKAGES) if opposed else None
     for size in sorted(set(sizes)):
         folder = work / f"{size}-{seed}"
         made = folder / "made.json"

@@ -14,7 +14,7 @@ from kohaku_delta.hermetic import watch
 from kohaku_delta.refusal import Refusal
 
 ROW_GROUP = 1 << 16
-FORMAT = {"compression": "zstd", "compression_level": 3, "version": "2.6", "store_schema": False, "dictionary_pagesize_limit": 1 << 26}
+FORMAT = {"compression": "zstd", "compression_level": 1, "version": "2.6", "store_schema": False, "dictionary_pagesize_limit": 1 << 26}
 
 
 @contextmanager

@@ -61,9 +61,10 @@ def index(files: dict[int, Path], keep=None, stop: Event | None = None) -> dict[
     missing = sorted(files.keys() - found.keys())
     if missing:
         total = sum(os.path.getsize(files[number]) for number in missing)
+        wanted = (number for number in missing if stop is None or not stop.is_set())
         with tqdm(total=total, desc="index of the tars", unit="B", unit_scale=True, disable=None) as bar:
             try:
-                for number, members in zip(missing, in_order(lambda number: members_of(files[number]), (number for number in missing if stop is None or not stop.is_set()))):
+                for number, members in zip(missing, in_order(lambda number: members_of(files[number]), wanted)):
                     found[number] = members
                     bar.update(os.path.getsize(files[number]))
             finally:

@@ -82,7 +82,7 @@ def filter_posts(
         reason[posts[good & (width[posts] == 0)]] = UNREADABLE
         return len(posts)
 
-    order = np.argsort(tar, kind="stable")
+    order = np.argsort((tar + 1).astype(np.uint16), kind="stable")  # sixteen bits: numpy sorts by radix
     order = order[np.searchsorted(tar[order], 0) :]
     groups = np.split(order, np.flatnonzero(np.diff(tar[order])) + 1) if len(order) else []
     with tqdm(total=len(order), desc="images", unit=" images", unit_scale=True, disable=None) as bar:

@@ -43,7 +43,7 @@ def work(rebuild: Rebuild, said: Journal | None) -> Finding:
             faults.append(f"{here.name}: its {state.DEPENDS} cannot be read")
             continue
         if other:
-            foreign.append(f"{here.name} ({some(other)} differ)" if len(other) > 1 else f"{here.name} ({other[0]} differs)")
+            foreign.append((len(other), f"{here.name} ({some(other)} differ)" if len(other) > 1 else f"{here.name} ({other[0]} differs)"))
             continue
         for step in state.saved(here):
             done += 1
@@ -55,6 +55,7 @@ def work(rebuild: Rebuild, said: Journal | None) -> Finding:
                 faults.append(refusal.message.replace(str(rebuild.folder) + "/", ""))
             except (IndexError, KeyError):
                 faults.append(f"{here.name}: the state after step {step - 1} has no rows, or is none")
+    foreign = [words for _, words in sorted(foreign)]  # the nearest first
     if not done and not faults:
         return Finding("lock", "work", SKIP, "no saved state of this training is there" + (f"; of other runs: {some(foreign)}" if foreign else ""))
     return judged(

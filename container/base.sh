@@ -10,8 +10,8 @@ if ! $engine image inspect "$name" > /dev/null 2>&1; then
     command -v debootstrap > /dev/null || { echo "Error: debootstrap is not there. Install it, or name a base that this host has: BASE=…" >&2; exit 1; }
     folder=$(mktemp -d)
     trap 'rm -rf "$folder"' EXIT
-    debootstrap --variant=minbase --include=python3,python3-distutils,python3.11-venv bookworm "$folder/root" >&2
-    rm -rf "$folder"/root/var/cache/apt/*.bin "$folder"/root/var/cache/apt/archives/*.deb "$folder"/root/var/lib/apt/lists/* "$folder"/root/var/log/*
-    tar -C "$folder/root" -c . | $engine import - "$name" >&2
+    debootstrap --variant=minbase --include=python3,python3-distutils,python3.11-venv bookworm "$folder/system" >&2
+    rm -rf "$folder"/system/var/cache/apt/*.bin "$folder"/system/var/cache/apt/archives/*.deb "$folder"/system/var/lib/apt/lists/* "$folder"/system/var/log/*
+    tar -C "$folder/system" -c . | $engine import - "$name" >&2
 fi
 echo "$name"

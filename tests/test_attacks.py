@@ -1,5 +1,7 @@
 """Each way to hand out a rebuild that is not what it says is found by the check that is meant to find it, by name; and an honest one raises no alarm."""
 
+import hashlib
+import json
 import shutil
 
 import finished
@@ -125,3 +127,19 @@ def test_a_span_of_files_is_pinned_by_its_list(copy):
     finished.dump(path, content)
     carefully(copy)
     assert "1 others as the first download recorded them" in audit(copy)[1]["lock/pins"][1]
+
+
+def test_of_the_states_of_other_trainings_the_nearest_is_named_first(copy):
+    caption(copy)
+    carefully(copy)
+    (near,) = (copy / "work").glob("*/depends.json")
+    content = json.loads(near.read_text())
+    for number in range(100):  # until its name comes first
+        listed = content["depends"] | dict.fromkeys(("base", "posts", "schedule"), str(number))
+        name = hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()[:16]
+        if name < near.parent.name:
+            break
+    (copy / "work" / name).mkdir()
+    (copy / "work" / name / "depends.json").write_text(json.dumps(content | {"depends": listed}))
+    said = audit(copy)[1]["lock/work"][1]
+    assert name < near.parent.name and f"of other runs: {near.parent.name} (captions differs), {name} (" in said, said

@@ -7,7 +7,7 @@ from booru import picture, write_database, write_tar
 from PIL import Image
 
 from kohaku_delta import params
-from kohaku_delta.danbooru import tars
+from kohaku_delta.danbooru import members, tars
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import filtering
 from kohaku_delta.refusal import Refusal
@@ -126,6 +126,16 @@ def test_a_damaged_tar_stops_the_run_with_its_name(tmp_path, folder, recipe):
     path = write_database(tmp_path / "a.db", [{"id": 1}])
     with pytest.raises(Refusal, match="data-0001.tar is empty"):
         run(path, folder, [1], recipe)
+
+
+def test_a_refused_database_stops_the_indexing_of_the_tars(tmp_path, folder, recipe, monkeypatch):
+    told = []
+    write_tar(folder / "data-0001.tar", [])
+    monkeypatch.setattr(members, "index", lambda files, keep, stop: told.append(stop.wait(60)))
+    write_database(tmp_path / "a.db", [{"id": 1}])
+    with pytest.raises(Refusal, match="has no post 2"):
+        filtering.filter_posts(Database(tmp_path / "a.db"), tars.folder(folder), [1, 2], recipe.filter, recipe.caption, None, True)
+    assert told == [True]
 
 
 def test_posts_of_another_database_are_refused(tmp_path, folder, recipe):

@@ -35,7 +35,7 @@ def main(params: Path, **files) -> None:
     from kohaku_delta.preview import comparison
 
     losses = comparison.compare(recipe, files)
-    summary("preview", f"held-out loss {losses['base']['loss']:.4f} → {losses['final']['loss']:.4f} on {losses['posts']} posts → {files['out']}, {files['held_out']}")
+    summary("preview", f"held-out loss {losses['base']['loss']['sdxl']:.4f} → {losses['final']['loss']['sdxl']:.4f} on {losses['posts']} posts → {files['out']}, {files['held_out']}")
 
 
 if __name__ == "__main__":

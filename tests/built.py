@@ -47,7 +47,7 @@ def make(place: Path, params: dict | None = None, dataset: dict = DATASET, texts
     (build / "preview.png").write_bytes(png(120, 60))
     (build / "inputs.json").write_text(json.dumps({"inputs": inputs(params)}))
     (build / "dataset.json").write_text(json.dumps(dataset))
-    (build / "held-out.json").write_text(json.dumps({"posts": 3, "base": {"loss": 0.5}, "final": {"loss": 0.25}}))
+    (build / "held-out.json").write_text(json.dumps({"posts": 3, "base": {"loss": {"sdxl": 0.5, "training": 0.5}}, "final": {"loss": {"sdxl": 0.25, "training": 0.25}}}))
     (build / "bucket.txt").write_text("bucket 0: resolution (64, 64), count: 4\nbucket 1: resolution (64, 96), count: 5\n")
     rows = [f"{step},{0.5 / (step + 1)},{0.1 * step},{0.001 * min(step, 4)},{0.0002 * min(step, 4)}" for step in range(5)]
     (build / "curves.csv").write_text("\n".join(["step,loss,gradient_norm,learning_rate_unet,learning_rate_text", *rows]) + "\n")

@@ -95,7 +95,7 @@ class Course:
 def learn(models: dict, course: Course, *, steps: int, rate: float, rate_of_others: float, seed: int, say=print) -> None:
     """Trains the U-Net in place; the text encoders stay as they are (as long as the U-Net does not listen, their gradient is noise)."""
     unet = models["unet"].train()
-    acp = diffusion.alphas_cumprod()
+    acp, amplitudes = diffusion.alphas_cumprod(), diffusion.amplitudes(torch.float32)
     # 1 + σ²/σ_data², σ² = (1 − ᾱ)/ᾱ: every noise level's error counts as a part of what could be known (Karras et al. 2022)
     weight = (1.0 + (1.0 - acp) / acp / SPREAD).clamp(max=MOST)
     edges = ("conv_in.weight", "conv_out.weight")
@@ -112,7 +112,7 @@ def learn(models: dict, course: Course, *, steps: int, rate: float, rate_of_othe
         with torch.no_grad():
             chunks = 3 if step >= steps - LAST else 1
             context, pooled = conditioning.encode(models["te1"], models["te2"], ids1[:, :chunks], ids2[:, :chunks], end)
-        noisy = diffusion.add_noise(latents, noise, time_steps, acp)
+        noisy = diffusion.add_noise(latents, noise, time_steps, amplitudes)
         predicted = unet(noisy, time_steps, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}).sample
         square = (predicted - noise).square().mean(dim=(1, 2, 3))
         (square * weight[time_steps]).mean().backward()

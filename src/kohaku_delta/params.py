@@ -161,6 +161,8 @@ class Train(Section):
     noise_offset: Annotated[float, Field(ge=0)]
     min_snr_gamma: Annotated[float, Field(gt=0)]
     crop_conditioning: Literal["letterbox", "real"]
+    timestep_freq_shift: Literal[0, 1]
+    text_projection: Literal["sdxl", "transposed"]
     gradient_checkpointing: bool
     workers: Count
     save_every: Positive

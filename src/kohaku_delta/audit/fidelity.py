@@ -22,6 +22,8 @@ def quirks(recipe: Recipe) -> dict[str, bool]:
         "caption.no_quality_above_id": (recipe.caption.no_quality_above_id or inf) <= 7_000_000,
         "lokr.forward": recipe.lokr.forward == "delta",
         "train.crop_conditioning": recipe.train.crop_conditioning == "letterbox",
+        "train.timestep_freq_shift": recipe.train.timestep_freq_shift == 1,
+        "train.text_projection": recipe.train.text_projection == "transposed",
         "train.last_step_divisor": recipe.train.last_step_divisor == "full",
     }
 

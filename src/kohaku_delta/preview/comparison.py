@@ -1,4 +1,6 @@
-"""Invariant: base and final see the same prompts, seeds, posts and noise; only the weights differ."""
+"""Invariant: base and final see the same prompts, seeds, posts and noise; only the weights differ.
+
+Pictures are drawn in SDXL's own form, as every program draws. The held-out loss is measured in that form and in the one that the recipe trains in."""
 
 import json
 from pathlib import Path
@@ -15,10 +17,11 @@ from kohaku_delta.preview import grid, held_out, sampler
 from kohaku_delta.refusal import Refusal
 from kohaku_delta.training import buckets, run
 from kohaku_delta.training.batch import Source
+from kohaku_delta.training.model import SDXL, ConditioningForm
 
 
 def compare(recipe: Recipe, files: dict[str, Path]) -> dict:
-    """Writes the grid and the losses; returns {"posts": n, "base": {"loss": x}, "final": {"loss": y}}."""
+    """Writes the grid and the losses; returns {"posts": n, "base": {"loss": {"sdxl": x, "training": y}}, "final": …}."""
     database = Database(files["database"] or inputs.path(files["inputs"], "database"))
     tar_files = run.tars(files)
     _, texts = run.tokenizers(files)
@@ -35,15 +38,15 @@ def compare(recipe: Recipe, files: dict[str, Path]) -> dict:
     pictures, losses = {}, {"posts": posts.num_rows}
     with tqdm(total=4, desc="preview", unit="part", disable=None) as bar:
         for name, checkpoint in (("base", files["base"]), ("final", files["model"])):
-            model = run.sdxl(recipe, checkpoint, texts, recipe.train.device, getattr(torch, recipe.train.precision))
+            model = run.sdxl(recipe, checkpoint, texts, recipe.train.device, getattr(torch, recipe.train.precision), SDXL)
             model.gamma = float("inf")  # the plain loss: min(SNR, ∞) / SNR = 1
             step = run.latent_step(model)
             pictures[name] = sampler.sample(model, texts, recipe.preview, step, parameters.max_token_length)
             bar.update()
             source = Source(posts, texts_of_posts, next(iter(tar_files.values())).parent, texts, parameters, recipe.caption.separator, step)
-            losses[name] = {"loss": held_out.loss(model, source, posts, bucket_of, recipe.schedule.batch_size)}
+            losses[name] = {"loss": held_out.losses(model, ConditioningForm.of(recipe.train), source, posts, bucket_of, recipe.schedule.batch_size)}
             bar.update()
-    caption = f"held-out loss: base {losses['base']['loss']:.4f}, final {losses['final']['loss']:.4f}"
+    caption = f"held-out loss: base {losses['base']['loss']['sdxl']:.4f}, final {losses['final']['loss']['sdxl']:.4f}"
     with atomic.writing(files["held_out"], "w") as file:
         json.dump(losses, file, indent=1)
         file.write("\n")

@@ -7,7 +7,17 @@ import pyarrow as pa
 import torch
 
 from kohaku_delta.training.batch import Source
-from kohaku_delta.training.model import Sdxl
+from kohaku_delta.training.model import SDXL, ConditioningForm, Sdxl
+
+
+def losses(model: Sdxl, training: ConditioningForm, *data) -> dict[str, float]:
+    """The loss in SDXL's own form and in that of the training (equal, and measured once, if they are the same). `data`: as for `loss`."""
+    measured = {}
+    for form in dict.fromkeys((SDXL, training)):
+        model.set_form(form)
+        measured[form] = loss(model, *data)
+    model.set_form(SDXL)
+    return {"sdxl": measured[SDXL], "training": measured[training]}
 
 
 @torch.no_grad()
@@ -18,6 +28,5 @@ def loss(model: Sdxl, source: Source, posts: pa.Table, bucket_of: list[tuple[int
         rows = [row for row, each in enumerate(bucket_of) if each == bucket]
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
-            losses = model.losses(source.batch([ids[row] for row in part], part, bucket))
-            total += sum(losses.double().tolist())
+            total += sum(model.losses(source.batch([ids[row] for row in part], part, bucket)).double().tolist())
     return total / len(ids)

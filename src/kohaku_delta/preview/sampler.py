@@ -21,7 +21,7 @@ def sample(model: Sdxl, tokenizers: tuple, parameters: Preview, latent_step: int
     count, size = len(parameters.prompts), (parameters.height, parameters.width)
     ids1 = torch.stack([conditioning.chunks(first, text, length, first.eos_token_id) for text in texts]).to(model.device)
     ids2 = torch.stack([conditioning.chunks(second, text, length, 0) for text in texts]).to(model.device)
-    context, pooled = conditioning.encode(model.models["te1"], model.models["te2"], ids1, ids2, model.end_token)
+    context, pooled = model.conditions(ids1, ids2)
     time_ids = torch.tensor([[*size, 0.0, 0.0, *size]] * len(texts), device=model.device)
     shape = (LATENT_CHANNELS, size[0] // latent_step, size[1] // latent_step)
     x = torch.stack([torch.from_numpy(visit.normal(shape, parameters.seed, index, visit.NOISE)) for index in range(count)]).to(model.device, model.precision)
@@ -31,12 +31,12 @@ def sample(model: Sdxl, tokenizers: tuple, parameters: Preview, latent_step: int
         predicted = model.models["unet"](torch.cat([x, x]), step, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}, return_dict=False)[0]
         wanted, unwanted = predicted.chunk(2)
         noise = unwanted + parameters.guidance * (wanted - unwanted)
-        a = model.acp[now].to(x.dtype)
-        clean = (x - (1 - a).sqrt() * noise) / a.sqrt()
+        signal, spread = (table[now] for table in model.amplitudes)
+        clean = (x - spread * noise) / signal
         if later is None:
             x = clean
         else:
-            b = model.acp[later].to(x.dtype)
-            x = b.sqrt() * clean + (1 - b).sqrt() * noise
+            signal, spread = (table[later] for table in model.amplitudes)
+            x = signal * clean + spread * noise
     pictures = [model.models["vae"].decode(each[None].float() / model.vae_scaling, return_dict=False)[0][0] for each in x]
     return [((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy() for picture in pictures]

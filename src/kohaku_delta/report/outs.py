@@ -64,8 +64,13 @@ class Dataset(Figures):
     published: Comparison | str
 
 
+class Forms(Figures):
+    sdxl: float
+    training: float
+
+
 class Loss(Figures):
-    loss: float
+    loss: Forms
 
 
 class HeldOut(Figures):

@@ -7,6 +7,7 @@ the end token, text encoder 2 with id 0. The states are joined again to 227 posi
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from kohaku_delta.hermetic import watch
 from kohaku_delta.refusal import Refusal
@@ -57,16 +58,17 @@ def joined(states: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat([states[:, 0, :1], inner, states[:, -1, -1:]], dim=1)
 
 
-def encode(te1, te2, ids1: torch.Tensor, ids2: torch.Tensor, end_token: int) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(te1, te2, ids1: torch.Tensor, ids2: torch.Tensor, end_token: int, transposed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """ids: (B, chunks, 77) each. Returns the context (B, 75 · chunks + 2, D1 + D2) and the pooled output (B, P).
 
     Context: hidden_states[-2] of both encoders without the final layer norm. Pooled: text encoder 2's last state after its final
-    layer norm, at the first end token of the first chunk, projected.
+    layer norm, at the first end token of the first chunk, projected: x · P, or x · Pᵀ if `transposed` (the release's trainer; P is square).
     """
     count = ids1.shape[1]
     first = te1(ids1.flatten(0, 1), output_hidden_states=True).hidden_states[-2]
     out = te2(ids2.flatten(0, 1), output_hidden_states=True)
     position = (ids2[:, 0] == end_token).int().argmax(dim=1)
     last = out.last_hidden_state[::count]
-    pooled = te2.text_projection(last[torch.arange(len(last), device=last.device), position])
+    weight = te2.text_projection.weight  # Pᵀ: transformers keeps a linear layer's weight (outputs, inputs)
+    pooled = F.linear(last[torch.arange(len(last), device=last.device), position], weight.T if transposed else weight)
     return torch.cat([joined(first, count), joined(out.hidden_states[-2], count)], dim=-1), pooled

@@ -65,10 +65,10 @@ def tars(files: dict[str, Path]) -> dict[int, Path]:
     return tar_files.folder(files["tars"]) if files["tars"] else tar_files.numbered(hub_inputs.paths(files["inputs"], "tars"))
 
 
-def sdxl(recipe: Recipe, checkpoint: Path, tokenizers: tuple, device: str, precision):
-    """The model of a checkpoint, ready for losses. Refuses tokenizers with more tokens than the text encoders have embeddings."""
+def sdxl(recipe: Recipe, checkpoint: Path, tokenizers: tuple, device: str, precision, form=None):
+    """The model of a checkpoint, ready for losses; `form`: how conditions reach the U-Net (None: as the recipe trains). Refuses tokenizers with more tokens than the text encoders have embeddings."""
     from kohaku_delta.checkpoint import modules
-    from kohaku_delta.training.model import Sdxl
+    from kohaku_delta.training.model import ConditioningForm, Sdxl
 
     models = modules.load(checkpoint, recipe.model, dtype=precision)
     for name, tokens in zip(("te1", "te2"), tokenizers):
@@ -76,7 +76,8 @@ def sdxl(recipe: Recipe, checkpoint: Path, tokenizers: tuple, device: str, preci
             raise Refusal(f"{checkpoint}: text encoder {name[-1]} has {models[name].config.vocab_size} token embeddings and its tokenizer {len(tokens)} tokens. They are of different models.")
     models["vae"].float()
     models = {name: model.to(device) for name, model in models.items()}
-    return Sdxl(models, tokenizers[1].eos_token_id, recipe.model.vae_scaling_factor, recipe.train.min_snr_gamma, device, precision)
+    form = form or ConditioningForm.of(recipe.train)
+    return Sdxl(models, tokenizers[1].eos_token_id, recipe.model.vae_scaling_factor, recipe.train.min_snr_gamma, device, precision, form)
 
 
 def latent_step(model) -> int:

@@ -13,8 +13,9 @@ import click
 from kohaku_delta import atomic, table
 from kohaku_delta import params as recipes
 from kohaku_delta.danbooru.database import Database
-from kohaku_delta.dataset import pictures, published, survey, tokens
+from kohaku_delta.dataset import pictures, published, survey
 from kohaku_delta.hub import inputs as listed
+from kohaku_delta.sdxl.tokenizer import ClipTokenizer
 from kohaku_delta.stage import Stage, summary
 
 FILE = click.Path(path_type=Path)
@@ -42,7 +43,7 @@ def main(params: Path, inputs: Path, database: Path | None, tokenizer: Path | No
     figures = survey.outcome(files["selection"], files["posts"], files["dropped"])
     figures |= survey.of_rows(source, table.read(files["posts"], ["post_id"])["post_id"].to_numpy(), recipe.caption)
     figures |= survey.buckets(files["buckets"], recipe.schedule)
-    figures |= survey.words(files["captions"], source, recipe.caption, tokens.tokenizer(*listed.tokenizer(inputs, "tokenizer", tokenizer)))
+    figures |= survey.words(files["captions"], source, recipe.caption, ClipTokenizer(*listed.tokenizer(inputs, "tokenizer", tokenizer)))
     figures |= {"artists": survey.top(files["artists"]), "characters": survey.top(files["characters"])}
     comparison = published.compare(figures, target)
     pictures.draw(figures, recipe.caption, recipe.train.max_token_length, target, folder)

@@ -7,6 +7,7 @@ from transformers import CLIPTokenizer
 
 from kohaku_delta import numerics
 from kohaku_delta.checkpoint import modules
+from kohaku_delta.sdxl.tokenizer import ClipTokenizer
 from kohaku_delta.training import conditioning
 
 VOCAB, MERGES = "data/tokenizer/vocab.json", "data/tokenizer/merges.txt"
@@ -32,7 +33,7 @@ def sd_scripts(tokenizer, text, length, pad):
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("second", [False, True])
 def test_three_chunks_of_75_as_sd_scripts_cuts_them(text, second):
-    ours = conditioning.tokenizer(VOCAB, MERGES)
+    ours = ClipTokenizer(VOCAB, MERGES)
     pad = 0 if second else ours.eos_token_id
     rows = conditioning.chunks(ours, text, 225, pad)
     assert rows.shape == (3, 77)

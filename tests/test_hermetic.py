@@ -131,7 +131,7 @@ def allowed(done):
         ("import ctypes; ctypes.CDLL('PLACE/mirror/gamma')", "mirror/gamma"),
         ("import sqlite3; sqlite3.connect('PLACE/mirror/gamma')", "mirror/gamma"),
         ("from kohaku_delta import table; table.read('build/other.txt')", "build/other.txt"),
-        ("from kohaku_delta.dataset import tokens; tokens.tokenizer('PLACE/mirror/gamma', text)", "mirror/gamma"),
+        ("from kohaku_delta.sdxl.tokenizer import ClipTokenizer; ClipTokenizer('PLACE/mirror/gamma', text)", "mirror/gamma"),
     ],
 )
 def test_a_file_that_is_not_declared_is_refused_and_named(stage, repository, do, named):

@@ -15,9 +15,10 @@ from click.testing import CliRunner
 from kohaku_delta import params, table
 from kohaku_delta.danbooru import tars
 from kohaku_delta.danbooru.database import Database
-from kohaku_delta.dataset import captions, filtering, lists, published, selection, survey, tokens
+from kohaku_delta.dataset import captions, filtering, lists, published, selection, survey
 from kohaku_delta.params import PublishedDataset
 from kohaku_delta.refusal import Refusal
+from kohaku_delta.sdxl.tokenizer import ClipTokenizer
 from kohaku_delta.training import schedule
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,21 +87,22 @@ def test_a_bucket_counts_as_equal_only_with_the_same_number_of_images():
 
 def test_lengths_in_tokens_are_those_of_whole_captions(build):
     recipe = params.load("params.yaml")
-    made = tokens.tokenizer(TOKENIZER / "vocab.json", TOKENIZER / "merges.txt")
+    made = ClipTokenizer(TOKENIZER / "vocab.json", TOKENIZER / "merges.txt")
     counted = survey.words(build / "captions.parquet", Database("data/danbooru2023.db"), recipe.caption, made)
     rows = table.read(build / "captions.parquet", ["keep", "general"]).to_pylist()
-    whole = tokens.counts(made, [", ".join(row["keep"] + row["general"]) for row in rows])
+    whole = [len(made.encode(", ".join(row["keep"] + row["general"]))) for row in rows]
     assert counted["tokens"] == np.bincount(whole).tolist()
     assert dict(counted["general"])["solo"] == sum("solo" in row["general"] for row in rows)
     assert not {"safe", "newest", "masterpiece", "highres"} & dict(counted["general"]).keys()
 
 
-def test_the_tokenizer_is_the_trainers():
-    from kohaku_delta.training import conditioning
-
-    ours, theirs = (make(TOKENIZER / "vocab.json", TOKENIZER / "merges.txt") for make in (tokens.tokenizer, conditioning.tokenizer))
-    texts = ["1girl, star (symbol), |||^_^, it's 12 o'clock", "É_ß 初音ミク, <|a|>", "", "a  b\n,c)),", "x" * 200]
-    assert tokens.counts(ours, texts).tolist() == [len(theirs(text, add_special_tokens=False)["input_ids"]) for text in texts]
+def test_a_caption_that_cleaning_changes_is_measured_whole(tmp_path):
+    """`&lt;` is an entity unless the text has a `<` anywhere: a word alone does not tell."""
+    made = ClipTokenizer(TOKENIZER / "vocab.json", TOKENIZER / "merges.txt")
+    rows = [{"keep": ["ﬁsh &lt;3"], "general": ["solo", "a <b"]}, {"keep": [], "general": ["ｆｕｌｌ", "smile"]}, {"keep": ["x"], "general": ["&amp;"]}]
+    table.write(pa.Table.from_pylist(rows), tmp_path / "captions.parquet")
+    counted = survey.words(tmp_path / "captions.parquet", Database("data/danbooru2023.db"), params.load("params.yaml").caption, made)
+    assert counted["tokens"] == np.bincount([len(made.encode(", ".join(row["keep"] + row["general"]))) for row in rows]).tolist()
 
 
 def test_files_of_different_runs_are_refused(build, tmp_path):

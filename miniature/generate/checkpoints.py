@@ -12,7 +12,7 @@ import torch
 
 from generate import autoencoder, painter, reader
 from kohaku_delta.checkpoint import modules, stream
-from kohaku_delta.training import conditioning
+from kohaku_delta.sdxl.tokenizer import ClipTokenizer
 
 COURSES = {  # lessons, steps, rate of matrices, rate of the rest
     "sdxl": (6144, 4000, 0.007, 3e-3),
@@ -46,7 +46,7 @@ def write(out: Path, say=print) -> None:
     def note(line: str) -> None:
         say(f"{time.monotonic() - began:6.0f} s  {line}", flush=True)
 
-    tokens = conditioning.tokenizer(out / "tokenizer" / "vocab.json", out / "tokenizer" / "merges.txt")
+    tokens = ClipTokenizer(out / "tokenizer" / "vocab.json", out / "tokenizer" / "merges.txt")
     vae = autoencoder.train(say=note)
     donor = None
     for seed, (name, (lessons, steps, rate, rate_of_others)) in enumerate(COURSES.items(), 1):

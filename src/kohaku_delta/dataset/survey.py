@@ -17,11 +17,11 @@ from tqdm import tqdm
 from kohaku_delta import table
 from kohaku_delta.danbooru.database import Database, distinct
 from kohaku_delta.dataset import facts as rows
-from kohaku_delta.dataset import tokens
 from kohaku_delta.dataset.captions import shown
 from kohaku_delta.dataset.facts import REASONS
 from kohaku_delta.params import Caption, Schedule
 from kohaku_delta.refusal import Refusal
+from kohaku_delta.sdxl.tokenizer import ClipTokenizer, is_plain
 
 TOP = 20  # names of each kind
 BUCKET = re.compile(r"bucket \d+: resolution \((\d+), (\d+)\), count: (\d+)")
@@ -70,30 +70,40 @@ def buckets(path: Path, parameters: Schedule) -> dict:
     return {"buckets": sizes, "micro_batches": batches, "steps": parameters.epochs * math.ceil(batches / parameters.micro_batches)}
 
 
-def words(captions: Path, database: Database, parameters: Caption, tokenizer) -> dict:
-    """The most frequent general tags, words of captions, and how many captions have which number of tokens."""
+def words(captions: Path, database: Database, parameters: Caption, tokenizer: ClipTokenizer) -> dict:
+    """The most frequent general tags, words of captions, and how many captions have which number of tokens.
+
+    A caption's length is what the trainer's tokenizer makes of it before anything is shuffled or dropped. CLIP's tokenizer never joins what a
+    space divides, so it is the sum over the caption's words, each with its comma (which may join the punctuation before it), the last one
+    without: every distinct word is tokenised once. A caption with a word that ftfy may change is tokenised whole: ftfy looks at the whole text.
+    """
     file = pq.ParquetFile(captions, read_dictionary=["keep.list.element", "general.list.element"])
     place: dict[str, int] = {}
     images, lengths = np.zeros(0, np.int64), []
     behind, last = np.zeros(0, np.int32), np.zeros(0, np.int32)  # tokens of each word, with a comma behind it and without
+    plain = np.zeros(0, bool)  # words that cleaning leaves as they are
     for number in tqdm(range(file.num_row_groups), desc="captions", unit=" row groups", disable=None):
         part = file.read_row_group(number, columns=["keep", "general"])
         keep, general = (_lists(part[name]) for name in ("keep", "general"))
         for _, _, dictionary in (keep, general):
             new = [word for word in dictionary if word not in place]
             place.update(zip(new, range(len(place), len(place) + len(new))))
-            behind = np.append(behind, tokens.counts(tokenizer, [f"{word}," for word in new]))
-            last = np.append(last, tokens.counts(tokenizer, new))
+            behind = np.append(behind, [len(tokenizer.encode(f"{word},")) for word in new]).astype(np.int32)
+            last = np.append(last, [len(tokenizer.encode(word)) for word in new]).astype(np.int32)
+            plain = np.append(plain, [is_plain(word) for word in new]).astype(bool)
         images.resize(len(place), refcheck=False)
-        length = np.zeros(len(keep[0]) - 1, np.int64)
+        length, odd = np.zeros(len(keep[0]) - 1, np.int64), np.zeros(len(keep[0]) - 1, bool)
         for ends, indices, dictionary in (keep, general):
             word = np.array([place[each] for each in dictionary], np.int32)[indices]
             length += np.diff(np.append(0, np.cumsum(behind[word], dtype=np.int64))[ends])
+            odd |= np.diff(np.append(0, np.cumsum(~plain[word]))[ends]) > 0
         post = np.repeat(np.arange(len(ends) - 1), np.diff(ends)) << 32  # of the general part, which came last
         images += np.bincount(distinct(post | word) & 0xFFFFFFFF, minlength=len(place))  # an image counts once
         full = np.diff(ends) > 0
         final = word[ends[1:][full] - 1]
         length[full] += last[final] - behind[final]
+        for row in np.flatnonzero(odd).tolist():
+            length[row] = len(tokenizer.encode(", ".join(part["keep"][row].as_py() + part["general"][row].as_py())))
         lengths.append(np.bincount(length))
     longest = max((len(each) for each in lengths), default=0)
     total = sum((np.pad(each, (0, longest - len(each))) for each in lengths), np.zeros(longest, np.int64))

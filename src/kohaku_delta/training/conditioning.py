@@ -4,39 +4,22 @@
 the end token, text encoder 2 with id 0. The states are joined again to 227 positions.
 """
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 
-from kohaku_delta.hermetic import watch
-from kohaku_delta.refusal import Refusal
+from kohaku_delta.sdxl.tokenizer import ClipTokenizer
 
 CHUNK = 75
 
 
-def tokenizer(vocab, merges):
-    """CLIP's tokenizer from vocab.json and merges.txt."""
-    from transformers import CLIPTokenizer
-
-    for path in (vocab, merges):
-        if not Path(path).is_file():
-            raise Refusal(f"{path} is not there; the tokenizer needs vocab.json and merges.txt. Run the download stage.")
-        watch.opening(path)
-    try:
-        return CLIPTokenizer(vocab=str(vocab), merges=str(merges))
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise Refusal(f"{vocab} and {merges} are not a CLIP tokenizer that can be read ({error}).") from None
-
-
-def chunks(tokens, text: str, length: int, pad: int) -> torch.Tensor:
+def chunks(tokens: ClipTokenizer, text: str, length: int, pad: int) -> torch.Tensor:
     """Token ids (length / 75, 77), int64. `length` is 75, 150 or 225; `pad` fills what the caption leaves empty.
 
     As in sd-scripts: where the pad is the end token every row is begin … end; where it differs, a row that is full ends with the
     end token, one that is not keeps its pads, and an empty one is begin, end, pad …
     """
     begin, end = tokens.bos_token_id, tokens.eos_token_id
-    body = tokens(text, add_special_tokens=False)["input_ids"][:length]
+    body = tokens.encode(text)[:length]
     whole = [begin, *body, end] + [pad] * (length - len(body))
     rows = []
     for start in range(1, length + 1, CHUNK):

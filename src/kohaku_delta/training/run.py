@@ -19,8 +19,9 @@ from kohaku_delta.hub import inputs as hub_inputs
 from kohaku_delta.hub.digest import hashed
 from kohaku_delta.params import Recipe
 from kohaku_delta.refusal import Refusal
+from kohaku_delta.sdxl.tokenizer import ClipTokenizer
 
-LIBRARIES = ("torch", "diffusers", "transformers", "lycoris-lora", "bitsandbytes", "numpy", "pillow", "opencv-python-headless", "tokenizers")
+LIBRARIES = ("torch", "diffusers", "transformers", "lycoris-lora", "bitsandbytes", "numpy", "pillow", "opencv-python-headless", "tokenizers", "ftfy", "regex")
 CURVES = "step,loss,gradient_norm,learning_rate_unet,learning_rate_text\n"
 
 
@@ -54,10 +55,8 @@ def dependencies(recipe: Recipe, files: dict[str, Path], texts: list[Path], tars
 
 def tokenizers(files: dict[str, Path]) -> tuple[list[Path], tuple]:
     """Both tokenizers, and the four files that they were made of."""
-    from kohaku_delta.training import conditioning
-
     pairs = [hub_inputs.tokenizer(files["inputs"], name, files[name]) for name in ("tokenizer", "tokenizer_2")]
-    return [path for pair in pairs for path in pair], tuple(conditioning.tokenizer(*pair) for pair in pairs)
+    return [path for pair in pairs for path in pair], tuple(ClipTokenizer(*pair) for pair in pairs)
 
 
 def tars(files: dict[str, Path]) -> dict[int, Path]:

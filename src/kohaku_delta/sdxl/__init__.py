@@ -1,0 +1,1 @@
+"""What SDXL is, apart from any training: its tokenizer."""

@@ -1,0 +1,75 @@
+"""CLIP's tokenizer as the release's trainer had it: the slow one of transformers 4.36, which cleaned every text with ftfy 6.1.1.
+
+text → pieces between literal special tokens → ftfy → whitespace → lower case → words → bytes → byte-pair encoding. ftfy turns full-width letters,
+curly quotes, ligatures and HTML entities into other characters, and with them into other tokens; the fast tokenizers do not. Printable ASCII
+without `&` is left as it is.
+"""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import ftfy
+import regex
+from tokenizers import models
+
+from kohaku_delta.hermetic import watch
+from kohaku_delta.refusal import Refusal
+
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+SPECIAL = regex.compile(f"({regex.escape(BEGIN)}|{regex.escape(END)})")
+WORD = regex.compile(rf"{regex.escape(BEGIN)}|{regex.escape(END)}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE)
+SPACE = regex.compile(r"\s+")
+
+
+def byte_symbols() -> list[str]:
+    """The printable stand-in of each of the 256 bytes, as GPT-2 and CLIP have them."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+SYMBOLS = byte_symbols()
+
+
+def is_plain(text: str) -> bool:
+    """Whether cleaning leaves the text as it is, whatever stands around it: printable ASCII without `&`."""
+    return text.isascii() and text.isprintable() and "&" not in text
+
+
+class ClipTokenizer:
+    """vocab.json and merges.txt of CLIP. `bos_token_id`, `eos_token_id`: its begin and end token; `len()`: its tokens."""
+
+    def __init__(self, vocab: Path, merges: Path):
+        for path in (vocab, merges):
+            if not Path(path).is_file():
+                raise Refusal(f"{path} is not there; the tokenizer needs vocab.json and merges.txt. Run the download stage.")
+            watch.opening(path)
+        try:
+            self.ids: dict[str, int] = json.loads(Path(vocab).read_text(encoding="utf-8"))
+            self.bos_token_id, self.eos_token_id = self.ids[BEGIN], self.ids[END]
+            self.model = models.BPE.from_file(str(vocab), str(merges), continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END)
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            raise Refusal(f"{vocab} and {merges} are not a CLIP tokenizer that can be read ({' '.join(str(error).split())}). Run the download stage again.") from None
+        self.word = lru_cache(maxsize=1 << 16)(self.word)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text, without begin and end."""
+        found: list[int] = []
+        for piece in SPECIAL.split(text):
+            if piece in (BEGIN, END):
+                found.append(self.ids[piece])
+                continue
+            cleaned = SPACE.sub(" ", piece if is_plain(piece) else ftfy.fix_text(piece)).strip().lower()
+            for word in WORD.findall(cleaned):
+                found += self.word(word)
+        return found
+
+    def word(self, word: str) -> list[int]:
+        """The token ids of one word, which has no space in it."""
+        if word in (BEGIN, END):
+            return [self.ids[word]]
+        return [token.id for token in self.model.tokenize("".join(SYMBOLS[byte] for byte in word.encode("utf-8")))]

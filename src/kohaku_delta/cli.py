@@ -6,6 +6,7 @@ from kohaku_delta.commands.audit import command as audit
 from kohaku_delta.commands.bundle import command as bundle
 from kohaku_delta.commands.card import card
 from kohaku_delta.commands.compare import command as compare
+from kohaku_delta.commands.operators import operators
 from kohaku_delta.commands.pin import pin
 from kohaku_delta.commands.preflight import preflight
 from kohaku_delta.commands.provenance import command as provenance
@@ -19,5 +20,5 @@ def main() -> None:
     """Ask about checkpoints, LoKr files, trainings, hosts and folders of the recipe."""
 
 
-for command in (audit, bundle, card, compare, pin, preflight, provenance, replay, report, tensors):
+for command in (audit, bundle, card, compare, operators, pin, preflight, provenance, replay, report, tensors):
     main.add_command(command)

@@ -7,6 +7,7 @@ on another base. `sshs_model_hash` is the sha256 of all that follows the header.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -48,7 +49,7 @@ def write(path, weights: Mapping[str, np.ndarray], recipe: Recipe, base_digest: 
 def metadata(recipe: Recipe, base_digest: str) -> dict[str, str]:
     """What the file says about its training: texts as sd-scripts writes them."""
     lokr, train, schedule = recipe.lokr, recipe.train, recipe.schedule
-    side = int(schedule.area**0.5)
+    side = math.isqrt(schedule.area)
     network = {
         "algo": "lokr", "conv_dim": str(lokr.dim), "conv_alpha": str(lokr.alpha), "dropout": "0.0", "train_norm": str(lokr.preset.norms),
         "preset": lokr.preset.model_dump(),

@@ -4,6 +4,7 @@
 recipe. `load` builds diffusers' and transformers' modules without drawing a random number. `to_checkpoint` goes the other way.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -221,5 +222,5 @@ def to_checkpoint(modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.Ten
     places = modules["te1"].config.max_position_embeddings
     tensors[POSITION_IDS] = torch.arange(places).expand(1, -1).contiguous()
     dtype = tensors[PREFIX["te2"] + "text_projection"].dtype
-    tensors[LOGIT_SCALE] = torch.tensor(np.log(1 / 0.07), dtype=dtype)  # CLIP's initial temperature
+    tensors[LOGIT_SCALE] = torch.tensor(math.log(1 / 0.07), dtype=dtype)  # CLIP's initial temperature
     return tensors

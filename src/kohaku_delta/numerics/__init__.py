@@ -6,7 +6,8 @@ The one place that sets threads, flags and environment. Call it before torch is 
     numerics.hold("cpu")
 
 CPU (any x86-64 with AVX2): one thread a rank, ATen's AVX2 kernels, MKL's portable branch (the only one that every vendor's
-processor honours), no oneDNN (it picks its blocking by cache size), no NNPACK, the math form of attention.
+processor honours), no oneDNN (it picks its blocking by cache size), no NNPACK, the math form of attention, numpy without AVX-512. MKL's vector
+functions heed none of this: `torch.sqrt` differs between processors, and operators.py lists what may run instead.
 GPU: deterministic algorithms in strict mode (warn-only leaves attention's backward unordered), no autotuning, no TF32,
 a fixed cuBLAS workspace, and a ring without NVLS in NCCL. Equal bits then need the same library versions, architecture and
 number of multiprocessors.
@@ -30,6 +31,7 @@ ENVIRONMENT = {
     "NCCL_ALGO": "Ring",
     "LYCORIS_KERNEL_BACKEND": "torch",  # LyCORIS times its fused kernels and keeps the winner: other bits on every run
     "LYCORIS_KERNEL_TUNE": "off",
+    "NPY_DISABLE_CPU_FEATURES": os.environ["NPY_DISABLE_CPU_FEATURES"],  # kohaku_delta/__init__.py sets it
     "OPENCV_LOG_LEVEL": "ERROR",
     "OPENCV_IPP": "disabled",  # IPP picks its code by processor
     "TOKENIZERS_PARALLELISM": "false",

@@ -3,6 +3,8 @@
 The geometry is that of sd-scripts v0.8.3. Sizes are (width, height) in pixels.
 """
 
+import math
+
 import numpy as np
 
 from kohaku_delta.params import Schedule
@@ -11,7 +13,7 @@ from kohaku_delta.params import Schedule
 def table(parameters: Schedule) -> list[tuple[int, int]]:
     """All buckets, ascending. 1024², 256…4096, step 64 gives 97 of them (facts: sd-scripts' make_bucket_resolutions)."""
     area, step = parameters.area, parameters.side_step
-    square = int(area**0.5) // step * step
+    square = math.isqrt(area) // step * step
     sizes = {(square, square)}
     for width in range(parameters.min_side, parameters.max_side + 1, step):
         height = min(parameters.max_side, area // width // step * step)

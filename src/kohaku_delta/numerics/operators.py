@@ -1,0 +1,213 @@
+"""Every operator that a training, a VAE or a sampler runs on the CPU is here, and gives the same bits on every x86-64 processor with AVX2.
+
+An operator is EXACT (it moves numbers, or IEEE 754 says each result's bits), or MEASURED: its digest on fixed inputs is in operators.json and was
+equal on real and emulated processors of several makers. Any other one is refused by tests/test_operators.py. `kohaku-delta operators` prints the
+digests of this processor; docs/processors.md says what they prove.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+KNOWN = Path(__file__).with_name("operators.json")
+
+# aten operators whose result IEEE 754 or plain bookkeeping determines: copies, views, comparisons, whole numbers, conversions (rounded once),
+# and + − × ÷ of single numbers. `pow` is one with the exponents 1 and 2 alone, which torch copies and multiplies out.
+EXACT = frozenset(
+    """__rshift__ _local_scalar_dense _to_copy _unsafe_view abs add add_ alias all arange argmax bitwise_xor_ cat clamp clone constant_pad_nd copy_ detach
+    div div_ embedding empty eq expand fill_ full index index_put lift_fresh masked_fill_ mul mul_ ne neg new_empty new_zeros ones ones_like permute pow
+    round rsub scalar_tensor select select_backward slice slice_backward split squeeze stack sub t transpose tril unbind unsqueeze upsample_nearest2d view
+    where zero_ zeros zeros_like""".split()
+)
+# What fills weights or a seed that are overwritten before they are read: constructors of modules, the loader's base seed.
+OVERWRITTEN = frozenset(("uniform_", "normal_", "random_"))
+
+
+def numbers(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    """Float32 in ±scale, made of whole numbers: equal everywhere by construction."""
+    drawn = np.random.Generator(np.random.Philox(key=[seed, sum(shape)])).integers(-(2**20), 2**20, shape)
+    return torch.from_numpy((drawn * (scale / 2**20)).astype(np.float32))
+
+
+def gradients(function: Callable, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """The result of a function and the gradients of its inputs, for a fixed gradient of the result."""
+    inputs = [each.detach().clone().requires_grad_() for each in inputs]
+    result = function(*inputs)
+    return [result, *torch.autograd.grad(result, inputs, numbers(*result.shape, seed=9).to(result.dtype))]
+
+
+def both(function: Callable, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """`gradients` in float32 and in float16."""
+    return gradients(function, *inputs) + gradients(function, *(each.half() for each in inputs))
+
+
+def matrix_products() -> list[torch.Tensor]:
+    """Sizes of the miniature's layers and odd ones, some transposed, some through a bias."""
+    found = []
+    for rows, inner, columns in ((1, 48, 48), (227, 112, 48), (256, 48, 192), (77, 64, 64), (3, 5, 7), (129, 65, 33), (64, 2048, 24)):
+        left, right, bias = numbers(rows, inner), numbers(inner, columns, seed=1), numbers(columns, seed=2)
+        found += [left @ right, left.T.contiguous().T @ right, torch.addmm(bias, left, numbers(columns, inner, seed=3).T)]
+        found += [left.half() @ right.half(), torch.addmm(bias.half(), left.half(), right.half())]
+    return found
+
+
+def batched_products() -> list[torch.Tensor]:
+    shapes = ((6, 77, 16, 77), (3, 256, 16, 227), (2, 64, 3, 5), (8, 6, 8, 1024))
+    return [torch.bmm(numbers(b, m, k).to(dtype), numbers(b, k, n, seed=1).to(dtype)) for dtype in (torch.float32, torch.float16) for b, m, k, n in shapes]
+
+
+def convolutions() -> list[torch.Tensor]:
+    found = []
+    for channels, out, side, kernel, stride in ((4, 24, 16, 3, 1), (24, 48, 16, 3, 1), (48, 48, 9, 3, 2), (24, 48, 8, 1, 1), (3, 8, 32, 3, 1), (6, 6, 7, 3, 1)):
+        given = numbers(2, channels, side, side + 1), numbers(out, channels, kernel, kernel, seed=1, scale=0.1), numbers(out, seed=2)
+        found += both(lambda x, w, b: F.conv2d(x, w, b, stride=stride, padding=kernel // 2), *given)  # noqa: B023
+    return found
+
+
+def attention() -> list[torch.Tensor]:
+    """The math form, with and without the causal mask of the text encoders."""
+    given = [numbers(2, 3, 77, 16, seed=seed, scale=4.0) for seed in range(3)]
+    return [part for causal in (False, True) for part in both(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal), *given)]  # noqa: B023
+
+
+def group_norm() -> list[torch.Tensor]:
+    shapes = ((2, 24, 16, 16), (1, 48, 7, 5), (3, 8, 33, 1))
+    return [part for shape in shapes for part in both(lambda x, w, b: F.group_norm(x, 4, w, b), numbers(*shape), numbers(shape[1], seed=1), numbers(shape[1], seed=2))]
+
+
+def layer_norm() -> list[torch.Tensor]:
+    shapes = ((2, 77, 48), (5, 3, 64), (1, 9, 1280))
+    return [part for shape in shapes for part in both(lambda x, w, b: F.layer_norm(x, shape[-1:], w, b), numbers(*shape), numbers(shape[-1], seed=1), numbers(shape[-1], seed=2))]  # noqa: B023
+
+
+def pointwise(function: Callable, low: float, high: float) -> Callable[[], list[torch.Tensor]]:
+    """A function of single numbers over a range, with its gradient: 4,099 of them, so that vectors have a rest."""
+    return lambda: both(function, numbers(4099) * ((high - low) / 2) + (high + low) / 2)
+
+
+def sums() -> list[torch.Tensor]:
+    given = [numbers(3, 24, 16, 16), numbers(5, 1031), numbers(227, 2048).T]
+    return [each.sum(dim=dim) for each in (*given, *(each.half() for each in given)) for dim in (0, -1, (0, -1))] + [numbers(1_000_003).sum()]
+
+
+def means() -> list[torch.Tensor]:
+    return [numbers(4, 4, 16, 12).square().mean(dim=(1, 2, 3)), numbers(7).mean(), numbers(100_003).mean(), F.avg_pool2d(numbers(2, 3, 16, 16), 8)]
+
+
+def norms() -> list[torch.Tensor]:
+    return [torch.linalg.vector_norm(numbers(1_000_003), dtype=torch.float64), torch.linalg.vector_norm(numbers(48, 31), dim=1), torch.linalg.vector_norm(numbers(8, 3, 9), dim=(1, 2))]
+
+
+def schedules() -> list[torch.Tensor]:
+    return [torch.linspace(0.00085**0.5, 0.012**0.5, 1000), torch.cumprod(1 - numbers(1000).abs() / 50, dim=0)]
+
+
+def optimizers() -> list[torch.Tensor]:
+    """Three updates of Lion8bit; one weight keeps its momentum in 8 bits, one in float32."""
+    import bitsandbytes
+
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        weights = [torch.nn.Parameter(numbers(96, 96, seed=seed).to(dtype)[: 96 - 90 * seed].contiguous()) for seed in (0, 1)]
+        lion = bitsandbytes.optim.Lion8bit(weights, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+        for step in range(3):
+            for weight in weights:
+                weight.grad = numbers(*weight.shape, seed=step + 5, scale=1e-3).to(dtype)
+            lion.step()
+        found += [weight.detach() for weight in weights] + [lion.state[weight][key] for weight in weights for key in ("state1", "absmax1") if key in lion.state[weight]]
+    return found
+
+
+def random_numbers() -> list[np.ndarray]:
+    generator = np.random.Generator(np.random.Philox(key=[1337, 1]))
+    return [generator.standard_normal(200_000), generator.random(1000), generator.integers(0, 1000, 1000)]
+
+
+def square_roots() -> list[np.ndarray]:
+    single = numbers(4099).abs().numpy()
+    return [np.sqrt(single), np.sqrt(single.astype(np.float64)), np.sqrt(single.astype(np.float16))]
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    """uint8 (height, width, 3): slopes with noise on them."""
+    slopes = np.add.outer(np.arange(height) * 2, np.arange(width))[..., None] + np.array([0, 60, 120])
+    return ((slopes + np.random.Generator(np.random.Philox(key=[3, 3])).integers(0, 40, (height, width, 3))) % 256).astype(np.uint8)
+
+
+def resized_pictures() -> list[np.ndarray]:
+    import cv2
+
+    cv2.setNumThreads(1)
+    sizes = ((96, 128), (97, 131), (40, 40), (300, 211))
+    return [cv2.resize(picture(*source), target[::-1], interpolation=cv2.INTER_AREA) for source in ((200, 161), (320, 320), (64, 90)) for target in sizes]
+
+
+def decoded_pictures() -> list[np.ndarray]:
+    from PIL import Image
+
+    found = []
+    for form, options in (("WEBP", {"quality": 90}), ("JPEG", {"quality": 90}), ("PNG", {})):
+        file = io.BytesIO()
+        Image.fromarray(picture(67, 101)).save(file, form, **options)
+        found.append(np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("RGB")))
+    return found
+
+
+MEASURED: dict[str, tuple[tuple[str, ...], Callable[[], list]]] = {  # name → the aten (or other) operators that it covers, what it computes
+    "matrix products": (("mm", "addmm"), matrix_products),
+    "batched matrix products": (("bmm",), batched_products),
+    "convolutions": (("convolution", "convolution_backward"), convolutions),
+    "softmax": (("_safe_softmax", "_softmax_backward_data"), attention),
+    "group norm": (("native_group_norm", "native_group_norm_backward"), group_norm),
+    "layer norm": (("native_layer_norm", "native_layer_norm_backward"), layer_norm),
+    "GELU": (("gelu", "gelu_backward"), pointwise(F.gelu, -8, 8)),
+    "SiLU": (("silu", "silu_backward"), pointwise(F.silu, -20, 20)),
+    "sigmoid": (("sigmoid", "sigmoid_backward"), pointwise(torch.sigmoid, -20, 20)),
+    "exp": (("exp",), pointwise(torch.exp, -80, 8)),
+    "sine and cosine": (("sin", "cos"), lambda: pointwise(torch.sin, -4097, 4097)() + pointwise(torch.cos, -4097, 4097)()),
+    "sums": (("sum", "upsample_nearest2d_backward"), lambda: sums() + gradients(lambda x: F.interpolate(x, scale_factor=2.0), numbers(2, 4, 9, 8))),
+    "means": (("mean",), means),
+    "norms": (("linalg_vector_norm",), norms),
+    "noise schedule": (("linspace", "cumprod"), schedules),
+    "Lion8bit": (("optimizer_update_8bit_blockwise", "optimizer_update_32bit"), optimizers),
+    "numpy: random numbers": ((), random_numbers),
+    "numpy: square roots": ((), square_roots),
+    "OpenCV: INTER_AREA": ((), resized_pictures),
+    "Pillow: WebP, JPEG, PNG": ((), decoded_pictures),
+}
+
+
+def torch_square_roots() -> list[torch.Tensor]:
+    """Not used anywhere: where its digest differs between two processors, MKL's vector functions do."""
+    return [numbers(100_003).abs().sqrt(), numbers(100_003).abs().double().sqrt()]
+
+
+def digest(results: list) -> str:
+    """The sha256 of arrays' bytes, the first 16 hex digits."""
+    arrays = [each.detach().numpy() if isinstance(each, torch.Tensor) else each for each in results]
+    return hashlib.sha256(b"".join(np.ascontiguousarray(each).tobytes() for each in arrays)).hexdigest()[:16]
+
+
+def digests() -> dict[str, str]:
+    """Of every measured operator on this processor. The numerics must be held (`numerics.hold("cpu")`)."""
+    return {name: digest(function()) for name, (_, function) in MEASURED.items()}
+
+
+def known() -> dict[str, str]:
+    """The digests that every processor should give."""
+    return json.loads(KNOWN.read_text(encoding="utf-8"))
+
+
+def is_known(operator: str, arguments: tuple) -> bool:
+    """Whether an operator (`aten.pow.Tensor_Scalar`, as torch names it) is exact, measured or overwritten."""
+    name = operator.split(".")[1]
+    if name == "pow":
+        return arguments[1] in (1, 2)
+    measured = {each for operators, _ in MEASURED.values() for each in operators}
+    return name in EXACT or name in OVERWRITTEN or name in measured

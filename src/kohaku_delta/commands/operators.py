@@ -1,17 +1,11 @@
 """kohaku-delta operators: the bits of this processor, operator by operator, against those that every processor should give."""
 
 import json
-from pathlib import Path
 
 import click
 
 from kohaku_delta import numerics
-
-
-def processor() -> str:
-    """The processor's name for itself."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+from kohaku_delta.evidence import host
 
 
 @click.command()
@@ -28,7 +22,7 @@ def operators(as_json: bool) -> None:
         click.echo(json.dumps(found, indent=1))
         return
     known = measured.known()
-    click.echo(f"processor: {ascii(processor())[1:-1]}")
+    click.echo(f"processor: {ascii(host.description()['processor'])[1:-1]}")
     for name, digest in found.items():
         click.echo(f"{'equal  ' if known.get(name) == digest else 'DIFFERS'}  {name:<28}{digest}")
     click.echo(f"-        {'torch.sqrt (not used)':<28}{measured.digest(measured.torch_square_roots())}")

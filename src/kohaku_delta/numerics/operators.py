@@ -148,7 +148,8 @@ def resized_pictures() -> list[np.ndarray]:
     return [cv2.resize(picture(*source), target[::-1], interpolation=cv2.INTER_AREA) for source in ((200, 161), (320, 320), (64, 90)) for target in sizes]
 
 
-def decoded_pictures() -> list[np.ndarray]:
+def coded_pictures() -> list[np.ndarray]:
+    """The bytes of a PNG file as it is written, and what each format is decoded to."""
     from PIL import Image
 
     found = []
@@ -156,7 +157,7 @@ def decoded_pictures() -> list[np.ndarray]:
         file = io.BytesIO()
         Image.fromarray(picture(67, 101)).save(file, form, **options)
         found.append(np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("RGB")))
-    return found
+    return [*found, np.frombuffer(file.getvalue(), np.uint8)]
 
 
 MEASURED: dict[str, tuple[tuple[str, ...], Callable[[], list]]] = {  # name → the aten (or other) operators that it covers, what it computes
@@ -179,7 +180,7 @@ MEASURED: dict[str, tuple[tuple[str, ...], Callable[[], list]]] = {  # name → 
     "numpy: random numbers": ((), random_numbers),
     "numpy: square roots": ((), square_roots),
     "OpenCV: INTER_AREA": ((), resized_pictures),
-    "Pillow: WebP, JPEG, PNG": ((), decoded_pictures),
+    "Pillow: WebP, JPEG, PNG": ((), coded_pictures),
 }
 
 

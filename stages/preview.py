@@ -1,4 +1,4 @@
-"""preview: what the training changed. Reads base and final, selection, inputs; writes preview.png (a labelled grid) and held-out.json (two losses)."""
+"""preview: what the training changed. Reads base and final, selection, inputs; writes preview.png (a labelled grid) and held-out.json (losses, distances)."""
 
 import os
 import sys
@@ -23,6 +23,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--tars", type=FILE, help="The folder of the tars.  [default: that of --inputs]")
 @click.option("--tokenizer", type=FILE, help="Folder with vocab.json and merges.txt.  [default: the tokenizer of --inputs]")
 @click.option("--tokenizer-2", type=FILE, help="The same for the second text encoder.  [default: the tokenizer_2 of --inputs]")
+@click.option("--references", type=FILE, help="Folder with a drawing per prompt, in the prompts' order (*.png).  [default: those of --inputs, if it has any]")
 @click.option("--selection", type=FILE, default="build/selection.parquet", show_default=True, help="What was drawn: held-out posts are none of these.")
 @click.option("--base", type=FILE, default="build/delta-base.safetensors", show_default=True)
 @click.option("--model", type=FILE, default="build/kohaku-xl-delta.safetensors", show_default=True, help="The baked checkpoint.")
@@ -35,7 +36,8 @@ def main(params: Path, **files) -> None:
     from kohaku_delta.preview import comparison
 
     losses = comparison.compare(recipe, files)
-    summary("preview", f"held-out loss {losses['base']['loss']['sdxl']:.4f} → {losses['final']['loss']['sdxl']:.4f} on {losses['posts']} posts → {files['out']}, {files['held_out']}")
+    distance = f", distance {losses['base']['distance']['mean']:.1f} → {losses['final']['distance']['mean']:.1f}" if "flat" in losses else ""
+    summary("preview", f"held-out loss {losses['base']['loss']['sdxl']:.4f} → {losses['final']['loss']['sdxl']:.4f} on {losses['posts']} posts{distance} → {files['out']}, {files['held_out']}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
 sys.path.insert(0, str(ROOT / "miniature"))  # the generator is a package of its own, outside src/
-FAST = ("danbooru2023.db", "images", "tokenizer", "tokenizer_2")
+FAST = ("danbooru2023.db", "images", "tokenizer", "tokenizer_2", "references")
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -41,7 +41,7 @@ def members():
 
 
 def test_the_fast_half_of_data_comes_out_byte_for_byte(tmp_path):
-    subprocess.run([sys.executable, ROOT / "miniature" / "generate", "--part", "collection", "--out", tmp_path], check=True)
+    subprocess.run([sys.executable, ROOT / "miniature" / "generate", "--part", "collection", "--part", "references", "--out", tmp_path], check=True)
     assert digests(tmp_path) == digests(DATA)
 
 
@@ -133,6 +133,35 @@ def test_the_generators_attention_has_torchs_values_and_derivatives():
     query, key, value = (torch.randn((1, 2, length, 3), generator=numbers, dtype=torch.float64, requires_grad=True) for length in (4, 5, 5))
     assert torch.allclose(attention.apply(query, key, value, None, 3**-0.5), torch.nn.functional.scaled_dot_product_attention(query, key, value))
     assert torch.autograd.gradcheck(lambda *three: attention.apply(*three, None, 3**-0.5), (query, key, value))
+
+
+def test_the_generators_adam_is_torchs():
+    import torch
+    from generate.muon import Adam
+
+    start = torch.randn((7, 5), generator=torch.Generator().manual_seed(0))
+    ours, theirs = (start.clone().requires_grad_(True) for _ in range(2))
+    adam, reference = Adam([ours], (0.9, 0.98)), torch.optim.Adam([theirs], lr=3e-3, betas=(0.9, 0.98), eps=1e-10)
+    for step in range(20):
+        for each in (ours, theirs):
+            each.grad = None
+            (each.sin() * (step + 1)).sum().backward()
+        adam.step(3e-3)
+        reference.step()
+    assert torch.allclose(ours, theirs, atol=1e-6) and not torch.allclose(ours, start, atol=1e-2) and ours.grad is None
+
+
+@pytest.mark.parametrize("flip, shift", [(True, 0), (False, 1)])
+def test_the_generators_sinusoids_are_diffusers(flip, shift):
+    import torch
+    from generate.roots import root, spread, timestep_embedding
+
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    times = torch.tensor([0, 1, 57, 500, 999])
+    assert torch.allclose(timestep_embedding(times, 24, flip, shift), get_timestep_embedding(times, 24, flip, shift), atol=2e-4)
+    values = torch.rand((4, 3, 5), generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(root(values), values.sqrt()) and torch.allclose(spread(values), values.std()) and torch.allclose(spread(values, (0, 2)), values.std(dim=(0, 2)))
 
 
 @pytest.mark.parametrize("name", ["sdxl", "beta", "gamma"])

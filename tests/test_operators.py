@@ -75,7 +75,7 @@ def test_the_digests_of_this_processor_are_the_committed_ones():
     assert operators.digests() == operators.known(), "compare with `kohaku-delta operators`: this processor, or the numerics of this process, give other bits"
 
 
-LIBRARIES = ("numpy: random numbers", "numpy: square roots", "OpenCV: INTER_AREA", "Pillow: WebP, JPEG, PNG")
+LIBRARIES = ("numpy: random numbers", "numpy: square roots", "OpenCV: INTER_AREA", "OpenCV: blur, Lab", "Pillow: WebP, JPEG, PNG")
 
 
 @pytest.mark.parametrize("environment", [{"OPENCV_CPU_DISABLE": "AVX512-SKX"}, {"OPENCV_CPU_DISABLE": "AVX512-SKX,AVX2,FP16,AVX"}, {"OPENCV_IPP": "disabled"}], ids=str)

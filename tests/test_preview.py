@@ -1,13 +1,26 @@
-"""The preview compares like with like: the same noise, the same posts, none of them trained on."""
+"""The preview compares like with like: the same noise, the same posts, none of them trained on. The distance is a closed form where there is one."""
+
+import json
+import math
+import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from diffusers import DDIMScheduler
+from PIL import Image
 
 from kohaku_delta.dataset import selection
 from kohaku_delta.params import load
-from kohaku_delta.preview import grid, sampler
+from kohaku_delta.preview import grid, picture_distance, references, sampler
+from kohaku_delta.refusal import Refusal
 from kohaku_delta.training import diffusion, visit
+
+
+ROOT = Path(__file__).resolve().parent.parent
+MINIATURE = ROOT / "miniature"
+sys.path.insert(0, str(MINIATURE))  # the drawing code is a package of its own, outside src/
 
 
 def test_held_out_posts_were_not_selected():
@@ -57,6 +70,144 @@ def test_the_sampler_is_ddim_with_guidance(monkeypatch):
 
 def test_the_grid_is_a_png_that_depends_on_its_pictures_only():
     pictures = [np.full((128, 96, 3), 40 * index, np.uint8) for index in range(3)]
-    drawn = grid.draw(["circle, red body", "star", "a long prompt " * 9], pictures, pictures[::-1], 2, "held-out loss")
+    shown = {"base": pictures, "final": pictures[::-1], "drawing": pictures}
+    distances = picture_distance.measure({"base": pictures, "final": pictures[::-1]}, pictures)
+    prompts = ["circle, red body", "star", "a long prompt " * 9]
+    drawn = grid.draw(prompts, shown, distances, 2, "held-out loss")
     assert drawn[:8] == b"\x89PNG\r\n\x1a\n"
-    assert drawn == grid.draw(["circle, red body", "star", "a long prompt " * 9], pictures, pictures[::-1], 2, "held-out loss")
+    assert drawn == grid.draw(prompts, shown, distances, 2, "held-out loss") != grid.draw(prompts, shown, {}, 2, "held-out loss")
+
+
+def plain(*colour) -> np.ndarray:
+    return np.full((32, 48, 3), colour, np.uint8)
+
+
+def cielab(colour) -> tuple[float, float, float]:
+    """L*, a*, b* of an sRGB colour by CIE's formulas, white D65."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (value / 255 for value in colour)]
+    rows = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
+    x, y, z = (sum(part * value for part, value in zip(row, linear)) / white for row, white in zip(rows, (0.950456, 1.0, 1.088754)))
+    fx, fy, fz = (value ** (1 / 3) if value > 0.008856 else 7.787 * value + 16 / 116 for value in (x, y, z))
+    return 116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)
+
+
+@pytest.mark.parametrize("one, other", [((222, 44, 44), (48, 92, 224)), ((0, 0, 0), (255, 255, 255)), ((248, 214, 48), (128, 128, 128)), ((10, 200, 90), (12, 190, 80))])
+def test_the_distance_of_two_flat_pictures_is_delta_e_of_their_colours(one, other):
+    expected = math.dist(cielab(one), cielab(other))
+    assert abs(picture_distance.distance(plain(*one), plain(*other)) - expected) < 1.8  # Lab in 8 bits: half a level a channel and picture
+    assert picture_distance.distance(plain(*one), plain(*one)) == 0.0
+
+
+def test_the_distance_is_symmetric_and_the_mean_over_pixels():
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), np.uint8)
+    assert picture_distance.distance(*pictures) == picture_distance.distance(*pictures[::-1]) > 0
+    half = plain(222, 44, 44)
+    half[:, 24:] = (48, 92, 224)
+    share = picture_distance.distance(half, plain(222, 44, 44)) / picture_distance.distance(plain(48, 92, 224), plain(222, 44, 44))
+    assert abs(share - 0.5) < 0.02
+
+
+def test_the_blur_forgives_an_edge_and_keeps_figures_apart():
+    y, x = np.mgrid[:128, :128]
+
+    def disc(centre: int) -> np.ndarray:
+        return np.where(((x - centre) ** 2 + (y - 64) ** 2 < 30**2)[..., None], np.uint8([222, 44, 44]), np.uint8([48, 92, 224])).astype(np.uint8)
+
+    near, far = (picture_distance.distance(disc(48), disc(48 + shift)) for shift in (1, 32))
+    flat = picture_distance.distance(disc(48), picture_distance.flat(disc(48)))
+    assert near < 0.1 * flat and far > 0.5 * flat
+
+
+def test_a_flat_picture_has_the_mean_colour():
+    picture = np.random.default_rng(0).integers(0, 256, (7, 5, 3), np.uint8)
+    assert (picture_distance.flat(picture) == np.floor(picture.reshape(-1, 3).mean(axis=0) + 0.5)).all()
+
+
+PREVIEW = load(MINIATURE / "params.yaml").preview
+
+
+def drawn(prompt: str) -> np.ndarray:
+    from generate import references as drawings
+
+    return drawings.draw(drawings.scene_of(prompt, 128, 128))
+
+
+def test_the_references_are_what_the_drawing_code_draws():
+    for number, prompt in enumerate(PREVIEW.prompts):
+        assert (np.asarray(Image.open(ROOT / "data" / "references" / f"reference-{number:02d}.png")) == drawn(prompt)).all(), prompt
+
+
+def test_the_drawing_code_draws_what_a_prompt_says():
+    from generate.words import COLOURS
+
+    picture = drawn("1girl, solo, square, blue body, full body, right side, simple background, yellow background")
+    assert (picture[64, 94] == COLOURS["blue"]).all() and (picture[64, 30] == COLOURS["yellow"]).all()
+    left = drawn("1boy, male focus, solo, square, green body, full body, left side, simple background, red background")
+    assert (left[64, 34] == COLOURS["green"]).all() and (left[64, 98] == COLOURS["red"]).all()
+    two = drawn("2girls, multiple girls, circle, black body, simple background, orange background")
+    assert [(two[64, x] == COLOURS["black"]).all() for x in (32, 64, 96)] == [True, False, True]
+    assert (drawn("no humans, simple background, aqua background") == COLOURS["aqua"]).all()
+    assert drawn("no humans, scenery, outdoors, night sky")[:60].mean() < 90 < drawn("no humans, scenery, outdoors, blue sky")[:60].mean()
+    close, wide = (drawn(f"no humans, circle, red body, {size}, centered, white background") for size in ("close-up", "wide shot"))
+    assert (close == COLOURS["red"]).all(axis=2).sum() > 3 * (wide == COLOURS["red"]).all(axis=2).sum() > 0
+
+
+def test_words_about_quality_date_artist_and_character_change_the_drawing():
+    prompt = "1girl, solo, circle, red body, centered, blue sky"
+    others = ("worst quality", "old", "grey heron", "marumi (shape quest)", "smile", "close-up")
+    assert len({drawn(prompt).tobytes(), *(drawn(f"{prompt}, {word}").tobytes() for word in others)}) == 1 + len(others)
+    assert (drawn(f"{prompt}, safe, solo, outdoors") == drawn(prompt)).all()
+
+
+def test_a_word_that_no_drawing_shows_is_refused():
+    with pytest.raises(ValueError, match="two left feet"):
+        drawn("1girl, circle, two left feet")
+
+
+def test_no_prompt_is_a_caption_of_the_training():
+    """Compared as sets of words, so that another order is no other caption."""
+    from kohaku_delta.danbooru.database import Database
+    from kohaku_delta.dataset import captions, selection
+
+    recipe, database = load(MINIATURE / "params.yaml"), Database(ROOT / "data" / "danbooru2023.db")
+    selected = np.unique(selection.select(database, recipe.selection)["post_id"].to_numpy())
+    possible = selected[captions.possible(database, selected, recipe.caption)]
+    texts = captions.caption_posts(database, possible, recipe.caption)["caption"].to_pylist()
+    trained = {frozenset(word.strip() for part in text.split(recipe.caption.separator) for word in part.split(",") if word.strip()) for text in texts}
+    assert len(trained) > 1000
+    assert not trained & {frozenset(word.strip() for word in prompt.split(",")) for prompt in PREVIEW.prompts}
+
+
+def test_references_that_do_not_fit_the_prompts_are_refused(tmp_path):
+    parameters = PREVIEW.model_copy(update={"prompts": ["circle", "square"], "width": 48, "height": 32})
+    Image.fromarray(plain(1, 2, 3)).save(tmp_path / "0.png")
+    with pytest.raises(Refusal, match="1 pictures and preview.prompts has 2 prompts"):
+        references.read(parameters, None, tmp_path)
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    with pytest.raises(Refusal, match="1.png.*cannot be read"):
+        references.read(parameters, None, tmp_path)
+    Image.fromarray(plain(1, 2, 3)[:, :40]).save(tmp_path / "1.png")
+    with pytest.raises(Refusal, match="40×32; preview.width and preview.height say 48×32"):
+        references.read(parameters, None, tmp_path)
+    Image.fromarray(plain(1, 2, 3)).save(tmp_path / "1.png")
+    assert [(each == (1, 2, 3)).all() for each in references.read(parameters, None, tmp_path)] == [True, True]
+
+
+def test_a_recipe_without_references_has_no_distance(tmp_path):
+    (tmp_path / "inputs.json").write_text(json.dumps({"inputs": {}, "start": "merge"}))
+    assert references.read(PREVIEW, tmp_path / "inputs.json", None) is None
+    with pytest.raises(Refusal, match="is not there"):
+        references.read(PREVIEW, tmp_path / "nothing.json", None)
+
+
+def test_the_training_brings_the_pictures_nearer_to_their_drawings():
+    """Of the build that lies there: a smaller mean distance than the base's, a flat picture farther than both on every prompt, and a lower loss."""
+    if not (file := MINIATURE / "build" / "held-out.json").is_file():
+        pytest.skip("miniature/build holds no held-out.json; make repro builds it")
+    measured = json.loads(file.read_text())
+    base, final, flat = (measured[name]["distance"] for name in ("base", "final", "flat"))
+    prompts = [name for name in base if name != "mean"]
+    assert len(prompts) == len(PREVIEW.prompts)
+    assert final["mean"] < base["mean"]
+    assert all(max(base[name], final[name]) < flat[name] for name in prompts)
+    assert measured["final"]["loss"]["sdxl"] < measured["base"]["loss"]["sdxl"] <= 0.3826

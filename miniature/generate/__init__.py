@@ -2,5 +2,5 @@
 
     python miniature/generate --help          (or: make miniature-data)
 
-Order of the rooms: words → posts → drawing → database, tars, tokenizer; then scenes → autoencoder, painter → checkpoints → pins.
+Order of the rooms: words → posts → drawing → database, tars, tokenizer; then scenes → autoencoder, painter → checkpoints; references; pins.
 """

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 
 from generate.lessons import picture
 from generate.muon import Muon
+from generate.roots import spread as spread_of
 from generate.words import draws
 
 CONFIG = {
@@ -22,7 +23,7 @@ CONFIG = {
 }
 PICTURES, SIDE = 3000, 128
 CROPS, WHOLES = (64, 16), (128, 4)  # (side, pictures) of a step; every third step sees whole pictures, which have edges
-STEPS, RATE, RATE_OF_OTHERS = 1000, 0.02, 3e-3
+STEPS, RATE, RATE_OF_OTHERS = 600, 0.02, 3e-3
 NOISE, NARROW, PULL, HOLD = 0.06, 0.02, 1e-3, 0.5
 AXES = ((1 / 3, 1 / 3, 1 / 3), (1 / 2, 0.0, -1 / 2), (-1 / 4, 1 / 2, -1 / 4))  # light, red against blue, green against both
 
@@ -64,7 +65,7 @@ def train(steps: int = STEPS, say=print) -> AutoencoderKL:
     others = [value for name, value in vae.named_parameters() if value.ndim == 1 or name in edges]
     optimizer = Muon(matrices, others)
     sample = colours(floats(pictures[:512]))
-    middle, spread = (each[:, None, None] for each in (sample.mean(dim=(0, 2, 3)), sample.std(dim=(0, 2, 3))))
+    middle, spread = (each[:, None, None] for each in (sample.mean(dim=(0, 2, 3)), spread_of(sample, (0, 2, 3))))
     noise = torch.Generator().manual_seed(1)
     for step in range(steps):
         rng = draws(9, step)
@@ -90,7 +91,7 @@ def settle(vae: AutoencoderKL, pictures: np.ndarray) -> None:
     """Folds the latents' mean and spread into the convolutions around them, and narrows the posterior."""
     vae.quant_conv.bias[4:] = 0.0
     latents = torch.cat([vae.encode(floats(part)).latent_dist.mean for part in np.split(pictures, 16)])
-    mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    mean, spread = latents.mean(dim=(0, 2, 3)), spread_of(latents, (0, 2, 3))
     unit = vae.config.scaling_factor
     factor = 1.0 / (spread * unit)
     vae.post_quant_conv.bias += (vae.post_quant_conv.weight[:, :, 0, 0] * mean).sum(dim=1)

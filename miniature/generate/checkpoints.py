@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 
 from generate import autoencoder, painter, reader
+from generate.roots import spread
 from kohaku_delta.checkpoint import modules, stream
 from kohaku_delta.sdxl.tokenizer import ClipTokenizer
 
 COURSES = {  # lessons, steps, rate of matrices, rate of the rest
-    "sdxl": (6144, 4000, 0.007, 3e-3),
-    "beta": (512, 200, 0.002, 1e-3),
-    "gamma": (512, 200, 0.002, 1e-3),
+    "sdxl": (4096, 2000, 0.007, 3e-3),
+    "beta": (384, 100, 0.002, 1e-3),
+    "gamma": (384, 100, 0.002, 1e-3),
 }
-READING = {"steps": 1000, "rate": 0.02, "rate_of_others": 3e-3}
+READING = {"steps": 600, "rate": 0.02, "rate_of_others": 3e-3}
 EMBEDDINGS = ("token_embedding.weight", "position_embedding.weight")
 MOVED = 0.5  # of the embeddings' own spread
 
@@ -30,7 +31,7 @@ def move_embeddings(models: dict, seed: int) -> None:
     for part in ("te1", "te2"):
         for name, value in models[part].named_parameters():
             if name.endswith(EMBEDDINGS):
-                value += MOVED * value.std() * torch.randn(value.shape, generator=generator)
+                value += MOVED * spread(value) * torch.randn(value.shape, generator=generator)
 
 
 def save(models: dict, path: Path) -> None:

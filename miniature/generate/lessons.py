@@ -1,7 +1,8 @@
 """Invariant: lesson number n of a course is the same picture and the same words on every host, whatever was asked for before.
 
-What the three models are taught: one or two figures of the common shapes, or none, before a plain, shaded or outdoor background, in pale colours.
-Full colours, faces, patterns, other shapes, crowds, artists, characters, quality and age are left for the recipe's own training to teach.
+What the three models are taught: one figure in the middle, two equal ones side by side, or none, of the common shapes, before a plain or outdoor
+background, in pale colours. Full colours, faces, patterns, other shapes and places, crowds, artists, characters, quality and age are left
+for the recipe's own training to teach; their words are said at random, so that a prompt that has them does not confuse the models.
 """
 
 from dataclasses import dataclass, replace
@@ -10,13 +11,24 @@ import numpy as np
 
 from generate.drawing import draw
 from generate.scenes import Composition, compose
-from generate.words import ARTISTS, FACES, PLAIN, draws, pick
+from generate.words import ARTISTS, CHARACTERS, FACES, PLAIN, chance, draws, pick
 
 SHAPES = ("circle", "square", "triangle", "star_(symbol)", "heart")
-BACKGROUNDS = ("simple_background", "gradient_background", "blue_sky", "night_sky", "sunset", "ocean")
+BACKGROUNDS = ("simple_background", "blue_sky", "night_sky", "sunset", "ocean")
+WHERE, HOW_LARGE = ("centered",), ("full_body", "close-up")
 PALE = 0.4
-SIZES = {(128, 128): 10, (96, 160): 3, (160, 96): 2, (96, 128): 1, (128, 96): 1}  # (width, height): weight
+SIZES = {(128, 128): 14, (96, 160): 3, (160, 96): 2, (96, 128): 1, (128, 96): 1}  # (width, height): weight
 STYLES = {"sdxl": PLAIN, "beta": replace(PLAIN, outline=0.08, ink="white"), "gamma": replace(PLAIN, fill="soft")}
+EMPTY = 0.5  # how often a lesson without people, outdoors, has no figure at all
+SAID = 0.5  # how often a kind of word that the picture does not show is said
+NOT_SHOWN = (  # a word of each, so that the models learn to pass over it
+    ("masterpiece", "best quality", "great quality", "good quality", "normal quality", "low quality", "worst quality"),
+    ("newest", "recent", "mid", "early", "old"),
+    ("safe", "sensitive", "nsfw", "explicit"),
+    tuple(name for name in FACES if name),
+    tuple(each.name for each in ARTISTS),
+    tuple(each.name for each in CHARACTERS),
+)
 
 
 @dataclass(frozen=True)
@@ -36,15 +48,23 @@ def lesson(course: str, number: int) -> Lesson:
     size = pick(rng, SIZES)
     while not known(whole := compose(rng, *size, plain=True)):
         pass
-    figures = tuple(replace(figure, face=None) for figure in whole.scene.figures)
-    scene = replace(whole.scene, figures=figures, artist=STYLES[course], pale=PALE)
-    words = [word for word in whole.general if word not in FACES]
+    figures, words = whole.scene.figures, [word for word in whole.general if word not in FACES]
+    if "no_humans" in words and "outdoors" in words and chance(rng, EMPTY):
+        figures, words = (), ["no_humans", "outdoors", "scenery", whole.scene.background]
+    alike = tuple(replace(each, shape=figures[0].shape, colour=figures[0].colour, face=None) for each in figures)
+    scene = replace(whole.scene, figures=alike, artist=STYLES[course], pale=PALE)
+    others = {word for each in figures for word in (each.shape, f"{each.colour}_body")} - {alike[0].shape, f"{alike[0].colour}_body"} if figures else set()
+    words = [word for word in words if word not in others]
     counts = tuple(word for word in words if word[:1].isdigit() or word.startswith("multiple_") or word == "male_focus")
-    return Lesson(draw(scene), tuple(map(spoken, counts)), tuple(spoken(word) for word in words if word not in counts))
+    aside = tuple(kind[int(rng.integers(0, len(kind)))] for kind in NOT_SHOWN if chance(rng, SAID))
+    return Lesson(draw(scene), tuple(map(spoken, counts)), tuple(spoken(word) for word in (*words, *aside) if word not in counts))
 
 
 def known(whole: Composition) -> bool:
-    figures = whole.scene.figures
+    """Whether the composition stays within what the lessons teach."""
+    figures, words = whole.scene.figures, whole.general
+    if len(figures) == 1 and not (any(word in words for word in WHERE) and any(word in words for word in HOW_LARGE)):
+        return False
     return len(figures) < 3 and all(figure.shape in SHAPES for figure in figures) and whole.scene.background in BACKGROUNDS
 
 

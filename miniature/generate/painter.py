@@ -26,7 +26,7 @@ UNET = {
     "norm_num_groups": GROUPS, "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 64 + 6 * 256,
 }  # fmt: skip
 BATCH, NOISE_OFFSET = 16, 0.05
-SPREAD, MOST = 0.3, 40.0  # variance of the lessons' latents; cap of an image's weight
+SPREAD, MOST = 0.3, 120.0  # variance of the lessons' latents; cap of an image's weight
 NO_CAPTION, NO_WORD = 0.1, 0.1
 LAST = 120  # steps on all three chunks of a caption; before them on the first, which holds all its words, at half the cost
 

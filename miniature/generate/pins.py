@@ -18,6 +18,7 @@ FILES = {
     "tokenizer_merges": "tokenizer/merges.txt",
     "tokenizer_2_vocab": "tokenizer_2/vocab.json",
     "tokenizer_2_merges": "tokenizer_2/merges.txt",
+    "references": "references/reference-*.png",
 }
 
 

@@ -5,6 +5,7 @@ process alone, convolutions, linear layers and attention go through numpy's Open
 derivatives are written out here. `hold()` must run before numpy is imported.
 """
 
+import math
 import os
 
 FIXED = {"OPENBLAS_CORETYPE": "Haswell", "OPENBLAS_NUM_THREADS": "1"}
@@ -20,7 +21,7 @@ def hold() -> None:
 
 
 def take_over() -> None:
-    """From now on torch.nn.functional's conv2d, linear and scaled_dot_product_attention are the ones below."""
+    """From now on torch.nn.functional's conv2d, linear and scaled_dot_product_attention are the ones below, and diffusers' sinusoids those of roots.py."""
     import torch
     import torch.nn.functional as F
 
@@ -38,7 +39,7 @@ def take_over() -> None:
         return y if bias is None else y + bias[:, None, None]
 
     def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
         if is_causal:
             places = torch.arange(query.shape[-2])
             attn_mask = places[:, None] >= places
@@ -47,6 +48,12 @@ def take_over() -> None:
         return Attention.apply(query, key, value, attn_mask, scale)
 
     F.linear, F.conv2d, F.scaled_dot_product_attention = linear, conv2d, attention
+
+    from diffusers.models import embeddings
+
+    from generate.roots import timestep_embedding
+
+    embeddings.get_timestep_embedding = timestep_embedding
 
 
 def functions():
@@ -100,8 +107,8 @@ def functions():
             (count, _, height, width), stride, padding = context.geometry
             size = weight.shape[-1]
             gweight = torch.zeros(len(weight), weight[0].numel(), dtype=g.dtype)
-            for each, patch in zip(g.reshape(*g.shape[:2], -1), patches):
-                gweight += product(each, patch.T)
+            for each in product(g.reshape(*g.shape[:2], -1), patches.transpose(1, 2)):  # added image by image: a fixed order
+                gweight += each
             gweight = gweight.view(weight.shape)
             if not context.needs_input_grad[0]:
                 return None, gweight, None, None

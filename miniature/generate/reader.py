@@ -10,6 +10,7 @@ from torch import nn
 
 from generate.autoencoder import rate_at
 from generate.muon import Muon
+from generate.roots import spread
 from generate.words import draws
 
 BATCH, SIDE = 32, 8
@@ -19,7 +20,7 @@ def learn(te1, te2, course, *, steps: int, rate: float, rate_of_others: float, s
     """Trains the encoders in place on the lessons of a course."""
     torch.manual_seed(3)
     targets = torch.stack([F.adaptive_avg_pool2d(each, SIDE).flatten() for each in course.latents])
-    targets = (targets - targets.mean(dim=0)) / targets.std()
+    targets = (targets - targets.mean(dim=0)) / spread(targets)
     head = nn.Sequential(nn.Linear(te1.config.hidden_size + te2.config.projection_dim, 256), nn.SiLU(), nn.Linear(256, targets.shape[1]))
     named = [pair for model in (te1, te2, head) for pair in model.named_parameters()]
     alone = [value.ndim == 1 or "embedding.weight" in name for name, value in named]

@@ -35,6 +35,17 @@ def count_words(girls, boys, others):
     return words or ["no_humans"]
 
 
+def standing(index: int, count: int, width: int, height: int) -> tuple[float, float, float]:
+    """x, y and radius (as in Figure) of figure number `index` of `count` >= 2: side by side, in rows if the picture is tall."""
+    per_row = count if width >= height or count < 4 else 2
+    if height > 1.5 * width:
+        per_row = 1
+    row, column = divmod(index, per_row)
+    rows = -(-count // per_row)
+    room = min(width / per_row, height / rows)
+    return (column + 0.5) / per_row, (row + 0.5) / rows, 0.36 * room / min(width, height)
+
+
 def unique(words):
     return tuple(dict.fromkeys(words))
 
@@ -70,13 +81,8 @@ def compose(rng, width, height, *, plain=False, known=0.45) -> Composition:
             dx, dy = SIDES[place]
             figure = replace(figure, x=0.5 + dx, y=0.5 + dy)
         else:
-            per_row = len(kinds) if width >= height or len(kinds) < 4 else 2
-            if height > 1.5 * width:
-                per_row = 1
-            row, column = divmod(index, per_row)
-            rows = -(-len(kinds) // per_row)
-            room = min(width / per_row, height / rows)
-            figure = replace(figure, x=(column + 0.5) / per_row, y=(row + 0.5) / rows, radius=0.36 * room / min(width, height))
+            x, y, radius = standing(index, len(kinds), width, height)
+            figure = replace(figure, x=x, y=y, radius=radius)
         figures.append(figure)
         words += [figure.shape, f"{figure.colour}_body"]
         if figure.face:

@@ -60,6 +60,15 @@ def paths(file, name: str) -> list[Path]:
     return [_checked(Path(file), entry) for entry in _entry(file, name)]
 
 
+def optional_paths(file, name: str) -> list[Path]:
+    """The same for an input that a recipe may do without: empty if it is not listed."""
+    try:
+        listed = json.loads(Path(file).read_text(encoding="utf-8"))["inputs"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return paths(file, name)  # which says what is wrong with the file
+    return paths(file, name) if name in listed else []
+
+
 def tokenizer(file, name: str, folder: Path | None) -> tuple[Path, Path]:
     """vocab.json and merges.txt of the input `name` ("tokenizer" or "tokenizer_2"), or of a folder given by hand."""
     if folder:

@@ -148,6 +148,14 @@ def resized_pictures() -> list[np.ndarray]:
     return [cv2.resize(picture(*source), target[::-1], interpolation=cv2.INTER_AREA) for source in ((200, 161), (320, 320), (64, 90)) for target in sizes]
 
 
+def blurred_pictures_in_lab() -> list[np.ndarray]:
+    """What the preview measures distances in: OpenCV's arithmetic of whole numbers."""
+    import cv2
+
+    blurred = [cv2.GaussianBlur(picture(*size), (13, 13), 2.0, borderType=cv2.BORDER_REPLICATE) for size in ((128, 128), (67, 101))]
+    return [*blurred, *(cv2.cvtColor(each, cv2.COLOR_RGB2LAB) for each in blurred)]
+
+
 def coded_pictures() -> list[np.ndarray]:
     """The bytes of a PNG file as it is written, and what each format is decoded to."""
     from PIL import Image
@@ -180,6 +188,7 @@ MEASURED: dict[str, tuple[tuple[str, ...], Callable[[], list]]] = {  # name → 
     "numpy: random numbers": ((), random_numbers),
     "numpy: square roots": ((), square_roots),
     "OpenCV: INTER_AREA": ((), resized_pictures),
+    "OpenCV: blur, Lab": ((), blurred_pictures_in_lab),
     "Pillow: WebP, JPEG, PNG": ((), coded_pictures),
 }
 

@@ -1,5 +1,6 @@
 """Invariant: base and final see the same prompts, seeds, posts and noise; only the weights differ.
 
+With reference drawings (download.inputs.references), the distance of each picture to its prompt's drawing is measured too.
 Pictures are drawn in SDXL's own form, as every program draws. The held-out loss is measured in that form and in the one that the recipe trains in."""
 
 import json
@@ -13,7 +14,7 @@ from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import captions, filtering, selection
 from kohaku_delta.hub import inputs
 from kohaku_delta.params import Recipe
-from kohaku_delta.preview import grid, held_out, sampler
+from kohaku_delta.preview import grid, held_out, picture_distance, references, sampler
 from kohaku_delta.refusal import Refusal
 from kohaku_delta.training import buckets, run
 from kohaku_delta.training.batch import Source
@@ -21,7 +22,8 @@ from kohaku_delta.training.model import SDXL, ConditioningForm
 
 
 def compare(recipe: Recipe, files: dict[str, Path]) -> dict:
-    """Writes the grid and the losses; returns {"posts": n, "base": {"loss": {"sdxl": x, "training": y}}, "final": …}."""
+    """Writes the grid and the losses; returns {"posts": n, "base": {"loss": {"sdxl": x, "training": y}}, "final": …}; with references
+    each also has "distance" (picture_distance.measure), and so has "flat", a picture of one colour."""
     database = Database(files["database"] or inputs.path(files["inputs"], "database"))
     tar_files = run.tars(files)
     _, texts = run.tokenizers(files)
@@ -35,6 +37,7 @@ def compare(recipe: Recipe, files: dict[str, Path]) -> dict:
     sizes = buckets.table(recipe.schedule)
     bucket_of = [sizes[index] for index in buckets.choose(posts["width"].to_numpy(), posts["height"].to_numpy(), sizes)]
 
+    drawings = references.read(recipe.preview, files["inputs"], files["references"])
     pictures, losses = {}, {"posts": posts.num_rows}
     with tqdm(total=4, desc="preview", unit="part", disable=None) as bar:
         for name, checkpoint in (("base", files["base"]), ("final", files["model"])):
@@ -47,9 +50,15 @@ def compare(recipe: Recipe, files: dict[str, Path]) -> dict:
             losses[name] = {"loss": held_out.losses(model, ConditioningForm.of(recipe.train), source, posts, bucket_of, recipe.schedule.batch_size)}
             bar.update()
     caption = f"held-out loss: base {losses['base']['loss']['sdxl']:.4f}, final {losses['final']['loss']['sdxl']:.4f}"
+    distances = picture_distance.measure(pictures, drawings) if drawings else {}
+    for name, measured in distances.items():
+        losses.setdefault(name, {})["distance"] = measured
+    if drawings:
+        caption += f"; mean distance to the drawing: base {distances['base']['mean']:.1f}, final {distances['final']['mean']:.1f}, one flat colour {distances['flat']['mean']:.1f}"
+        pictures["drawing"] = drawings
     with atomic.writing(files["held_out"], "w") as file:
         json.dump(losses, file, indent=1)
         file.write("\n")
     with atomic.writing(files["out"]) as file:
-        file.write(grid.draw(recipe.preview.prompts, pictures["base"], pictures["final"], recipe.preview.columns, caption))
+        file.write(grid.draw(recipe.preview.prompts, pictures, distances, recipe.preview.columns, caption))
     return losses

@@ -16,7 +16,7 @@ from generate.words import ARTISTS, CHARACTERS, FACES, PLAIN, chance, draws, pic
 SHAPES = ("circle", "square", "triangle", "star_(symbol)", "heart")
 BACKGROUNDS = ("simple_background", "blue_sky", "night_sky", "sunset", "ocean")
 WHERE, HOW_LARGE = ("centered",), ("full_body", "close-up")
-PALE = 0.4
+PALE = 0.3
 SIZES = {(128, 128): 14, (96, 160): 3, (160, 96): 2, (96, 128): 1, (128, 96): 1}  # (width, height): weight
 STYLES = {"sdxl": PLAIN, "beta": replace(PLAIN, outline=0.08, ink="white"), "gamma": replace(PLAIN, fill="soft")}
 EMPTY = 0.5  # how often a lesson without people, outdoors, has no figure at all

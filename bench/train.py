@@ -206,8 +206,8 @@ def main(rounds: int, steps: int, work: Path) -> None:
     schedule = table.read(folder / "build" / "schedule.parquet")
     release = params.load(ROOT / "params.yaml")
     for form in FORMS[:2]:
-        planned = plan.peak(shaped(release, form), schedule, release.train.ranks) / 2**30
-        click.echo(f"a full-size step on one of {release.train.ranks} cards, {form}: {planned:.1f} GiB at its peak (planned)")
+        planned = plan.peak(shaped(release, form), schedule, release.execution.ranks) / 2**30
+        click.echo(f"a full-size step on one of {release.execution.ranks} cards, {form}: {planned:.1f} GiB at its peak (planned)")
         figures |= {"planned_peak_gib": round(planned, 2)} if form == "factors" else {}
     if torch.cuda.is_available():
         numerics.hold("cuda")

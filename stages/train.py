@@ -27,15 +27,15 @@ FILE = click.Path(path_type=Path)
 @click.option("--posts", type=FILE, default="build/posts.parquet", show_default=True)
 @click.option("--captions", type=FILE, default="build/captions.parquet", show_default=True)
 @click.option("--schedule", type=FILE, default="build/schedule.parquet", show_default=True)
-@click.option("--ranks", type=click.IntRange(1), help="Processes (GPUs) that share the lanes; decides time, never bits.  [default: train.ranks]")
-@click.option("--work", type=FILE, help="Where the training state is kept.  [default: train.work]")
+@click.option("--ranks", type=click.IntRange(1), help="Processes (GPUs) that share the lanes; decides time, never bits.  [default: execution.ranks]")
+@click.option("--work", type=FILE, help="Where the training state is kept.  [default: execution.work]")
 @click.option("--out", type=FILE, default="build/delta-lokr.safetensors", show_default=True, help="The LoKr file.")
 @click.option("--journal", type=FILE, default="build/journal.parquet", show_default=True, help="A row a step.")
 @click.option("--curves", type=FILE, default="build/curves.csv", show_default=True, help="Loss, gradient norm and rates, for plots.")
 def main(params: Path, ranks: int | None, work: Path | None, **files) -> None:
     """Train the LoKr."""
     recipe = recipes.load(params)
-    ranks = ranks or recipe.train.ranks
+    ranks = ranks or recipe.execution.ranks
     numerics.prepare()
     from kohaku_delta.training import lanes, launch, run  # they import torch, which must find the numerics fixed
 
@@ -49,7 +49,7 @@ def main(params: Path, ranks: int | None, work: Path | None, **files) -> None:
             return
     else:
         launch.follow()
-    line = run.train(recipe, files, work or Path(recipe.train.work))
+    line = run.train(recipe, files, work or Path(recipe.execution.work))
     if line:
         summary("train", line)
 

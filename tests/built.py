@@ -33,6 +33,9 @@ def make(place: Path, params: dict | None = None, dataset: dict = DATASET, texts
     params = params or recipe()
     (build / "report").mkdir(parents=True)
     (build / "diffusers").mkdir()
+    (build / "code").mkdir()
+    for stage in yaml.load((ROOT / "dvc.yaml").read_text())["stages"]:
+        (build / "code" / f"{stage}.json").write_text(stage)
     (place / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
     with open(place / "params.yaml", "w") as file:
         yaml.dump(params, file)

@@ -21,12 +21,15 @@ from kohaku_delta import params, table
 from kohaku_delta.checkpoint import lokr, stream
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import captions
+from kohaku_delta.evidence import code_closure
 from kohaku_delta.training import fingerprint, journal, run, schedule, state
 
 ROOT = Path(__file__).resolve().parents[1]
 DATABASE = ROOT / "data" / "danbooru2023.db"
 STAGES = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 STEPS_BETWEEN_STATES = 4
+LOCK = ROOT / "requirements" / "cpu.txt"
+CODE = {name: code_closure.dumps(code_closure.describe(ROOT / "stages" / f"{name}.py", LOCK)) for name in STAGES if name != "code"}
 
 
 def loaded(path: Path):
@@ -45,7 +48,11 @@ def write(folder: Path) -> Path:
     """The recipe's folder, finished and locked."""
     build = folder / "build"
     build.mkdir(parents=True)
-    (folder / "dvc.yaml").symlink_to(ROOT / "dvc.yaml")
+    (folder / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
+    (build / "code").mkdir()
+    for name in STAGES:
+        if name != "code":
+            (build / "code" / f"{name}.json").write_text(CODE[name])
     (folder / "mirror").mkdir()
     (folder / "mirror" / "data-0004.tar").write_bytes(b"pictures" * 64)
     content = loaded(ROOT / "miniature" / "params.yaml")
@@ -142,12 +149,15 @@ def declared(folder: Path, name: str) -> dict:
     return {"cmd": filled(stage["cmd"]), "deps": [posixpath.normpath(filled(each)) for each in stage["deps"]], "outs": outs, "params": told}
 
 
+LEFT_OUT = {"__pycache__", "kohaku_delta.egg-info"}  # .dvcignore says so
+
+
 def hashed(path: Path) -> dict:
     """md5 and size of a file, or of a folder as DVC counts them; and sha256s."""
     if not path.is_dir():
         data = path.read_bytes()
         return {"md5": hashlib.md5(data).hexdigest(), "size": len(data), "sha256": sha256(data), "files": None}
-    files = {each.relative_to(path).as_posix(): each.read_bytes() for each in sorted(path.rglob("*")) if each.is_file()}
+    files = {each.relative_to(path).as_posix(): each.read_bytes() for each in sorted(path.rglob("*")) if each.is_file() and not LEFT_OUT & {*each.parts}}
     listing = json.dumps([{"md5": hashlib.md5(data).hexdigest(), "relpath": place} for place, data in sorted(files.items())])
     shas = {place: sha256(data) for place, data in files.items()}
     return {
@@ -192,7 +202,7 @@ def records(folder: Path, **changed) -> None:
         content = {
             "format": "kohaku-delta record 1", "stage": name, "command": stage["cmd"], "inputs": inputs, "outputs": outputs,
             "parameters": told, "parameters_after": told, "revision": None, "libraries": {"click": "8.5.1"}, "container": None,
-            "numerics": {"device": "cpu"} if name == "train" else None, "confined": None, "host": {"processor": "one"},
+            "numerics": {"device": "cpu"} if name == "train" else None, "confined": None, "changed_code": [], "host": {"processor": "one"},
             "times": {"began": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:00:01+00:00", "seconds": 1.0},
         }  # fmt: skip
         key = sha256(json.dumps([stage["cmd"], {dep["path"]: dep["md5"] for dep in stage["deps"]}, told], sort_keys=True).encode())[:16]

@@ -24,10 +24,11 @@ yaml = YAML(typ="safe", pure=True)
 def write(folder: Path, posts: int, sections: dict[str, dict] | None = None, **train) -> Path:
     """Everything that `stages/train.py` reads, under folder/build, and params.yaml: two images a micro-batch, four micro-batches a step.
 
-    `train`, and other `sections`: parameters that differ from the miniature's."""
+    `train` (of train or execution), and other `sections`: parameters that differ from the miniature's."""
     content = yaml.load((ROOT / "miniature" / "params.yaml").read_text())
     content["schedule"] |= {"batch_size": 2, "micro_batches": 4, "lanes": 4}
-    content["train"] |= {"save_every": 1, "warmup_steps": 0} | train
+    content["train"] |= {"warmup_steps": 0} | {name: value for name, value in train.items() if name not in params.Execution.model_fields}
+    content["execution"] |= {"save_every": 1} | {name: value for name, value in train.items() if name in params.Execution.model_fields}
     for name, values in (sections or {}).items():
         content[name] |= values
     content["download"] = {

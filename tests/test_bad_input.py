@@ -56,8 +56,8 @@ def test_a_missing_tar_is_refused(recipe, tmp_path):
 
 @pytest.mark.parametrize("name", ["download", "select", "filter", "caption", "merge", "schedule", "train", "bake", "export", "preview"])
 def test_every_stage_names_a_wrong_key_and_what_it_should_be(recipe, tmp_path, name):
-    recipe(lambda content: content["train"].update(save_every="often"))
-    refused(stage(tmp_path, name), tmp_path, "train.save_every is 'often'", "whole number")
+    recipe(lambda content: content["execution"].update(save_every="often"))
+    refused(stage(tmp_path, name), tmp_path, "execution.save_every is 'often'", "whole number")
 
 
 @pytest.mark.parametrize("name", ["select", "filter", "caption", "merge", "schedule", "train", "bake", "export", "preview"])

@@ -122,7 +122,7 @@ def test_a_wrong_key_is_refused_and_an_unnamed_one_believes_nothing(bundle, keys
     assert code == 1 and "no signature of" in failed(found)["lock/provenance"] and "Nothing in it is believed" in failed(found)["lock/provenance"]
     assert audit(bundle)[1]["lock/provenance"] == ("SKIP", "signed, and no --key was named: nothing in it is believed")
     code, said = ask("provenance", bundle, "--verify", keys / "ours.pub")
-    assert code == 0 and "verified: 11 stages" in said
+    assert code == 0 and "verified: 12 stages" in said
     assert ask("provenance", bundle, "--verify", keys / "ours")[0] == 2, "a private key is no public one"
     code, said = ask("provenance", bundle, "--key", keys / "ours")
     assert code == 2 and "signed where it is packed" in said

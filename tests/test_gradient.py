@@ -65,7 +65,8 @@ class Recorder:
 
 def lessons(tmp_path, order, **train):
     """A real loop over `order` that saves nothing, and its adapter."""
-    recipe = RECIPE.model_copy(update={"train": RECIPE.train.model_copy(update={"save_every": 10**6} | train)})
+    execution = RECIPE.execution.model_copy(update={"save_every": 10**6})
+    recipe = RECIPE.model_copy(update={"train": RECIPE.train.model_copy(update=train), "execution": execution})
     adapter = Adapter()
     return loop.Loop(recipe, loop.Parts(Model(adapter), adapter, Source(), order, {}), tmp_path), adapter
 

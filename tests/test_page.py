@@ -275,7 +275,7 @@ def test_a_build_that_has_only_begun_has_a_page_and_no_card(tmp_path):
     text = written(place)
     kind, said = signs(text)["Stages"]
     assert str(tmp_path) not in text and "build/ is not finished" in text
-    assert kind == "bad" and "6 of 11" in said and all(stage in said for stage in last)
+    assert kind == "bad" and "7 of 12" in said and all(stage in said for stage in last)
     done = run("card", place)
     assert done.exit_code == 1 and "nothing of bake, report, train" in done.output and not (place / "build" / "README.md").exists()
 

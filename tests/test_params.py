@@ -33,7 +33,7 @@ def test_both_recipes_are_valid_and_have_the_same_keys(recipe):
     "change, sentence",
     [
         (lambda c: c["train"].update(learning_rat=1.0), "the key train.learning_rat is not known"),
-        (lambda c: c["train"].update(save_every="often"), "train.save_every is 'often'; it must be a whole number"),
+        (lambda c: c["execution"].update(save_every="often"), "execution.save_every is 'often'; it must be a whole number"),
         (lambda c: c["train"].update(tag_dropout=True), "train.tag_dropout is True; it must be a number"),
         (lambda c: c["train"].update(device="tpu"), "train.device is 'tpu'; it must be 'cpu' or 'cuda'"),
         (lambda c: c["schedule"].update(lanes=6), "power of two"),
@@ -76,4 +76,4 @@ def test_the_release_trains_with_the_numbers_of_its_model_card():
     assert (schedule.area, schedule.min_side, schedule.max_side, schedule.side_step) == (1024**2, 256, 4096, 64)
     assert (train.shuffle_caption, train.tag_dropout, train.max_token_length, train.crop_conditioning) == (True, 0.1, 225, "letterbox")
     assert (train.noise_offset, train.min_snr_gamma, recipe.model.vae_scaling_factor) == (0.05, 5.0, 0.13025)
-    assert train.seed == schedule.seed == recipe.lokr.seed == 1337 and train.milestone_every == 2000 and train.gradient_checkpointing
+    assert train.seed == schedule.seed == recipe.lokr.seed == 1337 and recipe.execution.milestone_every == 2000 and train.gradient_checkpointing

@@ -15,14 +15,21 @@ from ruamel.yaml import YAML
 
 from kohaku_delta import params
 from kohaku_delta.cli import main
-from kohaku_delta.preflight import checks, host, lock, model, need, plan
+from kohaku_delta.evidence import code_closure
+from kohaku_delta.preflight import checks, host, model, need, plan
 from kohaku_delta.preflight.host import Card, Host, Place
 from kohaku_delta.refusal import Refusal
 from kohaku_delta.training import journal
 
 ROOT = Path(__file__).resolve().parents[1]
 RELEASE, MINIATURE = params.load(ROOT / "params.yaml"), params.load(ROOT / "miniature" / "params.yaml")
-LOCKED = lock.versions(ROOT / "requirements" / "cuda.txt")
+
+
+def locked(path):
+    return {name: each.version for name, each in code_closure.locked_libraries(path).items()}
+
+
+LOCKED = locked(ROOT / "requirements" / "cuda.txt")
 CARD = Card("NVIDIA GeForce RTX 3090", 25_438_126_080, "8.6", 82)
 TB, GB = 10**12, 10**9
 # SDXL 1.0 and the release's LoKr as others count them: Stability AI's parameter counts, and the published preset on SDXL's shapes
@@ -62,7 +69,7 @@ def test_the_releases_own_host_with_the_lock_is_green():
         (replace(GOOD, bitsandbytes="its native library did not load"), "bitsandbytes", "did not load", "driver"),
         (replace(GOOD, numerics="This processor offers DEFAULT; the recipe's CPU contract needs AVX2."), "numerics", "AVX2", "sentence"),
         (replace(GOOD, cards=()), "GPUs", "none is seen", "--gpus all"),
-        (replace(GOOD, cards=(CARD,)), "GPUs", "1 (NVIDIA GeForce RTX 3090), for 2 ranks", "set train.ranks in params.yaml to 1"),
+        (replace(GOOD, cards=(CARD,)), "GPUs", "1 (NVIDIA GeForce RTX 3090), for 2 ranks", "set execution.ranks in params.yaml to 1"),
         (replace(GOOD, cards=(CARD, replace(CARD, name="NVIDIA GeForce RTX 4090", architecture="8.9", multiprocessors=128))), "same GPU", "82 multiprocessors / ", "CUDA_VISIBLE_DEVICES"),
         (replace(GOOD, cards=(CARD, replace(CARD, multiprocessors=80))), "same GPU", "80 multiprocessors", "one kind"),
         (replace(GOOD, cards=(replace(CARD, architecture="6.1"),) * 2), "architecture", "sm_61", "no code"),
@@ -97,7 +104,7 @@ def test_a_host_without_git_is_green_for_dvc_does_without(monkeypatch):
     monkeypatch.setattr(host, "_probe", lambda file: {"numerics": "", "bitsandbytes": "", "cards": [], "architectures": [], "cuda": "", "nccl": "", "numbers": None})
     seen, numbers = host.here(MINIATURE, ROOT / "miniature" / "params.yaml")
     assert seen.missing_tools == ("dvc", "git") and numbers is None
-    assert [line.name for line in checks.table(MINIATURE, seen, numbers, lock.versions(ROOT / "requirements" / "cpu.txt")) if not line.good] == ["dvc, git"]
+    assert [line.name for line in checks.table(MINIATURE, seen, numbers, locked(ROOT / "requirements" / "cpu.txt")) if not line.good] == ["dvc, git"]
 
 
 def test_what_preflight_repeats_is_what_training_says():
@@ -107,7 +114,7 @@ def test_what_preflight_repeats_is_what_training_says():
 
 
 def test_ranks_that_do_not_divide_the_lanes_are_told_so():
-    three = RELEASE.model_copy(update={"train": RELEASE.train.model_copy(update={"ranks": 3})})
+    three = RELEASE.model_copy(update={"execution": RELEASE.execution.model_copy(update={"ranks": 3})})
     assert "does not divide 8 lanes" in red(replace(GOOD, cards=(CARD,) * 3), three)["GPUs"].says
 
 
@@ -250,14 +257,14 @@ def test_the_plan_names_a_source_for_every_figure_and_measures_nothing_by_itself
 def test_the_lock_is_read_whole(name):
     path = ROOT / "requirements" / f"{name}.txt"
     said = dict(re.findall(r"^([a-z0-9.-]+)==([^ ;]+)", path.read_text(), re.M))
-    assert lock.versions(path) == {each.replace(".", "-"): number for each, number in said.items()}
+    assert locked(path) == {each.replace(".", "-"): number for each, number in said.items()}
 
 
 @pytest.mark.parametrize("text", ["torch>=2 --hash=sha256:00\n", "torch==2.13.0\n", "???\n"])
 def test_a_lock_that_does_not_lock_is_refused(tmp_path, text):
     (tmp_path / "cpu.txt").write_text(text)
     with pytest.raises(Refusal, match="Restore the file"):
-        lock.versions(tmp_path / "cpu.txt")
+        locked(tmp_path / "cpu.txt")
 
 
 def test_a_probe_that_dies_is_a_sentence(tmp_path, monkeypatch):

@@ -208,7 +208,7 @@ def test_a_long_tensor_is_summed_in_pieces_to_the_same_number(monkeypatch):
 def test_the_journals_header_names_the_base_and_the_parameters_and_nothing_of_the_host(trained):
     header = json.loads(pq.read_schema(trained / "build" / "journal.parquet").metadata[b"kohaku_delta"])
     assert len(header["base"]) == 64 and header["parameters"]["train.seed"] == 1337 and header["parameters"]["lokr.dim"] == 10000
-    assert not {"train.ranks", "train.workers", "train.work", "train.save_every"} & header["parameters"].keys()
+    assert not {"execution.ranks", "execution.workers", "execution.work", "execution.save_every"} & header["parameters"].keys()
 
 
 def sampled(folder, count, seed=3):

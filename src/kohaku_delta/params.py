@@ -143,7 +143,6 @@ class Lokr(Section):
 
 class Train(Section):
     seed: int
-    ranks: Positive
     device: Literal["cpu", "cuda"]
     precision: Dtype
     weights: Literal["float32", "float16"]
@@ -164,10 +163,16 @@ class Train(Section):
     timestep_freq_shift: Literal[0, 1]
     text_projection: Literal["sdxl", "transposed"]
     gradient_checkpointing: bool
+
+
+class Execution(Section):
+    """How the training is run: what decides time and place, and no bits. No stage declares it."""
+
+    ranks: Positive
     workers: Count
     save_every: Positive
-    milestone_every: Positive
     keep_states: Positive
+    milestone_every: Positive
     work: str
 
 
@@ -222,6 +227,7 @@ class Recipe(Section):
     schedule: Schedule
     lokr: Lokr
     train: Train
+    execution: Execution
     bake: Bake
     preview: Preview
     published: Published | None

@@ -11,8 +11,9 @@ from pathlib import Path
 from kohaku_delta.audit import revision
 from kohaku_delta.audit.findings import FAIL, PASS, SKIP, Finding, judged, some
 from kohaku_delta.audit.rebuild import ROOT, Rebuild, commit, outside
-from kohaku_delta.evidence import digests, host, pipeline
+from kohaku_delta.evidence import code_closure, digests, pipeline
 from kohaku_delta.ordered import in_order
+from kohaku_delta.refusal import Refusal
 
 GROUP = "lock"
 SPAN = re.compile(r"\{\d+\.\.\d+\}")  # data-{0000..2000}.tar stands for many files
@@ -108,20 +109,22 @@ def outs(rebuild: Rebuild) -> list[Finding]:
 
 
 def code(rebuild: Rebuild) -> Finding:
-    """The code at hand, or that of the recorded commit, is what the lock says was run."""
-    root = rebuild.recipe.root
-    said = {posixpath.normpath(dep.path): dep.md5 for stage in rebuild.lock.values() for dep in stage.deps}
-    said = {path: md5 for path, md5 in said.items() if rebuild.code(path) and not rebuild.libraries(path)}
-    places = {path: posixpath.relpath(path, root) for path in said}
-    if strange := [path for path, place in places.items() if not place.startswith(("src/", "stages/")) or ".." in place.split("/")]:
-        return Finding(GROUP, "code", FAIL, f"dvc.lock names code outside of src/ and stages/: {some(strange)}")
-    base = ROOT if rebuild.bundle else rebuild.folder / root
-    other = [places[path] for path, md5 in said.items() if not (base / places[path]).is_file() or digests.of(base / places[path]).md5 != md5]
+    """The code at hand, or that of the recorded commit, is what build/code says that the stages ran."""
+    said: dict[str, str] = {}
+    for each in rebuild.code.values():
+        if other := [place for place, digest in each.files.items() if said.setdefault(place, digest) != digest]:
+            return Finding(GROUP, "code", FAIL, f"{some(other)} had other contents in {each.stage} than in another stage: `dvc repro` was not run to its end")
+    if not said:
+        return Finding(GROUP, "code", SKIP, f"{code_closure.FOLDER} is not there: the stage `code` has not run here")
+    if strange := [place for place in said if not place.startswith(("src/", "stages/")) or ".." in place.split("/")]:
+        return Finding(GROUP, "code", FAIL, f"{code_closure.FOLDER} names code outside of src/ and stages/: {some(strange)}")
+    base = ROOT if rebuild.bundle else rebuild.folder / rebuild.recipe.root
+    other = [place for place, digest in said.items() if _digest(place, (base / place).read_bytes() if (base / place).is_file() else None) != digest]
     if not other:
         return Finding(GROUP, "code", PASS, f"{len(said)} files of code are those at hand")
     named = commit(rebuild)
-    if named and (blobs := revision.md5s(base, named, list(places.values()))) is not None:
-        faults = [f"{place} is not what commit {named[:10]} holds" for path, place in places.items() if blobs.get(place) != said[path]]
+    if named and (blobs := revision.files(base, named, list(said))) is not None:
+        faults = [f"{place} is not what commit {named[:10]} holds" for place, digest in said.items() if _digest(place, blobs.get(place)) != digest]
         if not faults and rebuild.bundle:
             return Finding(
                 GROUP,
@@ -138,29 +141,43 @@ def code(rebuild: Rebuild) -> Finding:
             SKIP,
             f"{some(other)} differ from the code at hand, and {f'commit {named[:10]}' if named else 'what was run'} is not here: check it out, and audit again",
         )
-    return Finding(GROUP, "code", FAIL, f"{some(other)}: not what dvc.lock says was run. `dvc repro` runs what changed")
+    return Finding(GROUP, "code", FAIL, f"{some(other)}: not what {code_closure.FOLDER} says was run. `dvc repro` runs what changed")
+
+
+def _digest(place: str, content: bytes | None) -> str | None:
+    """As build/code has it; None for a file that is not there or cannot be read."""
+    try:
+        return None if content is None else code_closure.file_digest(place, content)
+    except Refusal:
+        return None
 
 
 def libraries(rebuild: Rebuild) -> Finding:
     """The lock of the libraries is the one that the stages ran under, and they had what it names."""
-    said = {posixpath.normpath(dep.path): dep.md5 for stage in rebuild.lock.values() for dep in stage.deps if rebuild.libraries(posixpath.normpath(dep.path))}
+    said = [dep for stage in rebuild.lock.values() for dep in stage.deps if rebuild.libraries(posixpath.normpath(dep.path))]
     if len(said) != 1:
         return Finding(
             GROUP, "libraries", FAIL, f"dvc.lock names {len(said)} locks of the libraries instead of one: requirements/{rebuild.recipe.requirements}.txt"
         )
-    path, md5 = said.popitem()
+    path, md5 = posixpath.normpath(said[0].path), said[0].md5
     file = rebuild.folder / ("requirements.txt" if rebuild.bundle else path)
     if not file.is_file() or digests.of(file).md5 != md5:
         return Finding(GROUP, "libraries", FAIL, f"{path} is {'not there' if not file.is_file() else 'not the one that dvc.lock says the stages ran under'}")
-    locked = host.locked(file)
+    locked = code_closure.locked_libraries(file)
     faults = [
-        f"{name} ran with {library} {version}, the lock says {locked.get(library)}"
+        f"{each.stage}: {code_closure.FOLDER} says {name} {library.version}, with other hashes or another version than {path}"
+        for each in rebuild.code.values()
+        for name, library in each.libraries.items()
+        if locked.get(name) != library
+    ]
+    faults += [
+        f"{name} ran with {library} {version}, the lock says {locked[library].version if library in locked else None}"
         for name, each in rebuild.records.items()
         for library, version in each.libraries.items()
-        if version and locked.get(library) != version  # what was not installed was not used
+        if version and (library not in locked or locked[library].version != version)  # what was not installed was not used
     ]
     if not rebuild.records:
-        return Finding(GROUP, "libraries", PASS, f"{path} is the one of dvc.lock; no record says what was installed")
+        return judged(GROUP, "libraries", faults, f"{path} is the one of dvc.lock; no record says what was installed")
     return judged(GROUP, "libraries", faults, f"{path}: {len(locked)} libraries, installed as locked in {len(rebuild.records)} recorded stages")
 
 

@@ -67,9 +67,10 @@ def _told(a: Rebuild, b: Rebuild) -> Iterator[tuple[str, str]]:
         if not key.startswith("download.inputs."):  # said by _inputs
             one, other = (next((flat[key] for stage in each.lock.values() if key in (flat := _flat(stage.parameters))), "not there") for each in (a, b))
             yield "parameter", f"{key}: {_short(one)} | {_short(other)}"
-    code = [{dep.path: dep.md5 for stage in each.lock.values() for dep in stage.deps if each.code(dep.path)} for each in (a, b)]
-    if other := sorted(path for path in code[0].keys() | code[1].keys() if code[0].get(path) != code[1].get(path)):
-        yield "code", some(other)
+    for kind in ("files", "libraries"):
+        one, other = ({name: said for code in each.code.values() for name, said in getattr(code, kind).items()} for each in (a, b))
+        if names := sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name)):
+            yield "code" if kind == "files" else "library", some(names)
 
 
 def _flat(value, place: str = "") -> dict[str, str]:

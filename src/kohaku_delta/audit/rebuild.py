@@ -13,7 +13,8 @@ from pathlib import Path
 
 from kohaku_delta import params as recipes
 from kohaku_delta.audit import archive
-from kohaku_delta.evidence import digests, lockfile, pipeline, record
+from kohaku_delta.evidence import code_closure, digests, lockfile, pipeline, record
+from kohaku_delta.evidence.code_closure import Code
 from kohaku_delta.evidence.digests import Digest
 from kohaku_delta.evidence.lockfile import LockedStage
 from kohaku_delta.evidence.pipeline import Declared
@@ -60,9 +61,11 @@ class Rebuild:
             return archive.tensors(self.folder / archive.TENSORS)
         return archive.digested(self.folder, [out for out in self.writers if out.endswith(archive.WEIGHTS) and (self.folder / out).is_file()])
 
-    def code(self, dep: str) -> bool:
-        """Whether a dependency is a file of the repository, not an out of another stage."""
-        return dep not in self.writers
+    @cached_property
+    def code(self) -> dict[str, Code]:
+        """By stage, what build/code says of its code; of the stages whose file is there. Refuses a file that is no such description."""
+        places = {name: self.folder / code_closure.FOLDER / f"{name}.json" for name in self.stages}
+        return {name: code_closure.load(place) for name, place in places.items() if place.is_file()}
 
     def libraries(self, dep: str) -> bool:
         """Whether it is the lock of the libraries."""

@@ -62,6 +62,7 @@ def during(rebuild: Rebuild) -> Finding:
     faults = []
     for name, each in rebuild.records.items():
         faults += [f"{path} was changed while {name} ran" for path, known in sorted(each.inputs.items()) if known.before != known.after]
+        faults += [f"{path} was changed while {name} ran" for path in each.changed_code]
         keys = sorted(key for key in each.parameters.keys() | each.parameters_after.keys() if each.parameters.get(key) != each.parameters_after.get(key))
         faults += [f"{key} in params.yaml was changed while {name} ran" for key in keys]
     if not rebuild.records:

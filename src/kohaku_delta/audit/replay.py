@@ -51,7 +51,7 @@ def replay(recipe: Recipe, files: dict[str, Path], work: Path, first: int, last:
             yield begin - 1, refusal.message
             return
     rows = [row for step in range(begin, last + 1) for row in loop.rows(step)]
-    batches = loader.batches(parts.source, loop.schedule, rows, recipe.train.workers)
+    batches = loader.batches(parts.source, loop.schedule, rows, recipe.execution.workers)
     for step in range(begin, last + 1):
         loop.step(step, batches)
         theirs, ours = said.rows[step], loop.journal.rows[-1]

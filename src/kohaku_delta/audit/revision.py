@@ -1,13 +1,12 @@
 """Invariant: code is judged by what a commit holds, never by what a commit is called; git is asked only for objects that are here."""
 
-import hashlib
 import os
 import subprocess
 from pathlib import Path
 
 
-def md5s(root: Path, commit: str, places: list[str]) -> dict[str, str] | None:
-    """place → md5 of the file that the commit has there (places it lacks are left out). None without git, or where the commit is not here."""
+def files(root: Path, commit: str, places: list[str]) -> dict[str, bytes] | None:
+    """place → the file that the commit has there (places it lacks are left out). None without git, or if the commit is not here."""
     asked = "".join(f"{commit}:{place}\n" for place in places)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")} | {"GIT_NO_LAZY_FETCH": "1"}
     try:
@@ -22,6 +21,6 @@ def md5s(root: Path, commit: str, places: list[str]) -> dict[str, str] | None:
         words = line.split()
         if len(words) == 3 and words[1] == b"blob":
             size = int(words[2])
-            found[place] = hashlib.md5(said[at : at + size], usedforsecurity=False).hexdigest()
+            found[place] = said[at : at + size]
             at += size + 1
     return found

@@ -45,7 +45,7 @@ def foreign(rebuild: Rebuild) -> list[str]:
 
 def replayed(rebuild: Rebuild, said: Journal, own: Path, count: int, seed: int) -> Iterator[tuple[int, str | None]]:
     """(step, how it differs) of every step that is computed anew, until one differs."""
-    named, work = files(rebuild, own), own / rebuild.recipe.train.work
+    named, work = files(rebuild, own), own / rebuild.recipe.execution.work
     groups: dict[tuple[Path, int], list[int]] = {}
     for step in drawn(len(said.rows), count, seed):
         groups.setdefault(replay.nearest(work, said, step), []).append(step)
@@ -89,7 +89,7 @@ def finding(rebuild: Rebuild, said: Journal | None, own: Path | None, count: int
 
 def _losses(rebuild: Rebuild, own: Path, count: int, seed: int, other: list[str]) -> Finding:
     """Losses alone, after one milestone that the seed picks: the weaker evidence."""
-    milestones = sorted((own / rebuild.recipe.train.work).glob("*/delta-lokr-step*.safetensors"))
+    milestones = sorted((own / rebuild.recipe.execution.work).glob("*/delta-lokr-step*.safetensors"))
     why = f"this host differs from the trainer's in {', '.join(other)}, so bits cannot be compared"
     if not milestones:
         return Finding(GROUP, "steps", SKIP, f"{why}; and no milestone's LoKr file is there, from which losses could be")

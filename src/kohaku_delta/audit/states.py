@@ -20,7 +20,7 @@ INPUTS = {"base": "build/delta-base.safetensors", "posts": "build/posts.parquet"
 
 def work(rebuild: Rebuild, said: Journal | None) -> Finding:
     """The states of this training continue to its journal, bit for bit; those of others are named."""
-    folder = rebuild.folder / rebuild.recipe.train.work
+    folder = rebuild.folder / rebuild.recipe.execution.work
     if rebuild.bundle or said is None or not folder.is_dir():
         return Finding(
             "lock",
@@ -129,7 +129,7 @@ def _last(rebuild: Rebuild, said: Journal, state) -> Path | None:
     """The folder of the state after the last step of this journal."""
     from kohaku_delta.training import journal
 
-    for folder in sorted((rebuild.folder / rebuild.recipe.train.work).glob("*")):
+    for folder in sorted((rebuild.folder / rebuild.recipe.execution.work).glob("*")):
         place = state.place(folder, len(said.rows))
         try:
             if (place / state.STATE).is_file() and journal.read(place / state.JOURNAL).rows[-1]["chain"] == said.rows[-1]["chain"]:

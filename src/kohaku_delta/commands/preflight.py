@@ -7,7 +7,8 @@ import click
 from kohaku_delta import numerics
 from kohaku_delta import params as recipes
 from kohaku_delta.commands.verdict import Verdict
-from kohaku_delta.preflight import checks, host, lock, model, plan
+from kohaku_delta.evidence import code_closure
+from kohaku_delta.preflight import checks, host, model, plan
 
 FILE = click.Path(path_type=Path)
 
@@ -23,7 +24,8 @@ def preflight(params: Path, simulate: str | None, seconds_per_step: float | None
     if seconds_per_step and not simulate:
         raise click.UsageError("--seconds-per-step needs --simulate.")
     recipe = recipes.load(params)
-    locked = lock.versions(params.parent / recipe.root / "requirements" / f"{recipe.requirements}.txt")
+    lock = params.parent / recipe.root / "requirements" / f"{recipe.requirements}.txt"
+    locked = {name: each.version for name, each in code_closure.locked_libraries(lock).items()}
     if simulate:
         there = plan.described(simulate)
         numerics.prepare()

@@ -29,7 +29,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--captions", type=FILE, default="build/captions.parquet", show_default=True)
 @click.option("--schedule", type=FILE, default="build/schedule.parquet", show_default=True)
 @click.option("--journal", type=FILE, default="build/journal.parquet", show_default=True, help="What is checked.")
-@click.option("--work", type=FILE, help="Where saved states lie.  [default: train.work]")
+@click.option("--work", type=FILE, help="Where saved states lie.  [default: execution.work]")
 def replay(first: int | None, last: int | None, loss_only: bool, lokr: Path | None, device: str, sample: int, seed: int, params: Path, work: Path | None, **files) -> None:
     """Compute a stretch of training anew, on one device, and compare it with the journal.
 
@@ -40,7 +40,7 @@ def replay(first: int | None, last: int | None, loss_only: bool, lokr: Path | No
     recipe, files = recipes.load(params), files | {"tokenizer": None, "tokenizer_2": None}
     if loss_only:
         raise SystemExit(0 if _losses(recipe, files, lokr, device, sample, seed) else 1)
-    work = work or Path(recipe.train.work)
+    work = work or Path(recipe.execution.work)
     with tqdm(desc="replay", unit="step", disable=None) as bar:
         for step, difference in replays.replay(recipe, files, work, first, last):
             bar.update()

@@ -4,8 +4,11 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
+
+from packaging.utils import canonicalize_name
 
 IMAGE = "KOHAKU_IMAGE"  # the container image's digest, which the image itself cannot know: its runner sets it
 TOLD = ("LANG", "LC_ALL", "TZ", "PYTHONHASHSEED", "CUDA_VISIBLE_DEVICES")
@@ -37,20 +40,10 @@ def container() -> str | None:
     return os.environ.get(IMAGE) or None
 
 
-def libraries(lock: Path) -> dict[str, str]:
-    """name → installed version of each library that the lock names ("" where it is not installed)."""
-    installed = {_canonical(each.metadata["Name"]): each.version for each in metadata.distributions() if each.metadata["Name"]}
-    return {name: installed.get(_canonical(name), "") for name in locked(lock)}
-
-
-def locked(lock: Path) -> dict[str, str]:
-    """name → version of each library that a requirements file names."""
-    lines = [line.split()[0].partition("==") for line in lock.read_text(encoding="utf-8").splitlines() if "==" in line and line[:1].isalnum()]
-    return {name: version for name, _, version in lines}
-
-
-def _canonical(name: str) -> str:
-    return name.lower().replace("_", "-").replace(".", "-")
+def libraries(names: Iterable[str]) -> dict[str, str]:
+    """Canonical name → installed version of each distribution ("" if it is not installed)."""
+    installed = {canonicalize_name(each.metadata["Name"]): each.version for each in metadata.distributions() if each.metadata["Name"]}
+    return {name: installed.get(name, "") for name in names}
 
 
 def numerics(device: str) -> dict[str, str] | None:

@@ -18,7 +18,8 @@ import click
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kohaku_delta import atomic
-from kohaku_delta.evidence import digests, host, pipeline
+from kohaku_delta.evidence import code_closure, digests, host, pipeline
+from kohaku_delta.evidence.code_closure import Code
 from kohaku_delta.refusal import Refusal
 
 FOLDER = "build/records"
@@ -69,6 +70,7 @@ class Record(Section):
     outputs: dict[str, Output]
     parameters: dict  # as used
     parameters_after: dict
+    changed_code: list[str]  # files of the stage's code that changed while it ran
     revision: Revision | None
     libraries: dict[str, str]
     container: str | None
@@ -128,20 +130,20 @@ def _begin(context: click.Context):
         return None
     with suppress(OSError):  # said at the end
         Path(FOLDER).mkdir(parents=True, exist_ok=True)  # while the stage is not held yet
-    root, libraries = script.parents[1], next((Path(path) for path in stage.deps if "requirements/" in path), None)
+    code = code_closure.verified(script)
     facts = {
         "parameters": pipeline.parameters(values, stage.params),
-        "revision": host.revision(root, [Path(path) for path in stage.deps if not path.startswith("build/")]),
-        "libraries": host.libraries(libraries) if libraries else {},
+        "revision": host.revision(script.parents[1], [script.parents[1] / name for name in code.files] if code else [Path(path) for path in stage.deps]),
+        "libraries": host.libraries(code.libraries) if code else {},
         "container": host.container(),
         "host": host.description(),
     }
     before = [digest.sha256 for digest in digests.each(map(Path, stage.deps), md5=False)]
     device = facts["parameters"].get("train", {}).get("device", "cpu")  # a stage that is not told it computes on the processor
-    return stage, device, facts, before, datetime.now(UTC), time.monotonic()
+    return stage, script, code, device, facts, before, datetime.now(UTC), time.monotonic()
 
 
-def _end(stage: pipeline.Declared, device: str, facts: dict, before: list[str], began: datetime, started: float) -> None:
+def _end(stage: pipeline.Declared, script: Path, code: Code | None, device: str, facts: dict, before: list[str], began: datetime, started: float) -> None:
     """Opens the stage's inputs (the lock of the libraries among them), its outs and params.yaml, and writes in FOLDER: nothing else, once the stage began."""
     ended, seconds = datetime.now(UTC), time.monotonic() - started
     if not all(Path(path).exists() for path in stage.outs):
@@ -157,6 +159,8 @@ def _end(stage: pipeline.Declared, device: str, facts: dict, before: list[str], 
     after = pipeline.parameters(pipeline.document(Path(pipeline.PARAMS)), stage.params)
     times = Times(began=began.isoformat(timespec="seconds"), ended=ended.isoformat(timespec="seconds"), seconds=round(seconds, 3))
     numerics = host.numerics(device)
+    ran = code.files if code else {}
+    now = code_closure.file_digests(script) if code else {}
     record = {
         "format": "kohaku-delta record 1",
         "stage": stage.name,
@@ -165,6 +169,7 @@ def _end(stage: pipeline.Declared, device: str, facts: dict, before: list[str], 
         "outputs": outputs,
         **facts,
         "numerics": numerics,
+        "changed_code": sorted(name for name in ran.keys() | now.keys() if ran.get(name) != now.get(name)),
         "confined": host.confinement(),
     }
     of = key(stage.command, {path: each.md5 for path, each in inputs.items()}, after)

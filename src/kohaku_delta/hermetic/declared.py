@@ -1,4 +1,4 @@
-"""Invariant: what a stage may open follows from what anyone can read: its entry in dvc.yaml, params.yaml, inputs.json, and the options given by hand.
+"""Invariant: what a stage may open follows from what anyone can read: its entry in dvc.yaml, its code, params.yaml, inputs.json, and the options given by hand.
 
 A default path counts only where the stage's entry in dvc.yaml names it; a path given by hand counts as it is. The inputs of a stage are those that
 it has an option for. Outs may also lie beside what is given by hand. Paths are absolute, links in their folders followed.
@@ -20,6 +20,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from kohaku_delta.evidence import code_closure
 from kohaku_delta.evidence.record import FOLDER
 from kohaku_delta.params import Recipe, load
 
@@ -93,20 +94,23 @@ def of(script: Path, said: dict, context: click.Context) -> Declared:
     recipe, recipe_folder = load(recipe_file), os.path.dirname(os.path.realpath(recipe_file))
     outs = [name for kind in ("outs", "metrics", "plots") for name in _names(said.get(kind))]
     deps = [name for name in _names(said.get("deps")) if "${requirements}" not in name]
-    code = [name.replace("${root}", str(root)) for name in deps if name.startswith("${root}")]
+    code = [name.replace("${root}", str(root)) for name in deps if name.startswith("${root}")] + _code(script, deps)
     paths = {name: value for name, value in options.items() if isinstance(value, Path)}
     named = [value for name, value in paths.items() if context.get_parameter_source(name) is not ParameterSource.DEFAULT or str(value) in (*deps, *outs)]
     written = {paths[each.name].parent for each in context.command.params if str(each.default) in outs}
+    if script.stem == "code":  # the one stage whose outs lie in the folder that its option names
+        written.add(options["out"])
     beside = [folder / Path(out).name for folder in written for out in outs]  # caption's lists lie beside the captions, wherever these go
     libraries = _interpreter()
     inputs, folders = _inputs(options)
     mirror = os.path.join(recipe_folder, recipe.download.mirror)
 
     files = [recipe_file, root / "dvc.yaml", *code, *map(cache_from_source, code), *named, *beside, *inputs, *_indexes(options, inputs)]
-    files += [*libraries, *filter(None, [sys.pycache_prefix]), tempfile.gettempdir(), root / "requirements" / f"{recipe.requirements}.txt", FOLDER]  # the last two for the run's record
+    files += [*libraries, *filter(None, [sys.pycache_prefix]), tempfile.gettempdir(), FOLDER]  # the last for the run's record
+    files += [root / "requirements" / f"{recipe.requirements}.txt", Path(code_closure.FOLDER) / f"{script.stem}.json"]  # what the run's own description of its code is made of
     if "work" in options:
-        written.add(options["work"] or Path(recipe.train.work))
-        files.append(options["work"] or recipe.train.work)
+        written.add(options["work"] or Path(recipe.execution.work))
+        files.append(options["work"] or recipe.execution.work)
     if script.stem == "download":
         from huggingface_hub import constants  # where it keeps its token and notes; what it fetches is believed by its sha256 only
 
@@ -122,6 +126,13 @@ def of(script: Path, said: dict, context: click.Context) -> Declared:
         tuple(f"{each}/" for each in sorted(libraries) if not any(f"{other}/".startswith(f"{each}/") for other in watched)),
         _network(script.stem, options, recipe),
     )
+
+
+def _code(script: Path, deps: list[str]) -> list[str]:
+    """The files of the stage's code: as build/code/<stage>.json says, or, where that was not written yet, as its imports say."""
+    told = Path(code_closure.FOLDER) / f"{script.stem}.json"
+    names = code_closure.load(told).files if str(told) in deps and told.is_file() else code_closure.file_digests(script)
+    return [str(script.parents[1] / name) for name in names]
 
 
 def _inputs(options: dict) -> tuple[list[str], set[str]]:
@@ -171,4 +182,4 @@ def _pinned(recipe: Recipe, folder: str) -> list[str]:
 def _network(stage: str, options: dict, recipe: Recipe) -> str:
     if stage == "download":
         return "any"
-    return "loopback" if "ranks" in options and (options["ranks"] or recipe.train.ranks) > 1 else "none"
+    return "loopback" if "ranks" in options and (options["ranks"] or recipe.execution.ranks) > 1 else "none"

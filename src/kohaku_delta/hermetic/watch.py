@@ -15,6 +15,7 @@ import tempfile
 from kohaku_delta.hermetic.declared import Declared, place
 from kohaku_delta.refusal import Refusal
 
+CODE_REMEDY = "Run `dvc repro`: its first stage, `code`, lists in build/code what each stage's imports reach. What is loaded by another way than an import is closed."
 _held: Declared | None = None
 _confined = False  # by the kernel too, and so are the programs that are started
 _refused: str | None = None
@@ -32,7 +33,7 @@ def hold(declared: Declared | None, confined: bool = False) -> None:
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
         if file and not declared.may_open(os.path.abspath(file)) and not declared.may_open(place(file)):
-            _refuse(f"runs {file}, which is not among its deps. Add it to the stage in dvc.yaml.")
+            _refuse(f"runs {file}, which is not among its code. {CODE_REMEDY}")
 
 
 def held() -> tuple[Declared | None, bool]:
@@ -80,7 +81,7 @@ def _file(path, flags: int) -> bool:
     if _held.may_open(place(path)):
         return True
     if not (flags & os.O_CREAT and flags & os.O_EXCL and os.path.realpath(os.path.dirname(path)) in _held.written):  # a temporary file was not there before
-        remedy = "Add it to its deps or outs in dvc.yaml (an input: to download.inputs in params.yaml), or name it by an option."
+        remedy = CODE_REMEDY if path.endswith(".py") else "Add it to its deps or outs in dvc.yaml (an input: to download.inputs in params.yaml), or name it by an option."
         _refuse(f"opened {path}, which it does not declare. {remedy}")
     return False
 

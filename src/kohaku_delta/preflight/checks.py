@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kohaku_delta.params import Recipe
-from kohaku_delta.preflight import lock, need
+from kohaku_delta.preflight import need
 from kohaku_delta.preflight.host import Host
 from kohaku_delta.preflight.model import Numbers
 
@@ -105,15 +105,15 @@ def _numerics(host: Host, recipe: Recipe) -> Line | None:
 def _cards(host: Host, recipe: Recipe) -> Line | None:
     if host.cards is None:
         return None
-    count, ranks, lanes = len(host.cards), recipe.train.ranks, recipe.schedule.lanes
+    count, ranks, lanes = len(host.cards), recipe.execution.ranks, recipe.schedule.lanes
     if lanes % ranks:
-        return Line("GPUs", False, f"train.ranks is {ranks}, which does not divide {lanes} lanes", f"set train.ranks in params.yaml to a divisor of {lanes}")
+        return Line("GPUs", False, f"execution.ranks is {ranks}, which does not divide {lanes} lanes", f"set execution.ranks in params.yaml to a divisor of {lanes}")
     names = ", ".join(sorted({card.name for card in host.cards}))
     says = f"{count} ({names})" if count else "none is seen"
     possible = max((each for each in range(1, count + 1) if lanes % each == 0), default=0)
     remedy = "show the GPUs to this process (driver; `--gpus all` for a container)"
     if possible:
-        remedy = f"set train.ranks in params.yaml to {possible}: it takes longer, the bits are the same"
+        remedy = f"set execution.ranks in params.yaml to {possible}: it takes longer, the bits are the same"
     return Line("GPUs", count >= ranks, f"{says}, for {ranks} ranks that share {lanes} lanes", remedy)
 
 
@@ -121,7 +121,7 @@ def _same(host: Host) -> Line | None:
     if not host.cards or host.cards[0].multiprocessors is None:
         return None
     kinds = sorted({f"{card.name}, architecture {card.architecture}, {card.multiprocessors} multiprocessors" for card in host.cards})
-    remedy = "equal bits need one kind: show only equal ones (CUDA_VISIBLE_DEVICES), and set train.ranks to their number"
+    remedy = "equal bits need one kind: show only equal ones (CUDA_VISIBLE_DEVICES), and set execution.ranks to their number"
     return Line("same GPU", len(kinds) == 1, " / ".join(kinds), remedy)
 
 
@@ -145,7 +145,7 @@ def _runs(built: str, major: int, minor: int) -> bool:
 def _driver(host: Host, locked: dict[str, str]) -> Line | None:
     if host.driver is None:
         return None
-    cuda = (lock.version(locked, "cuda-toolkit", "nvidia-cuda-runtime") or "13").split(".")[0]
+    cuda = (_locked_version(locked, "cuda-toolkit", "nvidia-cuda-runtime") or "13").split(".")[0]
     least = DRIVERS.get(int(cuda), max(DRIVERS.values()))
     found = host.driver.split(".")[0]
     says = host.driver or "none answers (nvidia-smi)"
@@ -155,14 +155,14 @@ def _driver(host: Host, locked: dict[str, str]) -> Line | None:
 def _cuda(host: Host, locked: dict[str, str], recipe: Recipe) -> Line | None:
     if host.cuda is None:
         return None
-    wanted = ".".join((lock.version(locked, "cuda-toolkit", "nvidia-cuda-runtime") or "").split(".")[:2])
+    wanted = ".".join((_locked_version(locked, "cuda-toolkit", "nvidia-cuda-runtime") or "").split(".")[:2])
     return Line("CUDA", host.cuda == wanted, f"{host.cuda or 'torch is a CPU build'} (lock: {wanted})", _install(recipe))
 
 
 def _nccl(host: Host, locked: dict[str, str]) -> Line | None:
     if host.nccl is None:
         return None
-    wanted = lock.version(locked, "nvidia-nccl") or ""
+    wanted = _locked_version(locked, "nvidia-nccl") or ""
     remedy = "another NCCL comes before the lock's: unset LD_LIBRARY_PATH and LD_PRELOAD" if host.nccl else "it is seen with the GPUs: mend their lines"
     return Line("NCCL", host.nccl == wanted, f"{host.nccl or 'none answers'} (lock: {wanted})", remedy)
 
@@ -170,8 +170,8 @@ def _nccl(host: Host, locked: dict[str, str]) -> Line | None:
 def _card_memory(host: Host, recipe: Recipe, numbers: Numbers) -> Line | None:
     if not host.cards:
         return None
-    least, lowest = need.card_memory(recipe, numbers, recipe.train.ranks), min(card.memory for card in host.cards)
-    always = need.total(need.card(recipe, numbers, recipe.train.ranks))
+    least, lowest = need.card_memory(recipe, numbers, recipe.execution.ranks), min(card.memory for card in host.cards)
+    always = need.total(need.card(recipe, numbers, recipe.execution.ranks))
     says = f"{size(lowest)} a GPU; {size(least)} is taken for enough (the release's cards), {size(always)} of it is always full"
     remedy = "take larger GPUs"
     if lowest > always:
@@ -182,16 +182,16 @@ def _card_memory(host: Host, recipe: Recipe, numbers: Numbers) -> Line | None:
 def _memory(host: Host, recipe: Recipe, numbers: Numbers) -> Line | None:
     if host.memory is None:
         return None
-    least = need.memory(recipe, numbers, recipe.train.ranks)
-    says = f"{size(host.memory)}, {size(least)} while {recipe.train.ranks} ranks begin"
+    least = need.memory(recipe, numbers, recipe.execution.ranks)
+    says = f"{size(host.memory)}, {size(least)} while {recipe.execution.ranks} ranks begin"
     return Line("memory", host.memory >= least, says, "add swap for the beginning, or train with fewer ranks")
 
 
 def _shared_memory(host: Host, recipe: Recipe) -> Line | None:
     if host.shared_memory is None:
         return None
-    least = need.shared_memory(recipe, recipe.train.ranks)
-    remedy = f"give /dev/shm {size(least)} (`--shm-size` or `--ipc=host` for a container, `mount -o remount,size=…` on a host), or lower train.workers"
+    least = need.shared_memory(recipe, recipe.execution.ranks)
+    remedy = f"give /dev/shm {size(least)} (`--shm-size` or `--ipc=host` for a container, `mount -o remount,size=…` on a host), or lower execution.workers"
     return Line("shared memory", host.shared_memory >= least, f"{size(host.shared_memory)} in /dev/shm, {size(least)} needed", remedy)
 
 
@@ -216,5 +216,10 @@ def _disks(host: Host, recipe: Recipe, numbers: Numbers) -> Iterator[Line]:
         least, free = sum(left.values()), host.places[names[0]].free
         parts = ", ".join(f"{name} {size(left[name])}" for name in names if left[name])
         says = f"{size(free)} free, {size(least)} to come" + (f": {parts}" if parts else "")
-        remedy = "free some, or put the largest folder elsewhere: download.mirror and train.work in params.yaml, `dvc cache dir`, or links"
+        remedy = "free some, or put the largest folder elsewhere: download.mirror and execution.work in params.yaml, `dvc cache dir`, or links"
         yield Line(f"disk of {', '.join(names)}", free >= least * (1 + SPARE), says, remedy)
+
+
+def _locked_version(locked: dict[str, str], *beginnings: str) -> str | None:
+    """The version of the first locked library whose name begins so: NVIDIA's carry the CUDA version in theirs."""
+    return next((number for beginning in beginnings for name, number in locked.items() if name.startswith(beginning)), None)

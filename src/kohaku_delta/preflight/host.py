@@ -121,7 +121,7 @@ def _memory() -> int:
 
 def _places(recipe: Recipe, folder: Path, root: Path) -> dict[str, Place]:
     cache = root / ".dvc" / "cache"
-    paths = {"mirror": folder / recipe.download.mirror, "build": folder / "build", "cache": cache, "work": folder / recipe.train.work}
+    paths = {"mirror": folder / recipe.download.mirror, "build": folder / "build", "cache": cache, "work": folder / recipe.execution.work}
     return {name: _place(path) for name, path in paths.items()}
 
 

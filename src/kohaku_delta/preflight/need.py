@@ -90,17 +90,17 @@ def journal_row(recipe: Recipe, numbers: Numbers) -> int:
 
 def milestones(recipe: Recipe) -> list[int]:
     """The steps whose states and LoKr files are kept for good."""
-    every = recipe.train.milestone_every
+    every = recipe.execution.milestone_every
     return list(range(every, (steps(recipe) or 0) + 1, every))
 
 
 def work(recipe: Recipe, numbers: Numbers) -> list[Need]:
     """The training's state folder at its fullest."""
     kept, one, row = milestones(recipe), state(recipe, numbers), journal_row(recipe, numbers)
-    last, count = recipe.train.keep_states + 1, steps(recipe) or 0
+    last, count = recipe.execution.keep_states + 1, steps(recipe) or 0
     found = [Need(f"{last} last states", last * (one + row * count), f"{one / GB:.2f} GB each and the journal, by count; one is being written")]
     if kept:
-        every = f"a state every {recipe.train.milestone_every:,} steps of {count:,} (the card)"
+        every = f"a state every {recipe.execution.milestone_every:,} steps of {count:,} (the card)"
         each = f"{lokr(numbers) / 1e6:.0f} MB each: {numbers.lokr:,} numbers of fp16, counted"
         found.append(Need(f"{len(kept)} milestones", len(kept) * one + row * sum(kept), every))
         found.append(Need(f"{len(kept)} LoKr files", len(kept) * lokr(numbers), each))
@@ -150,7 +150,7 @@ def shared_memory(recipe: Recipe, ranks: int) -> int:
     """/dev/shm: pictures and noise on their way from the loader's processes, and NCCL's own."""
     area, latent = recipe.schedule.area, recipe.schedule.area // 64
     batch = recipe.schedule.batch_size * (3 * area + 2 * 4 * 4 * latent)
-    return ranks * recipe.train.workers * AHEAD * batch + (NCCL_SHARED if recipe.train.device == "cuda" else 0)
+    return ranks * recipe.execution.workers * AHEAD * batch + (NCCL_SHARED if recipe.train.device == "cuda" else 0)
 
 
 def total(needs: list[Need]) -> int:

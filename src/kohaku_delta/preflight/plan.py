@@ -57,7 +57,7 @@ def described(text: str) -> Host:
 
 def rows(recipe: Recipe, numbers: Numbers, host: Host, seconds: float | None) -> list[Row]:
     """The plan of the whole recipe on a described host. seconds: a step's, measured on such a host; None: the release's, where it is the release's host."""
-    ranks = recipe.train.ranks
+    ranks = recipe.execution.ranks
     fetched, written, worked = need.fetched(recipe, numbers), need.build(recipe, numbers), need.work(recipe, numbers)
     both = [*written, Need("a second copy in DVC's cache", need.total(written), "unless the file system shares blocks (reflink)")]
     plan = [Row("fetch into the mirror", size(need.total(fetched)), f"{len(fetched)} inputs"), *_each(fetched)]
@@ -70,7 +70,7 @@ def rows(recipe: Recipe, numbers: Numbers, host: Host, seconds: float | None) ->
         above = f"each of {ranks} GPUs; activations come on top, not measured for this code"
         plan += [Row("GPU memory, always full", size(need.total(always)), above), *_each(always)]
     plan += [Row("main memory", size(need.memory(recipe, numbers, ranks)), f"computed: base, LoKr and tables, once a rank, {ranks} ranks")]
-    loaders = f"computed: {ranks} × {recipe.train.workers} loader processes × {need.AHEAD} micro-batches"
+    loaders = f"computed: {ranks} × {recipe.execution.workers} loader processes × {need.AHEAD} micro-batches"
     nccl = "; 1 GB for NCCL (its documentation)" if recipe.train.device == "cuda" else ""
     return [*plan, Row("shared memory", size(need.shared_memory(recipe, ranks)), loaders + nccl)]
 
@@ -87,18 +87,18 @@ def _time(recipe: Recipe, host: Host, seconds: float | None) -> list[Row]:
     plan = [Row("steps", f"{count:,}", "the model card; the schedule stage tells again")]
     if kept:
         plan += [Row("states kept for good", f"{len(kept)}", f"steps {kept[0]:,} to {kept[-1]:,}, each with its LoKr file")]
-    used = f"{recipe.train.ranks} of {len(host.cards)} GPUs"
-    if seconds is None and (recipe.train.ranks, host.cards[0].name) == (release["gpus"], release["gpu"]) and recipe.published:
+    used = f"{recipe.execution.ranks} of {len(host.cards)} GPUs"
+    if seconds is None and (recipe.execution.ranks, host.cards[0].name) == (release["gpus"], release["gpu"]) and recipe.published:
         seconds, source = release["seconds"], release["who"]
     elif seconds is None:
         return [*plan, Row("time a step", "not measured", f"on {used} of this kind: measure some steps (work/*/log.csv has them) and say --seconds-per-step")]
     else:
         source = "--seconds-per-step"
-    lost = recipe.train.save_every * seconds / 3600
+    lost = recipe.execution.save_every * seconds / 3600
     product = "steps × time a step" + ("; this code's own speed on that card was not measured" if source == release["who"] else "")
     return [
         *plan,
         Row("time a step", f"{seconds:g} s", f"{source}; {used}"),
         Row("training", f"{need.days(count, seconds):.1f} days", product),
-        Row("a power cut costs", f"up to {lost:.1f} h", f"a state every {recipe.train.save_every} steps; a stop (SIGTERM) costs none"),
+        Row("a power cut costs", f"up to {lost:.1f} h", f"a state every {recipe.execution.save_every} steps; a stop (SIGTERM) costs none"),
     ]

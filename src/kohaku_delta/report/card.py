@@ -94,7 +94,7 @@ def _snippet(build: Build) -> str:
 
 def _checks(build: Build) -> str:
     """Commands, for the recipe's folder; the stretch starts at the last milestone, whose state is kept."""
-    every, steps = build.recipe.train.milestone_every, figures.steps(build)
+    every, steps = build.recipe.execution.milestone_every, figures.steps(build)
     first = (steps - 1) // every * every
     return "\n".join(
         [

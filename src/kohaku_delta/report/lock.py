@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from kohaku_delta.evidence import lockfile, pipeline
+from kohaku_delta.evidence.code_closure import FOLDER
 from kohaku_delta.evidence.lockfile import Place
 from kohaku_delta.refusal import Refusal
 
@@ -14,7 +15,7 @@ from kohaku_delta.refusal import Refusal
 @dataclass(frozen=True)
 class Stage:
     name: str
-    reads: list[str]  # names of the stages whose outs it declares as dependencies
+    reads: list[str]  # names of the stages whose outs it declares as dependencies; not `code`, which all depend on
     products: list[str]
     outs: dict[str, Place]  # path → what the lock says; empty where the stage has not run
     params: dict  # section or dotted key → value, as the lock has them
@@ -31,7 +32,7 @@ def read(folder: Path) -> list[Stage]:
         for path in map(PurePosixPath, outs):
             if path.is_absolute() or ".." in path.parts:
                 raise Refusal(f"{folder / pipeline.LOCK}: {name} has an out {path}; an out lies in its recipe's folder. `dvc repro` writes the lock anew.")
-        reads = dict.fromkeys(maker[dep] for dep in stage.deps if dep in maker)
+        reads = dict.fromkeys(maker[dep] for dep in stage.deps if dep in maker and not dep.startswith(f"{FOLDER}/"))
         stages.append(Stage(name, list(reads), list(stage.outs), outs, entry.parameters if entry else {}))
     return stages
 

@@ -81,10 +81,10 @@ class Loop:
         if self.rank == 0:
             tensors = {f"weights/{name}": tensor for name, tensor in self.adapter.tensors().items()}
             tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.tensors().items()}
-            train = self.recipe.train
-            if step % train.milestone_every == 0:
+            execution = self.recipe.execution
+            if step % execution.milestone_every == 0:
                 self.write(self.folder / f"delta-lokr-step{step:08d}.safetensors")
-            state.save(self.folder, step, tensors, (self.scaler.scale, self.scaler.good_steps), self.journal, train.keep_states, train.milestone_every)
+            state.save(self.folder, step, tensors, (self.scaler.scale, self.scaler.good_steps), self.journal, execution.keep_states, execution.milestone_every)
 
     def write(self, path: Path) -> Written:
         """The LoKr file of the weights as they are now."""
@@ -170,11 +170,11 @@ class Loop:
             signal.signal(each, lambda *_: setattr(self, "asked", True))
         done = self.begin()
         rows = [row for step in range(done, self.steps) for row in self.rows(step)]
-        batches = loader.batches(self.source, self.schedule, rows, self.recipe.train.workers)
+        batches = loader.batches(self.source, self.schedule, rows, self.recipe.execution.workers)
         for step in range(done, self.steps):
             began = time.monotonic()
             self.step(step, batches)
-            if (step + 1) % self.recipe.train.save_every == 0 or self.stopping or step + 1 == self.steps:
+            if (step + 1) % self.recipe.execution.save_every == 0 or self.stopping or step + 1 == self.steps:
                 self.save(step + 1)
             losses = self.journal.rows[-1]["losses"]
             yield step + 1, sum(losses) / len(losses), time.monotonic() - began

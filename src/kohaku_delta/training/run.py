@@ -21,35 +21,30 @@ from kohaku_delta.params import Recipe
 from kohaku_delta.refusal import Refusal
 from kohaku_delta.sdxl.tokenizer import ClipTokenizer
 
-LIBRARIES = ("torch", "diffusers", "transformers", "lycoris-lora", "bitsandbytes", "numpy", "pillow", "opencv-python-headless", "tokenizers", "ftfy", "regex")
 CURVES = "step,loss,gradient_norm,learning_rate_unet,learning_rate_text\n"
 
 
 LOG = "step,seconds,images_per_second,peak_mib,ranks\n"
-TIME_ONLY = {"ranks", "workers", "save_every", "milestone_every", "keep_states", "work"}  # of train: decide how it is done, not what comes out
 
 
 def decisive(recipe: Recipe) -> dict:
     """The parameters that move bits: {section.key: value}, as YAML knows them."""
     sections = {"schedule": recipe.schedule.model_dump(), "lokr": recipe.lokr.model_dump(), "model": recipe.model.model_dump()}
-    sections |= {"train": recipe.train.model_dump(exclude=TIME_ONLY), "caption": {"separator": recipe.caption.separator}}
+    sections |= {"train": recipe.train.model_dump(), "caption": {"separator": recipe.caption.separator}}
     return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
 
 
 def dependencies(recipe: Recipe, files: dict[str, Path], texts: list[Path], tars: list[Path]) -> dict[str, str]:
     """Digests of all that decides the result: files, code, parameters that move bits, numerics, libraries. Of the tars, names and sizes."""
-    from importlib.metadata import version
-
     from kohaku_delta.training import state
 
     return {
         **{name: hashed(files[name]) for name in ("base", "posts", "captions", "schedule")},
-        **state.code(),
+        **state.code(recipe.requirements),
         **{name: str(value) for name, value in decisive(recipe).items()},
         "tokenizers": str([hashed(path) for path in texts]),
         "tars": str([(path.name, path.stat().st_size) for path in tars]),
         "numerics": str(sorted(numerics.contract(recipe.train.device).items())),
-        "libraries": str([(name, version(name)) for name in LIBRARIES]),
     }
 
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 import shutil
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 
 from kohaku_delta import atomic
 from kohaku_delta.checkpoint import stream
+from kohaku_delta.evidence import code_closure, host
 from kohaku_delta.refusal import Refusal
 from kohaku_delta.training import fingerprint, journal
 from kohaku_delta.training.journal import Journal
@@ -27,10 +27,14 @@ STEP = re.compile(r"^step-(\d{8})$")
 DEPENDS, STATE, JOURNAL = "depends.json", "state.safetensors", "journal.parquet"
 
 
-def code() -> dict[str, str]:
-    """sha256 of each of the project's modules that is loaded."""
-    loaded = {name: getattr(module, "__file__", None) for name, module in sys.modules.items() if name.split(".")[0] == "kohaku_delta"}
-    return {f"code of {name}": hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in loaded.items() if file}
+def code(lock: str) -> dict[str, str]:
+    """The digests of all code and libraries of the training, as the stage `code` writes them. `lock`: cpu or cuda."""
+    root = Path(__file__).resolve().parents[3]
+    told = code_closure.describe(root / "stages" / "train.py", root / "requirements" / f"{lock}.txt")
+    versions = host.libraries(told.libraries)
+    return {f"code of {name}": digest for name, digest in told.files.items()} | {
+        f"library {name}": f"{versions[name]} {each.hashes}" for name, each in told.libraries.items()
+    }
 
 
 def claim(work: Path, depends: dict[str, str], steps: int, rank: int) -> Path:

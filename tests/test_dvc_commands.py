@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,6 @@ def test_files_of_a_revision_are_listed_fetched_and_opened_from_the_repositorys_
     run(tmp_path, "dvc", "get", "-q", address, f"miniature/{FINAL}", "--remote", "published", "-o", str(tmp_path / "final.safetensors"))
     assert (tmp_path / "final.safetensors").read_bytes() == (clone / FINAL).read_bytes()
     code = f"import dvc.api; print(len(dvc.api.read('miniature/{FINAL}', repo={address!r}, remote='published', mode='rb')))"
-    import sys
-
     assert int(run(tmp_path, sys.executable, "-c", code).split()[-1]) == (clone / FINAL).stat().st_size
 
 
@@ -106,8 +105,5 @@ def test_a_comment_runs_the_stage_code_alone(clone):
     run(clone, "dvc", "repro", "-q", "bake")
 
 
-def test_a_stage_is_frozen_and_the_cache_is_cleared_of_nothing_that_is_used(clone):
-    run(clone, "dvc", "freeze", "train")
-    run(clone, "dvc", "unfreeze", "train")
-    run(clone, "git", "checkout", "--quiet", "--", ".")
+def test_the_cache_is_cleared_of_nothing_that_is_used(clone):
     run(clone, "dvc", "gc", "-w", "-a", "-f", "--dry")

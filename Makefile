@@ -1,4 +1,4 @@
-# `make repro` rebuilds the miniature, `make test` checks the promises. Both make .venv first, from the hash-locked requirements.
+# `make repro` rebuilds the miniature, `make test` checks the promises. Both create .venv first (tools/setup_environment.sh).
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -7,7 +7,7 @@ RECIPE ?= miniature
 BENCH ?=
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: repro report test test-slow miniature-data bench-dataset bench-checkpoint bench-train bench-audit image image-check wheels lock
+.PHONY: repro report test test-slow miniature-data bench-dataset bench-checkpoint bench-train bench-audit image image-check wheels environment lock
 
 repro: $(VENV)/requirements.txt
 	@dvc pull -q data.dvc
@@ -53,19 +53,20 @@ image:
 image-check:
 	@container/check.sh
 
-# Every wheel of a lock in one folder, for building the image without a network: make image WHEELS=build/wheels-cuda
-wheels: LOCK ?= cuda
+# Every archive of a lock in one folder, with uv's: for the setup (WHEELS=build/wheels-cpu) and for the image (WHEELS=build/wheels-cuda) without a network.
 wheels: $(VENV)/requirements.txt
-	@$(VENV)/bin/pip download --quiet --no-deps --require-hashes --no-build-isolation -d build/wheels-$(LOCK) -r requirements/$(LOCK).txt -r container/init.txt
+	@VENV="$(VENV)" LOCK=$(or $(LOCK),cuda) tools/download_wheels.sh
 
-# The locks of requirements/recipe.in, with hashes: one for the CPU build of torch, one for its CUDA build. Needs uv.
+# The locks of requirements/recipe.in, with hashes: one for the CPU build of torch, one for its CUDA build; and the lock of uv itself. Needs uv.
 lock:
 	uv pip compile requirements/recipe.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate --quiet --override requirements/cpu.override --output-file requirements/cpu.txt
 	uv pip compile requirements/recipe.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate --quiet --output-file requirements/cuda.txt
+	uv pip compile requirements/uv.in --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet --output-file requirements/uv.txt
+
+# The virtual environment of one lock (LOCK=cpu or cuda; WHEELS=folder: without a network). The script says how.
+environment:
+	@rm -f $(VENV)/requirements.txt
+	@VENV="$(VENV)" PYTHON="$(PYTHON)" LOCK=$(or $(LOCK),cpu) WHEELS="$(WHEELS)" tools/setup_environment.sh
 
 $(VENV)/requirements.txt: requirements/cpu.txt
-	@command -v $(PYTHON) > /dev/null || { echo "Error: $(PYTHON) is not there. Install Python 3.11, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-index --no-build-isolation --editable .
-	@cp $< $@
+	@VENV="$(VENV)" PYTHON="$(PYTHON)" LOCK=cpu WHEELS="$(WHEELS)" tools/setup_environment.sh

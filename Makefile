@@ -7,11 +7,14 @@ RECIPE ?= miniature
 BENCH ?=
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
+# --quiet leaves the stages' own lines, without DVC's progress bars and hints; it hides DVC's errors too, so a failure names the command that shows them.
+failed = { echo "Error: DVC failed. If no line above says why, this shows it: $(1)" >&2; exit 1; }
+
 .PHONY: repro report test test-slow miniature-data bench-dataset bench-checkpoint bench-train bench-audit image image-check wheels environment lock
 
 repro: $(VENV)/requirements.txt
-	@dvc pull -q data.dvc
-	@cd miniature && dvc repro $(REPRO)
+	@dvc pull --quiet data.dvc || $(call failed,dvc pull data.dvc)
+	@cd miniature && dvc repro --quiet $(REPRO) || $(call failed,cd miniature && dvc repro)
 	@python miniature/verdict.py
 
 # The build as one page, miniature/build/report.html, and its model card beside it. RECIPE=. for the release's.
@@ -20,11 +23,11 @@ report: $(VENV)/requirements.txt
 	@kohaku-delta report $(RECIPE)
 
 test: $(VENV)/requirements.txt
-	@dvc pull -q data.dvc
+	@dvc pull --quiet data.dvc || $(call failed,dvc pull data.dvc)
 	@python -m pytest -q -n auto --dist loadfile
 
 test-slow: $(VENV)/requirements.txt
-	@dvc pull -q data.dvc
+	@dvc pull --quiet data.dvc || $(call failed,dvc pull data.dvc)
 	@python -m pytest -q -n auto --dist loadfile -m slow
 
 # Draws the dataset, writes the tokenizers, trains the three tiny checkpoints, and writes their pins into miniature/params.yaml.

@@ -1,7 +1,21 @@
 """The recipe that rebuilds Kohaku XL Delta: one room a folder, data flows from `hub` to `checkpoint`."""
 
 import os
+import sys
+
+__version__ = "0.1.0"
 
 # Read by numpy when it is first imported: no AVX-512 kernels, whose float64 exp and log have other bits (numerics/__init__.py). Here, because every
 # stage and command imports this package before numpy.
 os.environ["NPY_DISABLE_CPU_FEATURES"] = "X86_V4 AVX512_ICL AVX512_SPR"
+
+
+def _one_line_for_ctrl_c(kind, error, trace) -> None:
+    """Ctrl-C while modules are imported, before a command runs, is one sentence too. Everything else keeps Python's own report."""
+    if kind is KeyboardInterrupt:
+        print("Error: Interrupted.", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _one_line_for_ctrl_c

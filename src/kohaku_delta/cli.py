@@ -13,12 +13,25 @@ from kohaku_delta.commands.provenance import command as provenance
 from kohaku_delta.commands.replay import replay
 from kohaku_delta.commands.report import report
 from kohaku_delta.commands.tensors import tensors
+from kohaku_delta.refusal import Interrupted, version_option
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Commands(click.Group):
+    """The subcommands; Ctrl-C is one sentence in each."""
+
+    def invoke(self, context: click.Context):
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            raise Interrupted from None
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Ask about checkpoints, LoKr files, trainings, hosts and folders of the recipe."""
 
 
 for command in (audit, bundle, card, compare, operators, pin, preflight, provenance, replay, report, tensors):
     main.add_command(command)
+version_option(main)
+version_option(operators)  # the others are stages, which have it

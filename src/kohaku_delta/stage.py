@@ -6,11 +6,15 @@ import click
 
 from kohaku_delta import hermetic
 from kohaku_delta.evidence import record
-from kohaku_delta.refusal import Refusal
+from kohaku_delta.refusal import Interrupted, Refusal, version_option
 
 
 class Stage(click.Command):
     """A click command that is held to what it declares, and turns what the operating system refuses into a sentence."""
+
+    def __init__(self, *arguments, **settings) -> None:
+        super().__init__(*arguments, **{"context_settings": {"help_option_names": ["-h", "--help"]}, **settings})
+        version_option(self)
 
     def invoke(self, context: click.Context):
         try:
@@ -25,6 +29,8 @@ class Stage(click.Command):
                 errno.ENOENT: "Check the path, or run the stage that writes it.",
             }.get(error.errno, "Nothing unfinished was left behind; run the stage again when this is mended.")
             raise Refusal(f"The operating system said “{error.strerror or error}”{place}. {remedy}") from None
+        except KeyboardInterrupt:
+            raise Interrupted from None
         except MemoryError:
             raise Refusal("There was not enough memory. Nothing unfinished was left behind.") from None
 

@@ -16,7 +16,7 @@ lock=requirements/$name.txt
 say() { echo "setup: $*"; }
 fail() { echo "Error: $*" >&2; exit 1; }
 # The first error of the last command, on one line.
-reason() { { grep -i -m 1 '^ *\(error\|×\)' "$work/errors" || tail -n 1 "$work/errors"; } | sed 's/^ *\(ERROR: \|error: \|× \)//' | cut -c 1-200 | sed 's/[.: ]*$//'; }
+reason() { { grep -m 1 'No matching distribution' "$work/errors" || grep -i -m 1 '^ *\(error\|×\)' "$work/errors" || tail -n 1 "$work/errors"; } | sed 's/^ *\(ERROR: \|error: \|× \)//' | cut -c 1-200 | sed 's/[.: ]*$//'; }
 # The lock's lines of one package: version and hashes.
 locked() { sed -n "/^$1==/,/[^\\\\]\$/p" "$lock"; }
 

@@ -48,7 +48,7 @@ def test_everything_that_pip_installs_from_outside_is_hashed():
     assert all("--no-compile" in words for words in installs), "bytecode may differ from build to build"
 
 
-@pytest.mark.parametrize("lock", ["container/init.txt", "requirements/cpu.txt", "requirements/cuda.txt"])
+@pytest.mark.parametrize("lock", ["container/init.txt", "requirements/cpu.txt", "requirements/cuda.txt", "requirements/uv.txt"])
 def test_each_line_of_a_lock_has_a_version_and_a_hash(lock):
     text = re.sub(r"^#.*\n", "", (ROOT / lock).read_text(), flags=re.M)
     for requirement in re.sub(r"\\\n", " ", text).splitlines():

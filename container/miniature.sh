@@ -19,7 +19,7 @@ fi
 cd "$copy"
 dvc pull -q data.dvc
 cd miniature
-dvc repro
+dvc repro --quiet || { echo "Error: DVC failed. If no line above says why, \`dvc repro\` in $copy/miniature shows it." >&2; exit 1; }
 if diff "$recipe/miniature/dvc.lock" dvc.lock; then
     echo "equal: miniature/dvc.lock came out as it was committed, bit for bit"
 else

@@ -13,7 +13,7 @@ failed = { echo "Error: DVC failed. If no line above says why, this shows it: $(
 .PHONY: repro report test test-slow miniature-data bench-dataset bench-checkpoint bench-train bench-audit image image-check wheels environment lock
 
 repro: $(VENV)/requirements.txt
-	@dvc pull --quiet data.dvc || $(call failed,dvc pull data.dvc)
+	@dvc pull --quiet --remote embedded data.dvc || $(call failed,dvc pull --remote embedded data.dvc)
 	@cd miniature && dvc repro --quiet $(REPRO) || $(call failed,cd miniature && dvc repro)
 	@python miniature/verdict.py
 
@@ -23,11 +23,11 @@ report: $(VENV)/requirements.txt
 	@kohaku-delta report $(RECIPE)
 
 test: $(VENV)/requirements.txt
-	@dvc pull --quiet data.dvc || $(call failed,dvc pull data.dvc)
+	@dvc pull --quiet --remote embedded data.dvc || $(call failed,dvc pull --remote embedded data.dvc)
 	@python -m pytest -q -n auto --dist loadfile
 
 test-slow: $(VENV)/requirements.txt
-	@dvc pull --quiet data.dvc || $(call failed,dvc pull data.dvc)
+	@dvc pull --quiet --remote embedded data.dvc || $(call failed,dvc pull --remote embedded data.dvc)
 	@python -m pytest -q -n auto --dist loadfile -m slow
 
 # Draws the dataset, writes the tokenizers, trains the three tiny checkpoints, and writes their pins into miniature/params.yaml.

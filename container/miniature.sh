@@ -17,7 +17,7 @@ if [ ! -d "$copy" ]; then
     mv "$aside" "$copy"
 fi
 cd "$copy"
-dvc pull -q data.dvc
+dvc pull --quiet --remote embedded data.dvc
 cd miniature
 dvc repro --quiet || { echo "Error: DVC failed. If no line above says why, \`dvc repro\` in $copy/miniature shows it." >&2; exit 1; }
 if diff "$recipe/miniature/dvc.lock" dvc.lock; then

@@ -51,7 +51,7 @@ def table(recipe: Recipe, host: Host, numbers: Numbers | None, locked: dict[str,
 
 
 def _install(recipe: Recipe) -> str:
-    return f"install the lock: `make environment LOCK={recipe.requirements}`, or build the image anew"
+    return f"install the lock (requirements/{recipe.requirements}.txt): `make environment LOCK={recipe.requirements}`, or build the image anew"
 
 
 def _python(host: Host) -> Line | None:

@@ -2,8 +2,6 @@
 
 import click
 
-from kohaku_delta import __version__
-
 
 class Refusal(click.ClickException):
     """Bad input. The message says what was wrong, where (file, key) and what to do."""
@@ -19,5 +17,5 @@ class Interrupted(Refusal):
 
 
 def version_option(command: click.Command) -> None:
-    """Give a command the option --version."""
-    click.version_option(__version__, prog_name="kohaku-delta", message="%(prog)s %(version)s")(command)
+    """Give a command the option --version: that of the installed package, which is no code of a stage."""
+    click.version_option(package_name="kohaku-delta", prog_name="kohaku-delta", message="%(prog)s %(version)s")(command)

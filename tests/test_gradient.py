@@ -16,7 +16,8 @@ from kohaku_delta.params import load
 from kohaku_delta.training import batch, loop, schedule
 from kohaku_delta.training.model import Sdxl
 
-RECIPE = load("miniature/params.yaml")
+MINIATURE = load("miniature/params.yaml")
+RECIPE = MINIATURE.model_copy(update={"schedule": MINIATURE.schedule.model_copy(update={"micro_batches": 8})})  # the figures below are of eight
 
 
 class Adapter:

@@ -203,7 +203,7 @@ def test_a_recipe_without_references_has_no_distance(tmp_path):
 def test_the_training_brings_the_pictures_nearer_to_their_drawings():
     """Of the build that lies there: a smaller mean distance than the base's, a flat picture farther than both on every prompt, and a lower loss."""
     if not (file := MINIATURE / "build" / "held-out.json").is_file():
-        pytest.skip("miniature/build holds no held-out.json; make repro builds it")
+        pytest.skip("the miniature is not built here: run `make repro` first")
     measured = json.loads(file.read_text())
     base, final, flat = (measured[name]["distance"] for name in ("base", "final", "flat"))
     prompts = [name for name in base if name != "mean"]

@@ -33,7 +33,7 @@ def clone(tmp_path_factory):
     run(folder, "dvc", "cache", "dir", "--local", str(CACHE))
     shutil.copy(ROOT / "miniature" / "dvc.lock", folder / "miniature" / "dvc.lock")
     run(folder, "dvc", "pull", "-q", "data.dvc")
-    run(folder / "miniature", "dvc", "checkout", "-q")
+    run(folder / "miniature", "dvc", "checkout", "-q", "dvc.yaml")
     params = folder / "miniature" / "params.yaml"
     params.write_text(params.read_text().replace("in miniature   #", "in miniature, twice   #"))
     run(folder / "miniature", "dvc", "repro", "-q", "bake")
@@ -80,11 +80,11 @@ def test_an_experiment_is_run_shown_compared_and_applied(clone):
     assert "titled" in run(clone, "dvc", "exp", "show", "--csv")
     assert "bake.title" in run(clone, "dvc", "exp", "diff", "titled")
     run(clone, "git", "checkout", "--quiet", "--", ".")
-    run(clone, "dvc", "checkout", "-q")
+    run(clone, "dvc", "checkout", "-q", "dvc.yaml")
     run(clone, "dvc", "exp", "apply", "titled")
     assert "An experiment" in (clone / "params.yaml").read_text()
     run(clone, "git", "checkout", "--quiet", "--", ".")
-    run(clone, "dvc", "checkout", "-q")
+    run(clone, "dvc", "checkout", "-q", "dvc.yaml")
 
 
 def test_what_decides_only_time_and_place_runs_nothing_again(clone):

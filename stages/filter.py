@@ -33,6 +33,8 @@ def main(params: Path, inputs: Path, database: Path | None, tars: Path | None, i
     recipe = recipes.load(params)
     ids = table.read(selection, ["post_id"])["post_id"].to_numpy()
     files = archives.folder(tars) if tars else archives.numbered(listed.paths(inputs, "tars"))
+    if not tars:
+        listed.optional_paths(inputs, "index")  # compared too: the index beside a tar says what its members are
     source = Database(database or listed.path(inputs, "database"))
     trained, lost = filtering.filter_posts(source, files, ids, recipe.filter, recipe.caption, index, partial)
     table.write(trained, out)

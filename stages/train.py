@@ -44,6 +44,7 @@ def main(params: Path, ranks: int | None, work: Path | None, **files) -> None:
         for path in (files["base"], files["posts"], files["captions"], files["schedule"]):
             if not path.is_file():
                 raise Refusal(f"{path} is not there. Run the stage that writes it (`dvc repro`), or name the file by its option.")
+        run.tokenizers(files), run.tars(files)  # if an input must be hashed again, once and not by every rank
         if ranks > 1:
             launch.ranks(ranks, sys.argv[1:])
             return

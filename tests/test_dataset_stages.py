@@ -1,5 +1,6 @@
 """The three stages as a user runs them by hand, on a database and tars of their own."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -45,10 +46,10 @@ def test_three_stages_run_by_hand_and_from_inputs_json_with_the_same_bytes(place
     assert [line.split(":")[0] for line in lines] == ["select", "filter", "caption"]
     assert sorted(files) == ["artists-kxl-delta.json", "captions.parquet", "characters-kxl-delta.json", "dropped.parquet", "posts.parquet", "selection.parquet"]
     assert json.loads(files["artists-kxl-delta.json"]).keys() == {"an artist"}
-    entries = {
-        "database": {"path": str(place / "other.db"), "bytes": (place / "other.db").stat().st_size, "sha256": "0", "url": ""},
-        "tars": [{"path": str(path), "bytes": path.stat().st_size, "sha256": "0", "url": ""} for path in (place / "tars").iterdir()],
-    }
+    def entry(path):
+        return {"path": str(path), "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "url": ""}
+
+    entries = {"database": entry(place / "other.db"), "tars": [entry(path) for path in (place / "tars").iterdir()]}
     (place / "inputs.json").write_text(json.dumps({"inputs": entries}))
     assert chain(place, place / "b", inputs=True)[1] == files
 

@@ -36,7 +36,7 @@ def test_a_pinned_file_is_listed_with_its_hash(file, tmp_path):
 
 
 def test_ten_known_digits_are_compared(file):
-    assert mirror.verify(file, pin(file, sha256=SHA256[:10])) == SHA256
+    assert mirror.verify(file, pin(file, sha256=SHA256[:10])).sha256 == SHA256
     with pytest.raises(Refusal, match="sha256"):
         mirror.verify(file, pin(file, sha256="0123456789"))
 

@@ -83,7 +83,7 @@ def test_the_releases_own_host_with_the_lock_is_green():
         (replace(GOOD, nccl="2.27.5"), "NCCL", "2.27.5 (lock: 2.29.7)", "LD_LIBRARY_PATH"),
         (replace(GOOD, memory=8 * GB), "memory", "8 GB", "swap"),
         (replace(GOOD, shared_memory=64 << 20), "shared memory", "67.1 MB", "--shm-size"),
-        (replace(GOOD, supplied=("mirror/supplied/kohakuXLGamma_rev2.safetensors",)), "supplied inputs", "kohakuXLGamma_rev2", "merge.start: published"),
+        (replace(GOOD, supplied=("supplied/kohakuXLGamma_rev2.safetensors",)), "supplied inputs", "kohakuXLGamma_rev2", "merge.start: published"),
         (with_disk(TB), "disk", "1 TB free", "download.mirror"),
     ],
 )

@@ -218,6 +218,7 @@ class Published(Section):
 class Recipe(Section):
     root: str
     requirements: Literal["cpu", "cuda"]
+    supplied: Annotated[str, Field(min_length=1)]
     download: Download
     selection: Selection
     filter: Filter

@@ -20,9 +20,10 @@ import numpy as np
 from kohaku_delta.danbooru import members
 from kohaku_delta.danbooru.database import distinct, standing
 from kohaku_delta.danbooru.members import held
-from kohaku_delta.hub import pins, remote, together, transfer
+from kohaku_delta.hub import pins, remote, stamps, together, transfer
 from kohaku_delta.hub.pins import Place
 from kohaku_delta.hub.remote import Passing, Said, Stopped
+from kohaku_delta.hub.stamps import Stamp
 from kohaku_delta.ordered import in_order
 from kohaku_delta.params import Pin
 from kohaku_delta.refusal import Refusal
@@ -65,7 +66,8 @@ def gather(tars: list[Pin], indexes: dict[str, Path], mirror: Path, ids) -> list
     wanted = distinct(ids)
     files = list(in_order(lambda pin: _tar(pin, indexes, mirror, wanted), tars))
     with together.bar("verify", sum(int(file.size.sum()) for file in files)) as advance:
-        missing = dict(zip(files, in_order(lambda file: _missing(file, advance), files), strict=True))
+        looked = dict(zip(files, in_order(lambda file: _missing(file, advance), files), strict=True))
+    missing, verified = ({file: each[part] for file, each in looked.items()} for part in (0, 1))
     lacking = [file for file in files if len(missing[file])]
     if lacking:
         said = together.every(lambda file, stop: remote.patiently(lambda: remote.ask(file.place), file.pin.url, stop), lacking)
@@ -74,9 +76,9 @@ def gather(tars: list[Pin], indexes: dict[str, Path], mirror: Path, ids) -> list
         total = sum(int(file.size[missing[file]].sum()) for file in lacking)
         together.room(mirror, total)
         with together.bar("download", total) as advance:
-            together.every(lambda file, stop: _bring(file, missing[file], said[file], stop, advance), lacking)
+            verified |= together.every(lambda file, stop: _bring(file, missing[file], said[file], stop, advance), lacking)
     return [
-        {"path": str(file.path), "bytes": file.length, "sha256": file.sha256, "url": file.pin.url, "pinned": "members", "members": len(file.id)}
+        {"path": str(file.path), "bytes": file.length, "sha256": file.sha256, "url": file.pin.url, "pinned": "members", "members": len(file.id), "stamp": verified[file]}
         for file in files
     ]
 
@@ -104,8 +106,8 @@ def _tar(pin: Pin, indexes: dict[str, Path], mirror: Path, wanted: np.ndarray) -
     return Tar(pin, mirror / "selected" / place.path, index, told.length, told.sha256, ids, told.offset[rows], told.size[rows], digest)
 
 
-def _missing(file: Tar, advance: Callable[[int], None]) -> np.ndarray:
-    """The wanted rows that are not there, or not with the right bytes. Makes the sparse tar, and puts its index beside it."""
+def _missing(file: Tar, advance: Callable[[int], None]) -> tuple[np.ndarray, Stamp]:
+    """The wanted rows that are not there, or not with the right bytes; and the tar's stamp from before they were hashed. Makes the sparse tar, and puts its index beside it."""
     file.path.parent.mkdir(parents=True, exist_ok=True)
     beside = file.path.with_suffix(".json")
     if not beside.is_symlink() or beside.resolve() != file.index.resolve():
@@ -113,17 +115,17 @@ def _missing(file: Tar, advance: Callable[[int], None]) -> np.ndarray:
     if not file.path.is_file() or file.path.stat().st_size != file.length:
         with open(file.path, "ab") as whole:
             whole.truncate(file.length)
-    missing = []
+    stamp, missing = stamps.of(file.path), []
     with open(file.path, "rb", buffering=0) as whole:
         for row in range(len(file.id)):
             if not file.right(whole.fileno(), row):
                 missing.append(row)
             advance(int(file.size[row]))
-    return np.array(missing, np.int64)
+    return np.array(missing, np.int64), stamp
 
 
-def _bring(file: Tar, rows: np.ndarray, said: Said, stop: threading.Event, advance: Callable[[int], None]) -> None:
-    """Fetches these rows, until all are right."""
+def _bring(file: Tar, rows: np.ndarray, said: Said, stop: threading.Event, advance: Callable[[int], None]) -> Stamp:
+    """Fetches these rows, until all are right; returns the tar's stamp from before they were hashed the last time."""
     with open(file.path, "r+b", buffering=0) as whole:
         try:
             fcntl.flock(whole, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,9 +138,10 @@ def _bring(file: Tar, rows: np.ndarray, said: Said, stop: threading.Event, advan
                 inside = (file.offset[rows] >= first) & (file.offset[rows] < last)
                 advance(int(file.size[rows[inside]].sum()))
             os.fsync(whole.fileno())
+            stamp = stamps.of(file.path)
             wrong = np.array([row for row in rows.tolist() if not file.right(whole.fileno(), row)], np.int64)
             if not len(wrong):
-                return
+                return stamp
             advance(-int(file.size[wrong].sum()))
             together.tell(f"{file.pin.url}: {len(wrong):,} members arrived with other bytes than the index says; they are fetched again")
             rows = wrong

@@ -22,6 +22,7 @@ from click.core import ParameterSource
 
 from kohaku_delta.evidence import code_closure
 from kohaku_delta.evidence.record import FOLDER
+from kohaku_delta.hub import stamps
 from kohaku_delta.params import Recipe, load
 
 ASIDE = re.compile(r"/\.([^/]+)\.\d+\.aside(?=/|$)")  # how kohaku_delta.atomic calls what is not finished yet
@@ -108,10 +109,13 @@ def of(script: Path, said: dict, context: click.Context) -> Declared:
     files = [recipe_file, root / "dvc.yaml", *code, *map(cache_from_source, code), *named, *beside, *inputs, *_indexes(options, inputs)]
     files += [*libraries, *filter(None, [sys.pycache_prefix]), tempfile.gettempdir(), FOLDER]  # the last for the run's record
     files += [root / "requirements" / f"{recipe.requirements}.txt", Path(code_closure.FOLDER) / f"{script.stem}.json"]  # what the run's own description of its code is made of
+    if "inputs" in options:
+        files.append(stamps.place(options["inputs"]))  # read to see whether an input changed, and kept: it decides no bytes
     if "work" in options:
         written.add(options["work"] or Path(recipe.execution.work))
         files.append(options["work"] or recipe.execution.work)
     if script.stem == "download":
+        files += [stamps.place(options["out"]), os.path.join(recipe_folder, recipe.supplied)]
         from huggingface_hub import constants  # where it keeps its token and notes; what it fetches is believed by its sha256 only
 
         written |= {Path(each) for each in (mirror, constants.HF_HOME)}

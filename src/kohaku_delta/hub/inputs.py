@@ -1,6 +1,7 @@
-"""Invariant: inputs.json names every verified input once: its place, bytes and sha256. Readers check the size before they believe the place.
+"""Invariant: inputs.json names every verified input once: its place, bytes and sha256. An input is opened through this module, which first compares it:
+its size, then its times with those of its last hashing (`stamps`); if a time differs, its sha256. A file that differs is refused and named.
 
-It is the same on every host: a place is written as seen from the folder of inputs.json, and hf:// inputs always lie in the recipe's own mirror
+inputs.json is the same on every host: a place is written as seen from the folder of inputs.json, and hf:// inputs always lie in the recipe's own mirror
 (what another mirror has is linked there). Only an absolute path in params.yaml itself stays absolute. `pinned` says how each
 file was known: "sha256", "prefix <digits>", or "recorded" when nothing but this run says what it is; `start` says where the base comes from.
 """
@@ -11,31 +12,57 @@ from collections import Counter
 from pathlib import Path
 
 from kohaku_delta import atomic
+from kohaku_delta.hub import stamps, together
+from kohaku_delta.hub.stamps import Verified
+from kohaku_delta.ordered import in_order
 from kohaku_delta.refusal import Refusal
 
 
 def write(entries: dict, folder: Path, start: str, path) -> None:
-    """entries: input name → {path, bytes, sha256, url, pinned} or a list of them; relative paths as seen from `folder`. start: merge.start of the recipe."""
-    path = Path(path)
+    """entries: input name → {path, bytes, sha256, url, pinned, stamp} or a list of them; relative paths as seen from `folder`. start: merge.start of the recipe."""
+    path, known = Path(path), {}
 
     def seen(entry: dict) -> dict:
         place = entry["path"] if os.path.isabs(entry["path"]) else os.path.relpath(folder / entry["path"], path.parent)
-        return entry | {"path": place}
+        known[place] = Verified(entry["sha256"], entry["stamp"])
+        return {key: value for key, value in entry.items() if key != "stamp"} | {"path": place}
 
     entries = {name: [seen(each) for each in entry] if isinstance(entry, list) else seen(entry) for name, entry in entries.items()}
     with atomic.writing(path, "w") as file:
         json.dump({"inputs": entries, "start": start}, file, indent=1, sort_keys=True)
         file.write("\n")
+    stamps.write(path, known)
 
 
-def _checked(file: Path, entry: dict) -> Path:
-    place = Path(os.path.normpath(file.parent / entry["path"]))
-    if not place.is_file():
-        raise Refusal(f"{place} is named by {file} and is not there. Run the download stage again (`dvc repro -f -s download`).")
-    if place.stat().st_size != entry["bytes"]:
-        size = f"{place} has {place.stat().st_size} bytes; {file} says {entry['bytes']}"
-        raise Refusal(f"{size}. Run the download stage again (`dvc repro -f -s download`): it fetches what is damaged.")
-    return place
+def _checked(file: Path, name: str, entries: list[dict]) -> list[Path]:
+    """Where the files of an input lie. Refuses one that is not what the download stage verified; reads those whose times changed since."""
+    places = [Path(os.path.normpath(file.parent / entry["path"])) for entry in entries]
+    for place, entry in zip(places, entries):
+        if not place.is_file():
+            raise Refusal(f"{place} is named by {file} and is not there. {_remedy(name, entry)}")
+        if place.stat().st_size != entry["bytes"]:
+            raise Refusal(f"{place} has {place.stat().st_size} bytes; {file} says {entry['bytes']}. {_remedy(name, entry)}")
+    known = stamps.read(file)
+    changed = [(place, entry) for place, entry in zip(places, entries) if known.get(entry["path"]) != Verified(entry["sha256"], stamps.of(place))]
+    if not changed:
+        return places
+    for place, entry in changed:
+        if entry.get("pinned") == "members":  # a sparse tar has no sha256 of its own
+            raise Refusal(f"{place} was changed, or copied here, after the download stage verified its members. {_remedy(name, entry)}")
+    with together.bar(f"verify {name}", sum(entry["bytes"] for _, entry in changed)) as advance:
+        found = list(in_order(lambda item: stamps.verified(item[0], advance), changed))
+    for (place, entry), each in zip(changed, found, strict=True):
+        if each.sha256 != entry["sha256"]:
+            raise Refusal(f"{place} was edited or replaced: its sha256 is {each.sha256}, {file} says {entry['sha256']}. {_remedy(name, entry)}")
+    stamps.write(file, stamps.read(file) | {entry["path"]: each for (_, entry), each in zip(changed, found, strict=True)})
+    return places
+
+
+def _remedy(name: str, entry: dict) -> str:
+    again = "run the download stage again (`dvc repro -f -s download`)"
+    if str(entry.get("url")).startswith("file://"):
+        return f"Put the file back. If you mean to use this one, change its pin in params.yaml (download.inputs.{name}) if it has a sha256 there, and {again}."
+    return f"{again[0].upper()}{again[1:]}: it fetches what is damaged."
 
 
 def _entry(file, name: str):
@@ -51,13 +78,13 @@ def _entry(file, name: str):
 
 
 def path(file, name: str) -> Path:
-    """Where the input `name` lies, its size checked."""
-    return _checked(Path(file), _entry(file, name))
+    """Where the input `name` lies, compared with what was verified."""
+    return _checked(Path(file), name, [_entry(file, name)])[0]
 
 
 def paths(file, name: str) -> list[Path]:
     """The same for an input of several files (the tars), in the order of the pins."""
-    return [_checked(Path(file), entry) for entry in _entry(file, name)]
+    return _checked(Path(file), name, _entry(file, name))
 
 
 def optional_paths(file, name: str) -> list[Path]:
@@ -79,6 +106,11 @@ def tokenizer(file, name: str, folder: Path | None) -> tuple[Path, Path]:
 def sha256(file, name: str) -> str:
     """The verified sha256 of the input `name`."""
     return _entry(file, name)["sha256"]
+
+
+def sha256s(file, name: str) -> list[str]:
+    """The same for an input of several files, in the order of the pins."""
+    return [entry["sha256"] for entry in _entry(file, name)]
 
 
 def tally(files: list[dict]) -> str:

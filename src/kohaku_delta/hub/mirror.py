@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kohaku_delta.hub import pins, remote, together, transfer
-from kohaku_delta.hub.digest import hashed
+from kohaku_delta.hub import pins, remote, stamps, together, transfer
+from kohaku_delta.hub.stamps import Verified
 from kohaku_delta.ordered import in_order
 from kohaku_delta.params import Download, Pin
 from kohaku_delta.refusal import Refusal
@@ -33,21 +33,27 @@ class Wanted:
         return self.pin.url.startswith("hf://")
 
 
-def verify(path: Path, pin: Pin, advance: Callable[[int], object] = lambda count: None) -> str:
-    """The file's sha256. Refuses a file that is missing or that has another size or hash than its pin."""
+def verify(path: Path, pin: Pin, advance: Callable[[int], object] = lambda count: None) -> Verified:
+    """The file's sha256 and stamp. Refuses a file that is missing or that has another size or hash than its pin."""
     if not path.is_file():
         raise Refusal(f"{path} is not there; it is pinned as {pin.url}. Put the file there, or mend the url in params.yaml (download.inputs).")
     size = path.stat().st_size
     if pin.bytes is not None and size != pin.bytes:
-        raise Refusal(f"{path} has {size} bytes; its pin {pin.url} says {pin.bytes}. It is damaged or another file: fetch it again.")
-    found = hashed(path, advance)
-    if pin.sha256 is not None and not found.startswith(pin.sha256):
-        raise Refusal(f"{path} has the sha256 {found}; its pin {pin.url} says {pin.sha256}. It is damaged or another file: fetch it again.")
+        raise Refusal(f"{path} has {size} bytes; its pin {pin.url} says {pin.bytes}. It is damaged or another file: {_remedy(pin)}")
+    found = stamps.verified(path, advance)
+    if pin.sha256 is not None and not found.sha256.startswith(pin.sha256):
+        raise Refusal(f"{path} has the sha256 {found.sha256}; its pin {pin.url} says {pin.sha256}. It is damaged or another file: {_remedy(pin)}")
     return found
 
 
+def _remedy(pin: Pin) -> str:
+    if pin.url.startswith("hf://"):
+        return "fetch it again."
+    return "put the pinned file back, or change bytes and sha256 of its pin in params.yaml (download.inputs) if you mean to use this one."
+
+
 def gather(parameters: Download, folder: Path, skip: set[str] = frozenset(), others: Sequence[Path] = ()) -> dict:
-    """Verifies every pinned input but those named in `skip`, and fetches what is not there; returns the entries of inputs.json.
+    """Verifies every pinned input but those named in `skip`, and fetches what is not there; returns the entries of inputs.json, each with its "stamp".
 
     folder: that of params.yaml; relative file:// urls and a relative mirror are seen from there. others: mirrors that are only read.
     """
@@ -61,10 +67,11 @@ def gather(parameters: Download, folder: Path, skip: set[str] = frozenset(), oth
         written = parameters.mirror if file.remote else file.pin.url.removeprefix("file://")
         entry = {
             "path": seen(file.path, folder, written),
-            "bytes": file.path.stat().st_size,
-            "sha256": digests[file],
+            "bytes": digests[file].stamp.bytes,
+            "sha256": digests[file].sha256,
             "url": file.pin.url,
             "pinned": pins.known(file.pin),
+            "stamp": digests[file].stamp,
         }
         if file.several:
             entries.setdefault(file.name, []).append(entry)
@@ -101,14 +108,14 @@ def wanted(parameters: Download, folder: Path, skip: set[str]) -> list[Wanted]:
     return files
 
 
-def at_hand(files: list[Wanted], others: Sequence[Path] = ()) -> dict[Wanted, str]:
-    """The sha256 of each file that is there and right. What lies in another mirror is linked. Refuses a file:// input that is missing or wrong."""
+def at_hand(files: list[Wanted], others: Sequence[Path] = ()) -> dict[Wanted, Verified]:
+    """The sha256 and stamp of each file that is there and right. What lies in another mirror is linked. Refuses a file:// input that is missing or wrong."""
     places = {file: [file.path, *(other / pins.place(file.pin).path for other in others if file.remote)] for file in files}
     here = [file for file in files if not file.remote or any(path.is_file() for path in places[file])]
     sizes = [path.stat().st_size for file in here for path in [path for path in places[file] if path.is_file()][:1]]
     with together.bar("verify", sum(sizes)) as advance:
 
-        def look(file: Wanted) -> str | None:
+        def look(file: Wanted) -> Verified | None:
             if not file.remote:
                 return verify(file.path, file.pin, advance)
             for path in places[file]:
@@ -127,8 +134,8 @@ def at_hand(files: list[Wanted], others: Sequence[Path] = ()) -> dict[Wanted, st
         return {file: found for file, found in zip(here, in_order(look, here), strict=True) if found is not None}
 
 
-def fetch(missing: list[Wanted], mirror: Path) -> dict[Wanted, str]:
-    """Fetches files from the hub; returns their sha256. The hub is asked about all of them, and the disk about its space, before the first byte.
+def fetch(missing: list[Wanted], mirror: Path) -> dict[Wanted, Verified]:
+    """Fetches files from the hub; returns their sha256 and stamps. The hub is asked about all of them, and the disk about its space, before the first byte.
 
     What cannot be fetched does not hold up the rest: it is told at the end, as one Refusal.
     """

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from kohaku_delta.hub import remote, together
+from kohaku_delta.hub import remote, stamps, together
 from kohaku_delta.hub.digest import hashed
 from kohaku_delta.hub.pins import place
 from kohaku_delta.hub.remote import Passing, Said, Stopped
+from kohaku_delta.hub.stamps import Verified
 from kohaku_delta.params import Pin
 from kohaku_delta.refusal import Refusal
 
@@ -41,8 +42,8 @@ def agree(pin: Pin, said: Said) -> None:
         )
 
 
-def bring(pin: Pin, target: Path, said: Said, stop: threading.Event, advance: Callable[[int], object]) -> str:
-    """Fetches the file of a pin to `target`; returns its sha256. `advance` hears of bytes that arrived (and, negative, of bytes that were thrown away)."""
+def bring(pin: Pin, target: Path, said: Said, stop: threading.Event, advance: Callable[[int], object]) -> Verified:
+    """Fetches the file of a pin to `target`; returns its sha256 and stamp. `advance` hears of bytes that arrived (and, negative, of bytes that were thrown away)."""
     for _ in range(WRONG):
         with _locked(part(target, said)) as file:
             remote.patiently(functools.partial(_fill, pin, file, said, stop, advance), pin.url, stop)
@@ -52,7 +53,7 @@ def bring(pin: Pin, target: Path, said: Said, stop: threading.Event, advance: Ca
             if found.startswith(pin.sha256 or said.sha256 or "") and found == (said.sha256 or found) and _git(part(target, said), said):
                 os.replace(part(target, said), target)
                 _forget(target)
-                return found
+                return Verified(found, stamps.of(target))
             file.seek(0)
             file.truncate()
             advance(-said.size)

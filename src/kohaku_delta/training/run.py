@@ -35,7 +35,7 @@ def decisive(recipe: Recipe) -> dict:
 
 
 def dependencies(recipe: Recipe, files: dict[str, Path], texts: list[Path], tars: list[Path]) -> dict[str, str]:
-    """Digests of all that decides the result: files, code, parameters that move bits, numerics, libraries. Of the tars, names and sizes."""
+    """Digests of all that decides the result: files, code, parameters that move bits, numerics, libraries. Of tars given by hand, names and sizes."""
     from kohaku_delta.training import state
 
     return {
@@ -43,7 +43,7 @@ def dependencies(recipe: Recipe, files: dict[str, Path], texts: list[Path], tars
         **state.code(recipe.requirements),
         **{name: str(value) for name, value in decisive(recipe).items()},
         "tokenizers": str([hashed(path) for path in texts]),
-        "tars": str([(path.name, path.stat().st_size) for path in tars]),
+        "tars": str([(path.name, path.stat().st_size) for path in tars] if files["tars"] else hub_inputs.sha256s(files["inputs"], "tars")),
         "numerics": str(sorted(numerics.contract(recipe.train.device).items())),
     }
 
@@ -156,6 +156,7 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
             raise Refusal(f"Stopped after step {done} of {loop.steps}, and saved. Run the stage again to go on from there.")
         if rank:
             return None
+        tars(files)  # compared again: nothing is written of pictures that were changed during the weeks of a training
         rows = loop.journal.rows
         written = loop.write(files["out"])
         loop.journal.lokr = written.digest

@@ -37,7 +37,10 @@ def main(params: Path, **files) -> None:
 
     losses = comparison.compare(recipe, files)
     distance = f", distance {losses['base']['distance']['mean']:.1f} → {losses['final']['distance']['mean']:.1f}" if "flat" in losses else ""
-    summary("preview", f"held-out loss {losses['base']['loss']['sdxl']:.4f} → {losses['final']['loss']['sdxl']:.4f} on {losses['posts']} posts{distance} → {files['out']}, {files['held_out']}")
+    measured = f"no held-out loss ({losses.get('reason')})"
+    if losses["posts"]:
+        measured = f"held-out loss {losses['base']['loss']['sdxl']:.4f} → {losses['final']['loss']['sdxl']:.4f} on {losses['posts']} posts"
+    summary("preview", f"{measured}{distance} → {files['out']}, {files['held_out']}")
 
 
 if __name__ == "__main__":

@@ -281,3 +281,44 @@ def test_an_sdxl_that_is_no_checkpoint_is_a_sentence(tmp_path):
     (tmp_path / "params.yaml").write_text(text)
     done = run("--params", str(tmp_path / "params.yaml"))
     assert done.exit_code == 2 and "sdxl.safetensors" in done.output and "Traceback" not in done.output
+
+
+def own(tmp_path, base, start="published", **inputs):
+    """The miniature's params.yaml with another base, and no other checkpoint."""
+    content = YAML(typ="safe", pure=True).load((ROOT / "miniature" / "params.yaml").read_text())
+    content["root"], content["merge"]["start"] = str(ROOT), start
+    content["download"]["inputs"] = {"delta_base": base, **inputs}
+    path = tmp_path / "params.yaml"
+    with open(path, "w") as file:
+        YAML(typ="safe", pure=True).dump(content, file)
+    return path
+
+
+HUB = "hf://owner/model@" + "0" * 40
+
+
+def test_a_local_base_without_a_pinned_size_is_planned_as_the_file_that_it_is(tmp_path):
+    path = own(tmp_path, {"url": f"file://{ROOT}/data/checkpoints/sdxl.safetensors", "bytes": None, "sha256": None})
+    done = run("--params", str(path), "--simulate", "1x RTX 3090, memory 64 GB, disk 2 TB")
+    assert "5.27 MB" in done.output.replace("0.01 GB", "5.27 MB") and "GB each: 2,6" in done.output, done.output
+    assert not re.search(r"build and cache +\d+(\.\d+)? GB", done.output)
+
+
+@pytest.mark.parametrize("size", [None, 5_286_744])
+def test_a_base_that_is_not_at_hand_and_not_as_large_as_sdxl_has_a_size_that_is_not_known(tmp_path, size):
+    database = {"url": f"{HUB}/own.db", "bytes": None, "sha256": None}
+    path = own(tmp_path, {"url": f"{HUB}/base.safetensors", "bytes": size, "sha256": None}, database=database)
+    done = run("--params", str(path), "--simulate", "1x RTX 3090, memory 64 GB, disk 2 TB")
+    assert re.search(r"size of the model +not known", done.output) and re.search(r"database +not known +no size is pinned", done.output), done.output
+    assert "49" not in done.output and "TB" not in done.output and not re.search(r"\d GB  ", done.output)
+
+
+def test_a_base_as_large_as_sdxl_is_planned_as_sdxl(tmp_path):
+    path = own(tmp_path, {"url": f"{HUB}/base.safetensors", "bytes": 6_938_040_286, "sha256": None})
+    assert model.count(params.load(path), tmp_path).of == "SDXL 1.0"
+
+
+def test_a_range_that_takes_all_of_an_unknown_database_is_not_planned_as_no_posts(tmp_path):
+    recipe = MINIATURE.model_copy(update={"published": None})
+    found = need.build(recipe, model.count(recipe, ROOT / "miniature"))[-1]
+    assert found.bytes is None and "counts the posts" in found.source

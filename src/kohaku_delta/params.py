@@ -3,6 +3,7 @@
 `load("params.yaml")` gives the recipe as attributes named as the keys. YAML 1.2, as DVC reads it (4e-5 is a number).
 """
 
+import math
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,6 +15,7 @@ from kohaku_delta.refusal import Refusal
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Pixels = Annotated[int, Field(gt=0, multiple_of=8)]  # of a side: SDXL's VAE makes one latent of 8 × 8 pixels
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
@@ -47,11 +49,17 @@ class Range(Section):
     below: Positive | None
     draw: Positive | Literal["all"]
 
+    @model_validator(mode="after")
+    def _holds_ids(self):
+        if self.below is not None and self.below <= self.from_:
+            raise ValueError(f"from is {self.from_} and below is {self.below}, so no id lies between; below is the first id excluded")
+        return self
+
 
 class Selection(Section):
     seed: int
     replacement: bool
-    ranges: list[Range]
+    ranges: Annotated[list[Range], Field(min_length=1)]
 
 
 class Filter(Section):
@@ -97,7 +105,7 @@ class Model(Section):
     head_dim: Positive
     norm_groups: Positive
     vae_scaling_factor: Annotated[float, Field(gt=0)]
-    side: Annotated[int, Field(gt=0, multiple_of=8)]
+    side: Pixels
 
 
 class Schedule(Section):
@@ -107,9 +115,9 @@ class Schedule(Section):
     micro_batches: Positive
     lanes: Positive
     area: Positive
-    min_side: Positive
-    max_side: Positive
-    side_step: Positive
+    min_side: Pixels
+    max_side: Pixels
+    side_step: Pixels
 
     @model_validator(mode="after")
     def _lanes_fit(self):
@@ -117,6 +125,16 @@ class Schedule(Section):
             raise ValueError(f"lanes is {self.lanes}; the sum's fixed tree needs a power of two (1, 2, 4, 8 …)")
         if self.micro_batches % self.lanes:
             raise ValueError(f"micro_batches ({self.micro_batches}) is not a multiple of lanes ({self.lanes})")
+        return self
+
+    @model_validator(mode="after")
+    def _buckets_exist(self):
+        square = math.isqrt(self.area) // self.side_step * self.side_step
+        if not self.min_side <= square <= self.max_side:
+            raise ValueError(
+                f"area {self.area} gives a square bucket of side {square} (in steps of side_step, {self.side_step}); "
+                f"it must lie between min_side ({self.min_side}) and max_side ({self.max_side})"
+            )
         return self
 
 
@@ -184,12 +202,12 @@ class Bake(Section):
 
 class Preview(Section):
     seed: int
-    steps: Positive
+    steps: Annotated[int, Field(gt=0, le=1000)]  # of as many time steps
     guidance: float
-    width: Positive
-    height: Positive
+    width: Pixels
+    height: Pixels
     columns: Positive
-    held_out: Positive
+    held_out: Count
     negative: str
     prompts: Annotated[list[str], Field(min_length=1)]
 
@@ -255,7 +273,8 @@ def _sentences(file: Path, errors: list[dict]) -> list[str]:
         elif error["type"] == "value_error":
             sentences.append(f"{file}: {path}: {error['ctx']['error']}.")
         else:
-            expected = EXPECTED.get(error["type"]) or error["msg"].replace("Input should be ", "").replace("String should match pattern", "a text of the form")
+            at_least = f"a list with at least {error['ctx']['min_length']} entries" if error["type"] == "too_short" else None
+            expected = EXPECTED.get(error["type"]) or at_least or error["msg"].replace("Input should be ", "").replace("String should match pattern", "a text of the form")
             wanted.setdefault(path, []).append(expected)
             given[path] = error["input"]
     return sentences + [f"{file}: {path} is {given[path]!r}; it must be {' or '.join(kinds)}." for path, kinds in wanted.items()]

@@ -36,6 +36,8 @@ def preflight(params: Path, simulate: str | None, seconds_per_step: float | None
         there, numbers = host.here(recipe, params)
     lines = checks.table(recipe, there, numbers, locked)
     _judge(lines)
+    if numbers is None and not simulate:
+        click.echo(f"memory and disk are not judged: {plan.unknown(recipe)}")
     red = [line for line in lines if not line.good]
     click.echo(f"preflight: {len(lines) - len(red)} of {len(lines)} are green" + (f"; red: {', '.join(line.name for line in red)}" if red else ""))
     raise SystemExit(1 if red else 0)

@@ -205,9 +205,10 @@ def _supplied(host: Host) -> Line | None:
 
 def _disks(host: Host, recipe: Recipe, numbers: Numbers) -> Iterator[Line]:
     """A line a file system: what is still to come into its folders, against what is free."""
-    written = need.total(need.build(recipe, numbers))
-    folders = {"mirror": need.total(need.fetched(recipe, numbers)), "build": written, "cache": written}
-    folders["work"] = need.total(need.work(recipe, numbers))
+    written = need.build(recipe, numbers)
+    needs = {"mirror": need.fetched(recipe, numbers), "build": written, "cache": written, "work": need.work(recipe, numbers)}
+    folders = {name: need.total(each) for name, each in needs.items()}
+    open_ends = {name: [one.what for one in each if one.bytes is None] if name != "cache" else [] for name, each in needs.items()}
     shared: dict[int, list[str]] = defaultdict(list)
     for name, place in host.places.items():
         shared[place.device].append(name)
@@ -216,6 +217,8 @@ def _disks(host: Host, recipe: Recipe, numbers: Numbers) -> Iterator[Line]:
         least, free = sum(left.values()), host.places[names[0]].free
         parts = ", ".join(f"{name} {size(left[name])}" for name in names if left[name])
         says = f"{size(free)} free, {size(least)} to come" + (f": {parts}" if parts else "")
+        unknown = [name for place in names for name in open_ends[place]]
+        says += f"; not known: {', '.join(unknown)}" if unknown else ""
         remedy = "free some, or put the largest folder elsewhere: download.mirror and execution.work in params.yaml, `dvc cache dir`, or links"
         yield Line(f"disk of {', '.join(names)}", free >= least * (1 + SPARE), says, remedy)
 

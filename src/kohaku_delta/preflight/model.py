@@ -1,9 +1,12 @@
-"""Invariant: sizes are counted on the modules themselves, without their numbers: of the recipe's own SDXL where it is a local file, else of SDXL 1.0."""
+"""Invariant: sizes are counted on the modules themselves, without their numbers: of a local checkpoint of the recipe; else of SDXL 1.0, if the pinned sizes
+are its own; else of a checkpoint in the mirror. Otherwise the model's size is not known, and nothing is planned from it.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from kohaku_delta.params import Recipe
+from kohaku_delta.hub import pins
+from kohaku_delta.params import Pin, Recipe
 
 CLIP = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": None, "max_position_embeddings": 77, "vocab_size": 49408}
 # Stability AI's SDXL 1.0: config.json of unet, text_encoder, text_encoder_2 and vae at the pinned revision
@@ -21,6 +24,7 @@ SDXL = {
         "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
     },
 }  # fmt: skip
+SDXL_BYTES = (6.94e9, 13.88e9)  # of a checkpoint in fp16 and in fp32: 3.47 billion numbers
 EIGHT_BIT, BLOCK = 4096, 256  # bitsandbytes 0.50.2: elements from which Lion keeps 8 bits, and elements a scale of 4 bytes
 
 
@@ -40,15 +44,17 @@ class Numbers:
     optimizer: int
 
 
-def count(recipe: Recipe, folder: Path) -> Numbers:
-    """The sizes of the recipe's model and LoKr. Imports torch."""
+def count(recipe: Recipe, folder: Path) -> Numbers | None:
+    """The sizes of the recipe's model and LoKr; None if they are not known before the download. Imports torch."""
     import torch
     from lycoris.modules.lokr import LokrModule
     from lycoris.modules.norms import NormModule
 
     from kohaku_delta.checkpoint import modules, preset, stream
 
-    checkpoint = _at_hand(recipe, folder)
+    checkpoint = _at_hand(recipe, folder, "file://") or (None if _is_sdxl(recipe) else _at_hand(recipe, folder, "hf://"))
+    if not checkpoint and not _is_sdxl(recipe):
+        return None
     if checkpoint:
         with stream.open_file(checkpoint) as file:
             configs = modules.architecture({name: spec.shape for name, spec in file.specs.items()}, recipe.model)
@@ -85,9 +91,23 @@ def state(size: int) -> int:
     return size + 4 * -(-size // BLOCK) if size >= EIGHT_BIT else 4 * size
 
 
-def _at_hand(recipe: Recipe, folder: Path) -> Path | None:
-    """The pinned SDXL checkpoint, where it is a local file: the miniature's has dimensions of its own."""
-    pin = recipe.download.inputs.get("sdxl")
-    local = pin and not isinstance(pin, list) and pin.url.startswith("file://")
-    path = folder / pin.url.removeprefix("file://") if local else None
-    return path if path and path.is_file() else None
+def checkpoints(recipe: Recipe) -> dict[str, Pin]:
+    """The pins whose files have the model's architecture, the surest first."""
+    names = ("delta_base", "sdxl") if recipe.merge.start == "published" else ("sdxl", "beta", "gamma")
+    return {name: pin for name in names if isinstance(pin := recipe.download.inputs.get(name), Pin)}
+
+
+def _at_hand(recipe: Recipe, folder: Path, scheme: str) -> Path | None:
+    """A checkpoint that is a local file (file://), or is in the mirror already (hf://): the miniature's has dimensions of its own."""
+    for pin in checkpoints(recipe).values():
+        if pin.url.startswith(scheme):
+            path = folder / (pin.url.removeprefix(scheme) if scheme == "file://" else Path(recipe.download.mirror) / pins.place(pin).path)
+            if path.is_file():
+                return path
+    return None
+
+
+def _is_sdxl(recipe: Recipe) -> bool:
+    """Whether the pinned sizes, as far as there are any, are those of SDXL 1.0."""
+    known = [pin.bytes for pin in checkpoints(recipe).values() if pin.bytes]
+    return bool(known) and all(any(abs(each / size - 1) < 0.01 for size in SDXL_BYTES) for each in known)

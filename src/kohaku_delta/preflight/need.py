@@ -8,10 +8,11 @@ from math import ceil
 
 from kohaku_delta.hub import pins
 from kohaku_delta.params import Pin, Recipe
-from kohaku_delta.preflight.model import Numbers
+from kohaku_delta.preflight.model import Numbers, checkpoints
 
 GB = 10**9
 # what others measured or published
+RELEASE_TARS = 2001
 TARS = 1600 * GB, "about 1.3–1.6 TB: the webp set as its users report it; no size is pinned"
 INDEX = 2 * GB, "the public index has about 0.9 MB a tar"
 RELEASE = {"gpus": 2, "gpu": "RTX 3090", "memory": 24 * GB, "seconds": 51.25, "who": "the release, model card: 51–51.5 s a step on two RTX 3090"}
@@ -23,10 +24,10 @@ NCCL_SHARED = GB  # what NVIDIA's documentation of NCCL asks of a container (--s
 
 @dataclass(frozen=True)
 class Need:
-    """So many bytes, what for, and how they are known."""
+    """So many bytes, what for, and how they are known; None: nobody knows before the download."""
 
     what: str
-    bytes: int
+    bytes: int | None
     source: str
 
 
@@ -47,8 +48,12 @@ def steps(recipe: Recipe) -> int | None:
     return recipe.published.dataset.steps if recipe.published else None
 
 
-def posts(recipe: Recipe) -> int:
-    return recipe.published.dataset.posts if recipe.published else sum(each.draw for each in recipe.selection.ranges if each.draw != "all")
+def posts(recipe: Recipe) -> int | None:
+    """Posts that are trained on, at most; None if a range takes all of a database that nobody counted."""
+    if recipe.published:
+        return recipe.published.dataset.posts
+    draws = [each.draw for each in recipe.selection.ranges]
+    return None if "all" in draws else sum(draws)
 
 
 def checkpoint(recipe: Recipe, numbers: Numbers) -> int:
@@ -56,20 +61,23 @@ def checkpoint(recipe: Recipe, numbers: Numbers) -> int:
     return SIZES[recipe.merge.output_dtype] * (numbers.unet + numbers.text + numbers.vae)
 
 
-def fetched(recipe: Recipe, numbers: Numbers) -> list[Need]:
-    """What the network brings into the mirror."""
+def fetched(recipe: Recipe, numbers: Numbers | None) -> list[Need]:
+    """What the network brings into the mirror. numbers: None if the model's size is not known."""
     remote = [(name, pin) for name, pin in wanted(recipe) if pin.url.startswith("hf://")]
     found = []
     for name in dict.fromkeys(name for name, _ in remote):
         own = [pin for each, pin in remote if each == name]
+        files = sum(map(pins.files, own))
         if None not in [pin.bytes for pin in own]:
             found.append(Need(name, sum(pin.bytes for pin in own), "pinned"))
-        elif name == "tars":
-            found.append(Need(f"{sum(map(pins.files, own)):,} tars", *TARS))
-        elif name == "index":
-            found.append(Need(f"{sum(map(pins.files, own)):,} lists", *INDEX))
+        elif name == "tars" and files == RELEASE_TARS:
+            found.append(Need(f"{files:,} tars", *TARS))
+        elif name == "index" and files == RELEASE_TARS:
+            found.append(Need(f"{files:,} lists", *INDEX))
+        elif name in checkpoints(recipe) and numbers:
+            found.append(Need(name, checkpoint(recipe, numbers), f"no size is pinned: that of {numbers.of}"))
         else:
-            found.append(Need(name, checkpoint(recipe, numbers), "no size is pinned: taken for a checkpoint"))
+            found.append(Need(name, None, "no size is pinned: `kohaku-delta pin` asks the hub for it"))
     return found
 
 
@@ -113,8 +121,15 @@ def build(recipe: Recipe, numbers: Numbers) -> list[Need]:
     return [
         Need("base, final model, diffusers folder", 3 * whole, f"{whole / GB:.2f} GB each: {numbers.unet + numbers.text + numbers.vae:,} numbers, counted"),
         Need("LoKr, journal", lokr(numbers) + journal_row(recipe, numbers) * (steps(recipe) or 0), "by count"),
-        Need("posts, captions, schedule", CAPTION * posts(recipe), f"{posts(recipe):,} posts, {CAPTION} bytes each at most: an estimate"),
+        _tables(recipe),
     ]
+
+
+def _tables(recipe: Recipe) -> Need:
+    count = posts(recipe)
+    if count is None:
+        return Need("posts, captions, schedule", None, f"{CAPTION} bytes a post at most (an estimate); the select stage counts the posts")
+    return Need("posts, captions, schedule", CAPTION * count, f"{count:,} posts, {CAPTION} bytes each at most: an estimate")
 
 
 def buffers(recipe: Recipe, ranks: int) -> int:
@@ -143,7 +158,7 @@ def card_memory(recipe: Recipe, numbers: Numbers, ranks: int) -> int:
 
 def memory(recipe: Recipe, numbers: Numbers, ranks: int) -> int:
     """Main memory while the ranks begin: each reads the base and the tables before the card takes them."""
-    return ranks * (checkpoint(recipe, numbers) + lokr(numbers) + CAPTION * posts(recipe))
+    return ranks * (checkpoint(recipe, numbers) + lokr(numbers) + CAPTION * (posts(recipe) or 0))
 
 
 def shared_memory(recipe: Recipe, ranks: int) -> int:
@@ -154,7 +169,8 @@ def shared_memory(recipe: Recipe, ranks: int) -> int:
 
 
 def total(needs: list[Need]) -> int:
-    return sum(each.bytes for each in needs)
+    """The sum of what is known."""
+    return sum(each.bytes or 0 for each in needs)
 
 
 def days(count: int, seconds: float) -> float:

@@ -10,7 +10,7 @@ from kohaku_delta.params import Recipe
 from kohaku_delta.preflight import need
 from kohaku_delta.preflight.checks import size
 from kohaku_delta.preflight.host import Card, Host, Place
-from kohaku_delta.preflight.model import Numbers
+from kohaku_delta.preflight.model import Numbers, checkpoints
 from kohaku_delta.preflight.need import GB, Need
 from kohaku_delta.refusal import Refusal
 
@@ -55,15 +55,20 @@ def described(text: str) -> Host:
     return Host(cards=(card,) * count, memory=sizes.get("memory"), places=places)
 
 
-def rows(recipe: Recipe, numbers: Numbers, host: Host, seconds: float | None) -> list[Row]:
-    """The plan of the whole recipe on a described host. seconds: a step's, measured on such a host; None: the release's, where it is the release's host."""
+def rows(recipe: Recipe, numbers: Numbers | None, host: Host, seconds: float | None) -> list[Row]:
+    """The plan of the whole recipe on a described host. numbers: None if the model's size is not known, and nothing is planned from it.
+    seconds: a step's, measured on such a host; None: the release's, where it is the release's host."""
+    if numbers is None:
+        fetched = need.fetched(recipe, None)
+        plan = [Row("size of the model", "not known", unknown(recipe)), Row("fetch into the mirror", _sum(fetched), f"{len(fetched)} inputs"), *_each(fetched)]
+        return [*plan, Row("build, work, memory", "not known", "they follow from the size of the model"), *_time(recipe, host, seconds)]
     ranks = recipe.execution.ranks
     fetched, written, worked = need.fetched(recipe, numbers), need.build(recipe, numbers), need.work(recipe, numbers)
     both = [*written, Need("a second copy in DVC's cache", need.total(written), "unless the file system shares blocks (reflink)")]
-    plan = [Row("fetch into the mirror", size(need.total(fetched)), f"{len(fetched)} inputs"), *_each(fetched)]
-    plan += [Row("build and cache", size(need.total(both)), "what the stages write"), *_each(both)]
+    plan = [Row("fetch into the mirror", _sum(fetched), f"{len(fetched)} inputs"), *_each(fetched)]
+    plan += [Row("build and cache", _sum(both), "what the stages write"), *_each(both)]
     plan += [Row("work", size(need.total(worked)), "training state at its fullest"), *_each(worked)]
-    plan += [Row("disk in all", size(need.total([*fetched, *both, *worked])), "sum of the three")]
+    plan += [Row("disk in all", _sum([*fetched, *both, *worked]), "sum of the three")]
     plan += _time(recipe, host, seconds)
     if recipe.train.device == "cuda":
         always = need.card(recipe, numbers, ranks)
@@ -76,7 +81,17 @@ def rows(recipe: Recipe, numbers: Numbers, host: Host, seconds: float | None) ->
 
 
 def _each(needs: list[Need]) -> list[Row]:
-    return [Row(f"  {each.what}", size(each.bytes), each.source) for each in needs]
+    return [Row(f"  {each.what}", "not known" if each.bytes is None else size(each.bytes), each.source) for each in needs]
+
+
+def _sum(needs: list[Need]) -> str:
+    return size(need.total(needs)) + (" and more" if any(each.bytes is None for each in needs) else "")
+
+
+def unknown(recipe: Recipe) -> str:
+    """Why the size of the model is not known, and what to do."""
+    names = ", ".join(f"download.inputs.{name}" for name in checkpoints(recipe)) or "no base in download.inputs"
+    return f"no checkpoint is at hand, and none is pinned with the size of SDXL 1.0 ({names}): it is known after the download"
 
 
 def _time(recipe: Recipe, host: Host, seconds: float | None) -> list[Row]:

@@ -40,7 +40,7 @@ def main(params: Path) -> None:
             found["cards"].append(seen | {"multiprocessors": card.multi_processor_count})
     found["bitsandbytes"] = native(recipe.train.device)
     try:
-        found["numbers"] = asdict(model.count(recipe, params.parent))
+        found["numbers"] = asdict(numbers) if (numbers := model.count(recipe, params.parent)) else None
     except (ImportError, AttributeError):  # of libraries that do not fit together: their line names them
         pass
     print(json.dumps(found))

@@ -1,11 +1,14 @@
 """Invariant: base and final see the same prompts, seeds, posts and noise; only the weights differ.
 
 With reference drawings (download.inputs.references), the distance of each picture to its prompt's drawing is measured too.
-Pictures are drawn in SDXL's own form, as every program draws. The held-out loss is measured in that form and in the one that the recipe trains in."""
+Pictures are drawn in SDXL's own form, as every program draws. The held-out loss is measured in that form and in the one that the recipe trains in.
+A recipe that trains its whole collection has no held-out post: then there is no loss, and the outputs say why."""
 
 import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import torch
 from tqdm import tqdm
 
@@ -15,7 +18,6 @@ from kohaku_delta.dataset import captions, filtering, selection
 from kohaku_delta.hub import inputs
 from kohaku_delta.params import Recipe
 from kohaku_delta.preview import grid, held_out, picture_distance, references, sampler
-from kohaku_delta.refusal import Refusal
 from kohaku_delta.training import buckets, run
 from kohaku_delta.training.batch import Source
 from kohaku_delta.training.model import SDXL, ConditioningForm
@@ -23,22 +25,19 @@ from kohaku_delta.training.model import SDXL, ConditioningForm
 
 def compare(recipe: Recipe, files: dict[str, Path]) -> dict:
     """Writes the grid and the losses; returns {"posts": n, "base": {"loss": {"sdxl": x, "training": y}}, "final": …}; with references
-    each also has "distance" (picture_distance.measure), and so has "flat", a picture of one colour."""
+    each also has "distance" (picture_distance.measure), and so has "flat", a picture of one colour. Without a held-out post: {"posts": 0, "reason": …}."""
     database = Database(files["database"] or inputs.path(files["inputs"], "database"))
     tar_files = run.tars(files)
     _, texts = run.tokenizers(files)
     parameters = recipe.train.model_copy(update={"shuffle_caption": False, "tag_dropout": 0.0, "seed": recipe.preview.seed})
     selected = table.read(files["selection"], ["post_id"])["post_id"].to_numpy()
-    ids = selection.held_out(database.post_ids(), selected, recipe.preview.seed, recipe.preview.held_out)
-    posts, _ = filtering.filter_posts(database, tar_files, ids, recipe.filter.model_copy(update={"image_check": "decode"}), recipe.caption)
-    if posts.num_rows == 0:
-        raise Refusal("No post is left to measure on: every post was selected, or none that was not has an image. Lower a draw in selection.ranges.")
+    posts, reason = held_out_posts(recipe, database, tar_files, selected)
     texts_of_posts = captions.caption_posts(database, posts["post_id"].to_numpy(), recipe.caption)
     sizes = buckets.table(recipe.schedule)
     bucket_of = [sizes[index] for index in buckets.choose(posts["width"].to_numpy(), posts["height"].to_numpy(), sizes)]
 
     drawings = references.read(recipe.preview, files["inputs"], files["references"])
-    pictures, losses = {}, {"posts": posts.num_rows}
+    pictures, losses = {}, {"posts": posts.num_rows} | ({"reason": reason} if reason else {})
     with tqdm(total=4, desc="preview", unit="part", disable=None) as bar:
         for name, checkpoint in (("base", files["base"]), ("final", files["model"])):
             model = run.sdxl(recipe, checkpoint, texts, recipe.train.device, getattr(torch, recipe.train.precision), SDXL)
@@ -47,9 +46,12 @@ def compare(recipe: Recipe, files: dict[str, Path]) -> dict:
             pictures[name] = sampler.sample(model, texts, recipe.preview, step, parameters.max_token_length)
             bar.update()
             source = Source(posts, texts_of_posts, next(iter(tar_files.values())).parent, texts, parameters, recipe.caption.separator, step)
-            losses[name] = {"loss": held_out.losses(model, ConditioningForm.of(recipe.train), source, posts, bucket_of, recipe.schedule.batch_size)}
+            if posts.num_rows:
+                losses[name] = {"loss": held_out.losses(model, ConditioningForm.of(recipe.train), source, posts, bucket_of, recipe.schedule.batch_size)}
             bar.update()
-    caption = f"held-out loss: base {losses['base']['loss']['sdxl']:.4f}, final {losses['final']['loss']['sdxl']:.4f}"
+    caption = f"no held-out loss: {reason}"
+    if posts.num_rows:
+        caption = f"held-out loss: base {losses['base']['loss']['sdxl']:.4f}, final {losses['final']['loss']['sdxl']:.4f}"
     distances = picture_distance.measure(pictures, drawings) if drawings else {}
     for name, measured in distances.items():
         losses.setdefault(name, {})["distance"] = measured
@@ -62,3 +64,13 @@ def compare(recipe: Recipe, files: dict[str, Path]) -> dict:
     with atomic.writing(files["out"]) as file:
         file.write(grid.draw(recipe.preview.prompts, pictures, distances, recipe.preview.columns, caption))
     return losses
+
+
+def held_out_posts(recipe: Recipe, database: Database, tar_files: dict[int, Path], selected: np.ndarray) -> tuple[pa.Table, str | None]:
+    """The posts to measure on, as the filter stage keeps them; and if there is none, why."""
+    every = database.post_ids()
+    ids = selection.held_out(every, selected, recipe.preview.seed, recipe.preview.held_out)
+    if not len(ids):
+        return filtering.POSTS.empty_table(), "every post of the database was selected" if recipe.preview.held_out else "preview.held_out is 0"
+    posts, _ = filtering.filter_posts(database, tar_files, ids, recipe.filter.model_copy(update={"image_check": "decode"}), recipe.caption)
+    return posts, None if posts.num_rows else f"none of the {len(ids):,} held-out posts has an image and a caption"

@@ -48,7 +48,7 @@ class Build:
     sources: list[Source]
     weights: list[Weights]
     dataset: outs.Dataset | None
-    held_out: outs.HeldOut | None
+    held_out: outs.HeldOut | outs.NothingHeldOut | None
     curves: dict[str, list[float]] | None
     buckets: list[list[int]] | None
     told: testimony.Testimony
@@ -80,7 +80,7 @@ def read(place: Path) -> Build:
         sources=_sources(listed, recipe, place) if listed else [],
         weights=_weights(folder, recipe),
         dataset=outs.read(folder / "dataset.json", outs.Dataset),
-        held_out=outs.read(folder / "held-out.json", outs.HeldOut),
+        held_out=outs.read(folder / "held-out.json", outs.HeldOut | outs.NothingHeldOut),
         curves=outs.curves(folder / "curves.csv"),
         buckets=outs.buckets(folder / "bucket.txt", recipe.schedule),
         told=testimony.read(folder, lock, stages),

@@ -6,7 +6,7 @@ Readers of the small outs: inputs.json, dataset.json, held-out.json, curves.csv,
 import csv
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -74,9 +74,16 @@ class Loss(Figures):
 
 
 class HeldOut(Figures):
-    posts: Count
+    posts: Annotated[int, Field(ge=1)]
     base: Loss
     final: Loss
+
+
+class NothingHeldOut(Figures):
+    """Of a recipe that trains its whole collection. `reason`: why there is no post to measure on."""
+
+    posts: Literal[0]
+    reason: str
 
 
 def read(path: Path, kind):

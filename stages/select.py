@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from kohaku_delta import params as recipes
 from kohaku_delta import table
+from kohaku_delta.danbooru import schema
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import selection
 from kohaku_delta.hub import inputs as listed
@@ -26,7 +27,10 @@ from kohaku_delta.stage import Stage, summary
 def main(params: Path, inputs: Path, database: Path | None, out: Path) -> None:
     """Draw the posts that are trained on."""
     recipe = recipes.load(params)
-    selected = selection.select(Database(database or listed.path(inputs, "database")), recipe.selection)
+    source = Database(database or listed.path(inputs, "database"))
+    for doubt in schema.check(source):
+        click.echo(f"select: {doubt}", err=True)
+    selected = selection.select(source, recipe.selection)
     table.write(selected, out)
     summary("select", f"{selected.num_rows:,} distinct posts, drawn {pc.sum(selected['drawn']).as_py():,} times → {out}")
 

@@ -145,3 +145,13 @@ def test_the_release_says_which_of_its_files_are_the_published_ones(tmp_path):
 
 def test_a_card_is_the_same_bytes_in_another_place(tmp_path):
     assert card(built.make(tmp_path / "a")) == card(built.make(tmp_path / "b" / "c"))
+
+
+def test_the_card_of_an_own_recipe_calls_it_neither_the_release_nor_the_miniature(tmp_path):
+    own = built.recipe()
+    own["download"]["inputs"]["database"]["url"] = "file://data/own.db"
+    own["bake"]["title"] = "My shapes"
+    nothing = {"held-out.json": '{"posts": 0, "reason": "every post of the database was selected"}'}
+    text = card(built.make(tmp_path, own, texts=nothing))
+    assert "**This is not Kohaku XL Delta.** It is the model of another recipe" in text and "miniature" not in text.partition("## What it is made of")[0].lower()
+    assert "There is no held-out loss: every post of the database was selected." in text

@@ -105,5 +105,18 @@ def test_a_comment_runs_the_stage_code_alone(clone):
     run(clone, "dvc", "repro", "-q", "bake")
 
 
+def test_an_input_that_was_edited_in_place_is_noticed_and_refused(clone):
+    database = clone.parent / "data" / "danbooru2023.db"
+    data = database.read_bytes()
+    database.unlink()  # it may be a link into the cache
+    database.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    said = run(clone, "dvc", "repro", "caption", fails=True)
+    assert "danbooru2023.db has the sha256" in said and "put the pinned file back" in said and "Running stage 'caption'" not in said
+    database.write_bytes(data)
+    run(clone, "git", "checkout", "--quiet", "--", "../data.dvc")
+    run(clone, "dvc", "repro", "-q", "bake")
+    assert run(clone, "git", "status", "--short", "--untracked-files=no") == ""
+
+
 def test_the_cache_is_cleared_of_nothing_that_is_used(clone):
     run(clone, "dvc", "gc", "-w", "-a", "-f", "--dry")

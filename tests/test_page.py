@@ -292,6 +292,8 @@ def test_a_build_that_has_only_begun_has_a_page_and_no_card(tmp_path):
         ("build/dataset.json", json.dumps(built.DATASET | {"steps": "many"}), "at steps"),
         ("build/dataset.json", "[" * 100_000, "dataset.json"),
         ("build/held-out.json", '{"posts": -1}', "held-out.json"),
+        ("build/held-out.json", '{"posts": 3, "reason": "none"}', "held-out.json"),
+        ("build/held-out.json", '{"posts": 0}', "held-out.json"),
         ("build/inputs.json", '{"inputs": {"a": {"url": "x", "bytes": 1, "sha256": "no"}}}', "inputs.json"),
         ("build/curves.csv", "step,loss\n0,none\n", "curves.csv"),
         ("build/bucket.txt", "bucket one\n", "bucket.txt"),

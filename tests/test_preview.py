@@ -19,6 +19,7 @@ from kohaku_delta.training import diffusion, visit
 
 
 ROOT = Path(__file__).resolve().parent.parent
+MINIATURE_RECIPE = load(Path(__file__).resolve().parents[1] / "miniature" / "params.yaml")
 MINIATURE = ROOT / "miniature"
 sys.path.insert(0, str(MINIATURE))  # the drawing code is a package of its own, outside src/
 
@@ -211,3 +212,18 @@ def test_the_training_brings_the_pictures_nearer_to_their_drawings():
     assert final["mean"] < base["mean"]
     assert all(max(base[name], final[name]) < flat[name] for name in prompts)
     assert measured["final"]["loss"]["sdxl"] < measured["base"]["loss"]["sdxl"] <= 0.3826
+
+
+@pytest.mark.parametrize("held_out, selected, reason", [(64, "all", "every post of the database was selected"), (0, "none", "preview.held_out is 0"), (5, "none", "none of the 5 held-out posts has an image and a caption")])
+def test_without_a_post_to_measure_on_the_reason_is_given(tmp_path, held_out, selected, reason):
+    from booru import picture, write_database, write_tar
+
+    from kohaku_delta.danbooru.database import Database
+    from kohaku_delta.preview import comparison
+
+    ids = list(range(1000, 31_000, 1000))
+    database = Database(write_database(tmp_path / "own.db", [{"id": post} for post in ids], [(1, "a", 0)], [(post, 1) for post in ids]))
+    tar = write_tar(tmp_path / "data-0000.tar", [("7000000.webp", picture())])
+    recipe = MINIATURE_RECIPE.model_copy(update={"preview": MINIATURE_RECIPE.preview.model_copy(update={"held_out": held_out})})
+    posts, said = comparison.held_out_posts(recipe, database, {0: tar}, np.array(ids if selected == "all" else []))
+    assert posts.num_rows == 0 and said == reason

@@ -160,3 +160,16 @@ def test_a_stage_refuses_an_input_that_was_edited(miniature, stage):
     finally:
         edit(path, data)
     assert done.returncode == 1 and f"{path.name} was edited or replaced" in done.stderr and "Traceback" not in done.stderr, done.stdout + done.stderr
+
+
+def test_a_stage_that_had_to_hash_an_input_again_keeps_its_stamp(miniature):
+    """Also held to what it declares: the next stage only looks at size and times."""
+    time.sleep(stamps.TICK)
+    database, listed = miniature / "data" / "danbooru2023.db", miniature / "miniature" / "build" / "inputs.json"
+    database.touch()
+    assert stamps.read(listed)["../../data/danbooru2023.db"].stamp != stamps.of(database)
+    before = (miniature / "miniature" / "build" / "selection.parquet").read_bytes()
+    done = subprocess.run([sys.executable, str(ROOT / "stages" / "select.py")], cwd=miniature / "miniature", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert stamps.read(listed)["../../data/danbooru2023.db"].stamp == stamps.of(database)
+    assert (miniature / "miniature" / "build" / "selection.parquet").read_bytes() == before

@@ -88,7 +88,7 @@ class Database:
             raise Refusal(f"The database {self.path} has no table {table}. Is it danbooru2023.db, and whole?")
         missing = [column for column in columns if column not in {name.lower() for name in names}]
         if missing:
-            raise Refusal(f"The database {self.path} has no column {', '.join(missing)} in its table {table}; it has {', '.join(names)}.")
+            raise Refusal(f"The database {self.path} has no column {', '.join(missing)} in its table {table}; it has {', '.join(names)}. Is it laid out as danbooru2023.db (docs/recipe.md)?")
 
     def spans(self, table: str, columns: str, work: Callable = list) -> Iterator:
         """work(batches) of each span of a table, by ascending id: `columns` is what is selected, `batches` an iterator of record batches.

@@ -1,7 +1,7 @@
 """Invariant: a path's digests are those of its bytes: sha256 as the records say it, md5 as DVC's lock says it, from one reading.
 
 A folder's sha256 is that of the lines `sha256  place\n` of its files, in order of their places (what `sha256sum` would list); its md5 is DVC's `….dir`.
-Neither counts what .dvcignore leaves out of folders of code.
+Neither counts what .dvcignore leaves out of folders of code and of inputs.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from kohaku_delta.ordered import in_order
 from kohaku_delta.refusal import Refusal
 
-LEFT_BESIDE_CODE = re.compile(r"(^|/)(__pycache__|[^/]*\.egg-info)(/|$)|\.pyc$")  # as .dvcignore says
+LEFT_BESIDE = re.compile(r"(^|/)(__pycache__|[^/]*\.egg-info)(/|$)|\.pyc$|\.members\.parquet$")  # as .dvcignore says
 PIECE = 8 << 20  # read at a time; smaller files take no thread
 
 
@@ -70,7 +70,7 @@ def _large(file, hashes: list) -> int:
 
 def _folder(path: Path, md5: bool) -> Digest:
     files = sorted((each for each in path.rglob("*") if each.is_symlink() or not each.is_dir()), key=lambda each: each.relative_to(path).as_posix())
-    files = [file for file in files if not LEFT_BESIDE_CODE.search(file.relative_to(path).as_posix())]
+    files = [file for file in files if not LEFT_BESIDE.search(file.relative_to(path).as_posix())]
     for file in files:
         if file.is_symlink() or not file.is_file():
             raise Refusal(f"{file} is a link or no plain file, which no stage writes. Delete {path} and run its stage again.")

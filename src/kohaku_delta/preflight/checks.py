@@ -44,7 +44,7 @@ def table(recipe: Recipe, host: Host, numbers: Numbers | None, locked: dict[str,
         lines += [_card_memory(host, recipe, numbers)] if numbers else []
     if numbers:
         lines += [_memory(host, recipe, numbers)]
-    lines += [_shared_memory(host, recipe), _supplied(host)]
+    lines += [_shared_memory(host, recipe), _supplied(host), _database(host)]
     if numbers and host.places is not None:
         lines += list(_disks(host, recipe, numbers))
     return [line for line in lines if line is not None]
@@ -201,6 +201,13 @@ def _supplied(host: Host) -> Line | None:
     missing = ", ".join(host.supplied)
     remedy = "put the file there (params.yaml says where it comes from), or start from the published base: merge.start: published"
     return Line("supplied inputs", not missing, f"not there: {missing}" if missing else "there", remedy)
+
+
+def _database(host: Host) -> Line | None:
+    if host.database is None:
+        return None
+    remedy = "mend it (docs/recipe.md has the layout), or name the one that was meant: download.inputs.database in params.yaml"
+    return Line("database", not host.database, host.database or "laid out as danbooru2023.db", remedy)
 
 
 def _disks(host: Host, recipe: Recipe, numbers: Numbers) -> Iterator[Line]:

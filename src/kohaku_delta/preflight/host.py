@@ -15,7 +15,7 @@ from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
-from kohaku_delta.params import Recipe
+from kohaku_delta.params import Pin, Recipe
 from kohaku_delta.preflight.model import Numbers
 from kohaku_delta.refusal import Refusal
 
@@ -46,7 +46,8 @@ class Place:
 class Host:
     """Sizes in bytes. `driver`: "" where none answers; `numerics`, `bitsandbytes`: "" where all is well, else a sentence.
 
-    `architectures`: what torch was built for ("sm_86"); `supplied`: pinned file:// inputs that are not there."""
+    `architectures`: what torch was built for ("sm_86"); `supplied`: pinned file:// inputs that are not there;
+    `database`: what is wrong with a local database, "" if nothing."""
 
     python: str | None = None
     missing_tools: tuple[str, ...] | None = None
@@ -62,6 +63,7 @@ class Host:
     shared_memory: int | None = None
     places: dict[str, Place] | None = None
     supplied: tuple[str, ...] | None = None
+    database: str | None = None
 
 
 def here(recipe: Recipe, params: Path) -> tuple[Host, Numbers | None]:
@@ -84,6 +86,7 @@ def here(recipe: Recipe, params: Path) -> tuple[Host, Numbers | None]:
         shared_memory=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
         places=_places(recipe, folder, root),
         supplied=_supplied(recipe, folder),
+        database=_database(recipe, folder),
     ), Numbers(**found["numbers"]) if found["numbers"] else None
 
 
@@ -138,3 +141,18 @@ def _supplied(recipe: Recipe, folder: Path) -> tuple[str, ...]:
 
     paths = [pin.url.removeprefix("file://") for _, pin in wanted(recipe) if pin.url.startswith("file://")]
     return tuple(path for path in paths if not (folder / path).is_file())
+
+
+def _database(recipe: Recipe, folder: Path) -> str | None:
+    """What the select stage would refuse a local database for, before anything is downloaded; None if there is no local one."""
+    from kohaku_delta.danbooru import schema
+    from kohaku_delta.danbooru.database import Database
+
+    pin = recipe.download.inputs.get("database")
+    if not isinstance(pin, Pin) or not pin.url.startswith("file://") or not (path := folder / pin.url.removeprefix("file://")).is_file():
+        return None
+    try:
+        schema.check(Database(path))
+    except Refusal as refusal:
+        return refusal.message
+    return ""

@@ -55,9 +55,15 @@ class Build:
     folder: Path
 
     @property
+    def release(self) -> bool:
+        """Whether this is the release's recipe: it names what was published."""
+        return self.recipe.published is not None
+
+    @property
     def miniature(self) -> bool:
-        """Whether this is not the release's recipe: the recipe itself says so, by naming nothing published."""
-        return self.recipe.published is None
+        """Whether this is the embedded miniature: it names nothing published, and is trained on the repository's drawn dataset."""
+        database = self.recipe.download.inputs.get("database")
+        return not self.release and isinstance(database, Pin) and database.url == "file://../data/danbooru2023.db"
 
     def out(self, name: str) -> locks.Place | None:
         """What the lock says of build/`name`."""

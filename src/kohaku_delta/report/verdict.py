@@ -78,6 +78,8 @@ def _inputs(build: Build) -> Sign:
 def _published(build: Build) -> Sign:
     if build.miniature:
         return Sign("open", "Release", "not compared", "This is the miniature: the release published nothing to compare it with.")
+    if not build.release:
+        return Sign("open", "Release", "not compared", "This is another recipe than the release's: nothing was published to compare it with.")
     equal = [weights.file for weights in build.weights if weights.sha256 == weights.published]
     short = f"{len(equal)} of {len(build.weights)} files equal"
     if equal and len(equal) == len(build.weights):

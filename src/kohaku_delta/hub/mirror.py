@@ -3,7 +3,7 @@
 `file://` inputs stay where they are; `hf://` inputs are kept in the mirror as kind/owner/name/revision/file. A file that is not there
 (or damaged) is first looked for in other mirrors, which may be read-only: what agrees is linked. Only then is the network asked.
 
-Hashes are not remembered from run to run. Size, times and inode would say that nobody wrote to a file; that its disk still gives back what was
+Hashes are not remembered from run to run of the download stage. Size, times and inode would say that nobody wrote to a file; that its disk still gives back what was
 written they cannot say, and a training reads these files for weeks. Hashing goes at the disk's speed, on all processors.
 """
 

@@ -115,7 +115,7 @@ def test_an_input_that_was_edited_in_place_is_noticed_and_refused(clone):
     database.write_bytes(data)
     run(clone, "git", "checkout", "--quiet", "--", "../data.dvc")
     run(clone, "dvc", "repro", "-q", "bake")
-    assert run(clone, "git", "status", "--short", "--untracked-files=no") == ""
+    assert run(clone, "git", "status", "--short", "../data.dvc") == ""
 
 
 def test_the_cache_is_cleared_of_nothing_that_is_used(clone):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,22 @@ def test_a_file_with_a_new_time_is_read_once_and_no_more(place, monkeypatch):
     for _ in range(2):
         inputs.paths(place / "build" / "inputs.json", "tars")
     assert read == ["data-0001.tar"]
+
+
+def test_of_several_ranks_that_find_a_new_time_one_reads_the_file(place, monkeypatch):
+    time.sleep(stamps.TICK)
+    (place / "data-0001.tar").touch()
+    hashed, read = stamps.hashed, []
+
+    def slowly(path, advance):
+        read.append(path.name)
+        time.sleep(0.2)
+        return hashed(path, advance)
+
+    monkeypatch.setattr(stamps, "hashed", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: inputs.paths(place / "build" / "inputs.json", "tars"), range(4)))
+    assert read == ["data-0001.tar"] and found == [found[0]] * 4
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"danbooru2023.db": 5}', '{"../danbooru2023.db": {"sha256": "0"}}'])

@@ -42,10 +42,18 @@ def _checked(file: Path, name: str, entries: list[dict]) -> list[Path]:
             raise Refusal(f"{place} is named by {file} and is not there. {_remedy(name, entry)}")
         if place.stat().st_size != entry["bytes"]:
             raise Refusal(f"{place} has {place.stat().st_size} bytes; {file} says {entry['bytes']}. {_remedy(name, entry)}")
+    if _changed(file, places, entries):
+        with stamps.locked(file):  # of several ranks one hashes, and the others find its stamps
+            _hash_again(file, name, _changed(file, places, entries))
+    return places
+
+
+def _changed(file: Path, places: list[Path], entries: list[dict]) -> list[tuple[Path, dict]]:
     known = stamps.read(file)
-    changed = [(place, entry) for place, entry in zip(places, entries) if known.get(entry["path"]) != Verified(entry["sha256"], stamps.of(place))]
-    if not changed:
-        return places
+    return [(place, entry) for place, entry in zip(places, entries) if known.get(entry["path"]) != Verified(entry["sha256"], stamps.of(place))]
+
+
+def _hash_again(file: Path, name: str, changed: list[tuple[Path, dict]]) -> None:
     for place, entry in changed:
         if entry.get("pinned") == "members":  # a sparse tar has no sha256 of its own
             raise Refusal(f"{place} was changed, or copied here, after the download stage verified its members. {_remedy(name, entry)}")
@@ -55,7 +63,6 @@ def _checked(file: Path, name: str, entries: list[dict]) -> list[Path]:
         if each.sha256 != entry["sha256"]:
             raise Refusal(f"{place} was edited or replaced: its sha256 is {each.sha256}, {file} says {entry['sha256']}. {_remedy(name, entry)}")
     stamps.write(file, stamps.read(file) | {entry["path"]: each for (_, entry), each in zip(changed, found, strict=True)})
-    return places
 
 
 def _remedy(name: str, entry: dict) -> str:

@@ -4,11 +4,12 @@ A stamp is taken before the hashing begins, so an edit during or after it shows.
 depends on: times vary from host to host, and decide only whether a file is read again, never what a stage writes.
 """
 
+import fcntl
 import json
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -72,3 +73,12 @@ def write(listed: Path, known: dict[str, Verified]) -> None:
     with suppress(OSError), atomic.writing(place(listed), "w") as file:
         json.dump({path: {"sha256": each.sha256, **asdict(each.stamp)} for path, each in known.items()}, file, indent=1, sort_keys=True)
         file.write("\n")
+
+
+@contextmanager
+def locked(listed: Path) -> Iterator[None]:
+    """Waits for other processes that hash inputs of the same list, where the file system has locks."""
+    with open(listed, "rb") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,6 +1,6 @@
 """Slow: DVC's own commands on this repository, as somebody who uses DVC every day would call them. Needs a built miniature (`make repro`).
 
-    python -m pytest -m slow tests/test_dvc_commands.py      about four minutes; nothing is trained: outs come from a copy of this clone's cache
+    python -m pytest -m slow tests/test_dvc_commands.py      three minutes of two processors; nothing is trained: outs come from a copy of this clone's cache
 """
 
 import json
@@ -239,7 +239,7 @@ def test_freezing_a_stage_adds_one_line_and_unfreezing_gives_the_same_bytes(clon
     before = (clone / "dvc.yaml").read_bytes()
     run(clone, "dvc", "freeze", "train")
     assert run(clone, "git", "diff", "--numstat", "--", "dvc.yaml").split()[:2] == ["1", "0"]
-    replace(clone / "params.yaml", "tag_dropout: 0.1 ", "tag_dropout: 0.2 ")
+    replace(clone / "params.yaml", "tag_dropout: 0.1\n", "tag_dropout: 0.2\n")
     assert "train" not in ran(run(clone, "dvc", "repro", "--dry", "train"))
     run(clone, "git", "checkout", "--quiet", "params.yaml")
     run(clone, "dvc", "unfreeze", "train")

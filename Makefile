@@ -10,12 +10,17 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 # --quiet leaves the stages' own lines, without DVC's progress bars and hints; it hides DVC's errors too, so a failure names the command that shows them.
 failed = { echo "Error: DVC failed. If no line above says why, this shows it: $(1)" >&2; exit 1; }
 
-.PHONY: repro report test test-slow miniature-data bench-dataset bench-checkpoint bench-train bench-audit image image-check wheels environment lock
+.PHONY: repro begin report test test-slow miniature-data bench-dataset bench-checkpoint bench-train bench-audit image image-check wheels environment lock
 
 repro: $(VENV)/requirements.txt
 	@dvc pull --quiet --remote embedded data.dvc || $(call failed,dvc pull --remote embedded data.dvc)
 	@cd miniature && dvc repro --quiet $(REPRO) || $(call failed,cd miniature && dvc repro)
 	@python miniature/verdict.py
+
+# Before the first `dvc repro` of the release: DVC reads the dvc.yaml of this folder from now on. Commit the change together with dvc.lock.
+begin:
+	@sed -i '\,^/dvc\.yaml$$,d' .dvcignore
+	@echo "DVC reads dvc.yaml of this folder from now on (.dvcignore): \`dvc repro\` makes the release."
 
 # The build as one page, miniature/build/report.html, and its model card beside it. RECIPE=. for the release's.
 report: $(VENV)/requirements.txt

@@ -113,7 +113,7 @@ def test_hostile_texts_show_as_texts(tmp_path):
     params = built.recipe()
     params["bake"].update(title=EVIL, license=EVIL)
     params["preview"]["prompts"][0] = f"```\n{EVIL}"
-    params["caption"]["years"][2010] = f"| {EVIL}\n# [a](javascript:alert(3)) ![b](https://evil.example/c)"
+    params["caption"]["years"]["2010"] = f"| {EVIL}\n# [a](javascript:alert(3)) ![b](https://evil.example/c)"
     params["download"]["inputs"]["tars"][0]["url"] = f"file://{EVIL}"
     dataset = built.DATASET | {"dropped": {EVIL: 1}, "ratings": {EVIL: 9}}
     place = built.make(tmp_path, params, dataset)

@@ -56,6 +56,10 @@ def test_both_recipes_are_valid_and_have_the_same_keys(recipe):
         (lambda c: c["selection"]["ranges"][1].update(below=3000000), "selection.ranges.1: from is 3000000 and below is 3000000, so no id lies between"),
         (lambda c: c.pop("supplied"), "the key supplied is missing"),
         (lambda c: c.update(caption=3), "caption is 3; it must be a mapping"),
+        (lambda c: c.update(requirements="gpu"), "requirements is 'gpu'; it must be 'cpu' or 'cuda'"),
+        (lambda c: c["caption"].update(years={2010: "old"}), 'caption.years: the key 2010 needs quotes ("2010")'),
+        (lambda c: c["caption"]["ratings"].update(safe=["safe"]), 'caption.ratings: the key "safe" must be a whole number, in quotes'),
+        (lambda c: c["caption"].update(quality_above=3), "caption.quality_above is 3; it must be a mapping"),
     ],
 )
 def test_a_wrong_key_is_named_with_its_path(tmp_path, change, sentence):

@@ -12,6 +12,7 @@ from kohaku_delta.commands.preflight import preflight
 from kohaku_delta.commands.provenance import command as provenance
 from kohaku_delta.commands.replay import replay
 from kohaku_delta.commands.report import report
+from kohaku_delta.commands.stage import stage
 from kohaku_delta.commands.tensors import tensors
 from kohaku_delta.refusal import Interrupted, version_option
 
@@ -31,7 +32,7 @@ def main() -> None:
     """Ask about checkpoints, LoKr files, trainings, hosts and folders of the recipe."""
 
 
-for command in (audit, bundle, card, compare, operators, pin, preflight, provenance, replay, report, tensors):
+for command in (audit, bundle, card, compare, operators, pin, preflight, provenance, replay, report, stage, tensors):
     main.add_command(command)
 version_option(main)
-version_option(operators)  # the others are stages, which have it
+version_option(operators)  # the others are stages, which have it, or hand their options on

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from ruamel.yaml import YAML, YAMLError
 
 from kohaku_delta.refusal import Refusal
@@ -18,6 +18,18 @@ Count = Annotated[int, Field(ge=0)]
 Pixels = Annotated[int, Field(gt=0, multiple_of=8)]  # of a side: SDXL's VAE makes one latent of 8 × 8 pixels
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+def _numbers(mapping):
+    """The mapping with its keys as whole numbers. They are texts in the file: a number as a key makes `dvc params diff` fail for the whole file."""
+    if not isinstance(mapping, dict):
+        return mapping
+    for key in mapping:
+        if not isinstance(key, str):
+            raise ValueError(f'the key {key} needs quotes ("{key}"): DVC compares no params.yaml that has numbers as keys')
+        if not key.isascii() or not key.isdecimal():
+            raise ValueError(f'the key "{key}" must be a whole number, in quotes')
+    return {int(key): value for key, value in mapping.items()}
 
 
 class Section(BaseModel):
@@ -72,12 +84,12 @@ class Caption(Section):
     special: list[str]
     dropped_meta: list[str]
     underscores_kept_up_to: Count
-    years: dict[int, str]
+    years: Annotated[dict[int, str], BeforeValidator(_numbers)]
     first_year: int
     before_first_year: str | None
-    ratings: dict[Annotated[int, Field(ge=0, le=99)], list[str]]
+    ratings: Annotated[dict[Annotated[int, Field(ge=0, le=99)], list[str]], BeforeValidator(_numbers)]
     quality: Annotated[list[str], Field(min_length=1)]
-    quality_above: dict[int, list[int]]
+    quality_above: Annotated[dict[int, list[int]], BeforeValidator(_numbers)]
     no_quality_above_id: int | None
     separator: Annotated[str, Field(min_length=1)]
 

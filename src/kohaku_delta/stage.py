@@ -4,7 +4,7 @@ import errno
 
 import click
 
-from kohaku_delta import hermetic
+from kohaku_delta import checkout, hermetic
 from kohaku_delta.evidence import record
 from kohaku_delta.refusal import Interrupted, Refusal, version_option
 
@@ -18,6 +18,8 @@ class Stage(click.Command):
 
     def invoke(self, context: click.Context):
         try:
+            if context.params.get("params"):
+                checkout.link_inputs(context.params["params"])
             with record.recorded(context), hermetic.confined(self, context):
                 return super().invoke(context)
         except OSError as error:

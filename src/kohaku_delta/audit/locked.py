@@ -153,16 +153,20 @@ def _digest(place: str, content: bytes | None) -> str | None:
 
 
 def libraries(rebuild: Rebuild) -> Finding:
-    """The lock of the libraries is the one that the stages ran under, and they had what it names."""
+    """The lock of the libraries is the one that the stages ran under, and they had what it names. A bundle holds the recipe's own lock alone, not the folder
+    whose md5 is in dvc.lock: there the versions and hashes of build/code are compared."""
     said = [dep for stage in rebuild.lock.values() for dep in stage.deps if rebuild.libraries(posixpath.normpath(dep.path))]
     if len(said) != 1:
         return Finding(
-            GROUP, "libraries", FAIL, f"dvc.lock names {len(said)} locks of the libraries instead of one: requirements/{rebuild.recipe.requirements}.txt"
+            GROUP, "libraries", FAIL, f"dvc.lock names {len(said)} folders of the libraries' locks instead of one: requirements, which `code` depends on"
         )
-    path, md5 = posixpath.normpath(said[0].path), said[0].md5
+    folder, md5 = posixpath.normpath(said[0].path), said[0].md5
+    path = f"{folder}/{rebuild.recipe.requirements}.txt"
     file = rebuild.folder / ("requirements.txt" if rebuild.bundle else path)
-    if not file.is_file() or digests.of(file).md5 != md5:
-        return Finding(GROUP, "libraries", FAIL, f"{path} is {'not there' if not file.is_file() else 'not the one that dvc.lock says the stages ran under'}")
+    if not file.is_file():
+        return Finding(GROUP, "libraries", FAIL, f"{path} is not there")
+    if not rebuild.bundle and digests.of(rebuild.folder / folder).md5 != md5:
+        return Finding(GROUP, "libraries", FAIL, f"{folder} is not the one that dvc.lock says the stages ran under")
     locked = code_closure.locked_libraries(file)
     faults = [
         f"{each.stage}: {code_closure.FOLDER} says {name} {library.version}, with other hashes or another version than {path}"

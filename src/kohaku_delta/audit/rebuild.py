@@ -5,6 +5,7 @@ A bundle holds a recipe's folder without weights, work, code and mirror, and bes
 """
 
 import json
+import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -68,8 +69,8 @@ class Rebuild:
         return {name: code_closure.load(place) for name, place in places.items() if place.is_file()}
 
     def libraries(self, dep: str) -> bool:
-        """Whether it is the lock of the libraries."""
-        return dep.endswith(f"requirements/{self.recipe.requirements}.txt")
+        """Whether it is the folder of the locks of the libraries."""
+        return posixpath.basename(dep) == "requirements"
 
     def out(self, name: str) -> Path | None:
         """The place of a file under build/; None where it is not there."""

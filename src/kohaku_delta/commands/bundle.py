@@ -57,8 +57,8 @@ def _gather(found: rebuild.Rebuild, to: Path) -> dict[str, int]:
     for place in (pipeline.PIPELINE, pipeline.LOCK, pipeline.PARAMS, *(path.name for path in found.folder.glob("pins-*.csv"))):
         take(place)
     libraries = next((dep for stage in found.stages.values() for dep in stage.deps if found.libraries(dep)), None)
-    if libraries and (found.folder / libraries).is_file():
-        take(libraries, archive.LIBRARIES)
+    if libraries and (found.folder / (lock := f"{libraries}/{found.recipe.requirements}.txt")).is_file():
+        take(lock, archive.LIBRARIES)
     for name in found.records:
         take(f"{record.FOLDER}/{record.name(name, found.lock[name].key())}")
     left_out = {}

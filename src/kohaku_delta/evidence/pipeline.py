@@ -1,6 +1,6 @@
 """Invariant: what a stage declares is read from the recipe's dvc.yaml, with the names that dvc.lock gives to the same files.
 
-The one reader of DVC's two files: a dvc.yaml with `${root}`, `${requirements}` and `${supplied}` filled in from params.yaml, and a dvc.lock.
+The one reader of DVC's two files: a dvc.yaml with `${root}` and `${supplied}` filled in from params.yaml, and a dvc.lock.
 """
 
 import posixpath

@@ -94,7 +94,7 @@ def of(script: Path, said: dict, context: click.Context) -> Declared:
     root, options, recipe_file = script.parents[1], context.params, context.params["params"]
     recipe, recipe_folder = load(recipe_file), os.path.dirname(os.path.realpath(recipe_file))
     outs = [name for kind in ("outs", "metrics", "plots") for name in _names(said.get(kind))]
-    deps = [name for name in _names(said.get("deps")) if "${requirements}" not in name]
+    deps = _names(said.get("deps"))
     code = [name.replace("${root}", str(root)) for name in deps if name.startswith("${root}")] + _code(script, deps)
     paths = {name: value for name, value in options.items() if isinstance(value, Path)}
     named = [value for name, value in paths.items() if context.get_parameter_source(name) is not ParameterSource.DEFAULT or str(value) in (*deps, *outs)]

@@ -76,7 +76,7 @@ def read(place: Path) -> Build:
     stages = locks.read(place)
     today = recipes.load(place / pipeline.PARAMS)
     found, torn = locks.sections(stages)
-    recipe = _recipe(today.model_dump(by_alias=True) | found, lock)
+    recipe = _recipe(pipeline.document(place / pipeline.PARAMS) | found, lock)
     listed = outs.read(folder / "inputs.json", outs.Inputs)
     return Build(
         recipe=recipe,

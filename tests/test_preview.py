@@ -202,14 +202,15 @@ def test_a_recipe_without_references_has_no_distance(tmp_path):
 
 
 def test_the_training_brings_the_pictures_nearer_to_their_drawings():
-    """Of the build that lies there: a smaller mean distance than the base's, a flat picture farther than both on every prompt, and a lower loss."""
+    """Of the build that lies there: a smaller mean distance than the base's, at most 0.8 of it on four prompts, a flat picture farther than both on every
+    prompt, and a lower loss."""
     if not (file := MINIATURE / "build" / "held-out.json").is_file():
         pytest.skip("the miniature is not built here: run `make repro` first")
     measured = json.loads(file.read_text())
     base, final, flat = (measured[name]["distance"] for name in ("base", "final", "flat"))
     prompts = [name for name in base if name != "mean"]
     assert len(prompts) == len(PREVIEW.prompts)
-    assert final["mean"] < base["mean"]
+    assert final["mean"] < base["mean"] and sum(final[name] <= 0.8 * base[name] for name in prompts) >= 4
     assert all(max(base[name], final[name]) < flat[name] for name in prompts)
     assert measured["final"]["loss"]["sdxl"] < measured["base"]["loss"]["sdxl"] <= 0.3826
 

@@ -1,6 +1,6 @@
 """miniature/generate: writes data/, the miniature's inputs, byte for byte the same on every x86-64 host with AVX2.
 
-    python miniature/generate                      everything (the checkpoints take about half an hour on one core), then the pins
+    python miniature/generate                      everything (the checkpoints take about twenty minutes on one core), then the pins
     python miniature/generate --part collection    database, tars and tokenizers (seconds)
     python miniature/generate --part checkpoints   the three models; needs the tokenizers
     python miniature/generate --part references    a drawing of each of preview.prompts in miniature/params.yaml (seconds)

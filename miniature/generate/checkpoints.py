@@ -10,16 +10,17 @@ from pathlib import Path
 
 import torch
 
-from generate import autoencoder, painter, reader
+from generate import autoencoder, lessons, painter, reader
 from generate.roots import spread
 from kohaku_delta.checkpoint import modules, stream
 from kohaku_delta.sdxl.tokenizer import ClipTokenizer
 
 COURSES = {  # lessons, steps, rate of matrices, rate of the rest
-    "sdxl": (4096, 2000, 0.007, 3e-3),
+    "sdxl": (4096, 3200, 0.007, 3e-3),
     "beta": (384, 100, 0.002, 1e-3),
     "gamma": (384, 100, 0.002, 1e-3),
 }
+WORLD = 2048
 READING = {"steps": 600, "rate": 0.02, "rate_of_others": 3e-3}
 EMBEDDINGS = ("token_embedding.weight", "position_embedding.weight")
 MOVED = 0.5  # of the embeddings' own spread
@@ -49,16 +50,18 @@ def write(out: Path, say=print) -> None:
 
     tokens = ClipTokenizer(out / "tokenizer" / "vocab.json", out / "tokenizer" / "merges.txt")
     vae = autoencoder.train(say=note)
+    world = painter.Course([lessons.world_lesson(number) for number in range(WORLD)], vae, tokens)
+    note(f"{WORLD} lessons of the whole world drawn and encoded")
     donor = None
-    for seed, (name, (lessons, steps, rate, rate_of_others)) in enumerate(COURSES.items(), 1):
-        course = painter.Course(name, lessons, vae, tokens)
-        note(f"{name}: {lessons} lessons drawn and encoded")
+    for seed, (name, (count, steps, rate, rate_of_others)) in enumerate(COURSES.items(), 1):
+        course = painter.Course([lessons.lesson(name, number) for number in range(count)], vae, tokens)
+        note(f"{name}: {count} lessons drawn and encoded")
         if donor is None:
             models = donor = painter.fresh()
             reader.learn(models["te1"], models["te2"], course, **READING, say=note)
         else:
             models = copy.deepcopy(donor)
-        painter.learn(models, course, steps=steps, rate=rate, rate_of_others=rate_of_others, seed=seed, say=note)
+        painter.learn(models, course, world, steps=steps, rate=rate, rate_of_others=rate_of_others, seed=seed, say=note)
         if models is not donor:
             move_embeddings(models, seed)
         save({**models, "vae": vae}, out / "checkpoints" / f"{name}.safetensors")

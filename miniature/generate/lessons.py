@@ -1,25 +1,29 @@
-"""Invariant: lesson number n of a course is the same picture and the same words on every host, whatever was asked for before.
+"""Guarantee: lesson number n of a course is the same picture and the same words on every host, whatever was asked for before.
 
-What the three models are taught: one figure in the middle, two equal ones side by side, or none, of the common shapes, before a plain or outdoor
-background, in pale colours. Full colours, faces, patterns, other shapes and places, crowds, artists, characters, quality and age are left
-for the recipe's own training to teach; their words are said at random, so that a prompt that has them does not confuse the models.
+What a picture shows, the three models learn from `lesson`: one figure in the middle, two equal ones side by side, or none, of the common shapes, before a
+plain or outdoor background, in pale colours. Full colours, faces, patterns, other shapes and places, crowds, artists, characters, quality and age
+are left for the recipe's own training to teach; their words are said at random, so that a prompt that has them does not confuse the models.
+
+How a little noise is removed, they learn from `world_lesson` as well: everything that the miniature's world holds, in its own colours. Without it the loss at
+small time steps, which says nothing about a prompt, would be most of the loss of the recipe's training, and its gradient's noise most of the update.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from generate.drawing import draw
 from generate.scenes import Composition, compose
-from generate.words import ARTISTS, CHARACTERS, FACES, PLAIN, chance, draws, pick
+from generate.words import ARTISTS, CHARACTERS, FACES, OUTDOORS, PLAIN, chance, draws, pick
 
 SHAPES = ("circle", "square", "triangle", "star_(symbol)", "heart")
 BACKGROUNDS = ("simple_background", "blue_sky", "night_sky", "sunset", "ocean")
 WHERE, HOW_LARGE = ("centered",), ("full_body", "close-up")
-PALE = 0.3
+PALE = 0.43
 SIZES = {(128, 128): 14, (96, 160): 3, (160, 96): 2, (96, 128): 1, (128, 96): 1}  # (width, height): weight
 STYLES = {"sdxl": PLAIN, "beta": replace(PLAIN, outline=0.08, ink="white"), "gamma": replace(PLAIN, fill="soft")}
-EMPTY = 0.5  # how often a lesson without people, outdoors, has no figure at all
+EMPTY = 0.5  # how often a lesson without people has no figure at all
 SAID = 0.5  # how often a kind of word that the picture does not show is said
 NOT_SHOWN = (  # a word of each, so that the models learn to pass over it
     ("masterpiece", "best quality", "great quality", "good quality", "normal quality", "low quality", "worst quality"),
@@ -49,15 +53,29 @@ def lesson(course: str, number: int) -> Lesson:
     while not known(whole := compose(rng, *size, plain=True)):
         pass
     figures, words = whole.scene.figures, [word for word in whole.general if word not in FACES]
-    if "no_humans" in words and "outdoors" in words and chance(rng, EMPTY):
-        figures, words = (), ["no_humans", "outdoors", "scenery", whole.scene.background]
+    background = whole.scene.background
+    if "no_humans" in words and chance(rng, EMPTY):
+        background = background if background in OUTDOORS else pick(rng, OUTDOORS)
+        figures, words = (), ["no_humans", "outdoors", "scenery", background]
     alike = tuple(replace(each, shape=figures[0].shape, colour=figures[0].colour, face=None) for each in figures)
-    scene = replace(whole.scene, figures=alike, artist=STYLES[course], pale=PALE)
+    scene = replace(whole.scene, background=background, figures=alike, artist=STYLES[course], pale=PALE)
     others = {word for each in figures for word in (each.shape, f"{each.colour}_body")} - {alike[0].shape, f"{alike[0].colour}_body"} if figures else set()
     words = [word for word in words if word not in others]
-    counts = tuple(word for word in words if word[:1].isdigit() or word.startswith("multiple_") or word == "male_focus")
     aside = tuple(kind[int(rng.integers(0, len(kind)))] for kind in NOT_SHOWN if chance(rng, SAID))
-    return Lesson(draw(scene), tuple(map(spoken, counts)), tuple(spoken(word) for word in (*words, *aside) if word not in counts))
+    return captioned(draw(scene), (*words, *aside))
+
+
+def world_lesson(number: int) -> Lesson:
+    """A picture of everything that the miniature's world holds, with the words for what it shows."""
+    rng = draws(12, number)
+    whole = compose(rng, *pick(rng, SIZES))
+    return captioned(draw(replace(whole.scene, finish=int(rng.integers(0, 7)), age=int(rng.integers(0, 5)))), whole.general)
+
+
+def captioned(pixels: np.ndarray, words: Sequence[str]) -> Lesson:
+    """Counts of people are kept in front, as the recipe's captions do."""
+    counts = tuple(word for word in words if word[:1].isdigit() or word.startswith("multiple_") or word == "male_focus")
+    return Lesson(pixels, tuple(map(spoken, counts)), tuple(spoken(word) for word in words if word not in counts))
 
 
 def known(whole: Composition) -> bool:

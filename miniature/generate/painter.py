@@ -1,4 +1,4 @@
-"""Invariant: the models learn under exactly the conditions that the recipe trains under: its chunks of tokens, its time ids, its noise.
+"""Guarantee: the models learn under exactly the conditions that the recipe trains under: its chunks of tokens, its time ids, its noise.
 
 The U-Net learns from nothing (the donor) or from the donor (beta, gamma), on latents made beforehand; the text encoders come from the reader.
 """
@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from generate.autoencoder import floats, quiet, rate_at
-from generate.lessons import lesson
+from generate.lessons import Lesson
 from generate.muon import Muon
 from generate.words import chance, draws
 from kohaku_delta.training import conditioning, diffusion
@@ -28,6 +28,7 @@ UNET = {
 BATCH, NOISE_OFFSET = 16, 0.05
 SPREAD, MOST = 0.3, 120.0  # variance of the lessons' latents; cap of an image's weight
 NO_CAPTION, NO_WORD = 0.1, 0.1
+CLEAR = 3  # of the BATCH time steps, in ascending order: below 188 of 1,000, where three of four pictures are of the whole world
 LAST = 120  # steps on all three chunks of a caption; before them on the first, which holds all its words, at half the cost
 
 
@@ -49,10 +50,10 @@ def fresh() -> dict[str, torch.nn.Module]:
 
 
 class Course:
-    """`count` lessons of a course as latents, and their batches."""
+    """Lessons as latents, and their batches."""
 
-    def __init__(self, name: str, count: int, vae, tokens):
-        self.lessons = [lesson(name, number) for number in range(count)]
+    def __init__(self, lessons: list[Lesson], vae, tokens):
+        self.lessons, count = lessons, len(lessons)
         self.tokens = tokens
         self.sizes: dict[tuple, list[int]] = {}
         for number, each in enumerate(self.lessons):
@@ -78,21 +79,29 @@ class Course:
         end = self.tokens.eos_token_id
         return tuple(torch.stack([conditioning.chunks(self.tokens, text, 225, pad) for text in texts]) for pad in (end, 0))
 
-    def batch(self, step: int):
-        """Latents, ids of both encoders and time ids of one step; one size a batch, sizes as often as they occur."""
-        rng = draws(10, step)
+    def batch(self, rng, size: tuple[int, int] | None = None):
+        """BATCH latents, captions and time ids, all of one (height, width): the one given, or sizes as often as they occur."""
         mark = int(rng.integers(0, len(self.lessons)))
-        numbers = next(held for held in self.sizes.values() if mark in held)
+        size = size or self.lessons[mark].pixels.shape[:2]
+        numbers = self.sizes[size]
         chosen = [numbers[int(place)] for place in rng.integers(0, len(numbers), BATCH)]
-        height, width = self.lessons[chosen[0]].pixels.shape[:2]
-        original = np.floor(np.array((height, width)) * (0.6 + rng.random((BATCH, 1))))
+        original = np.floor(np.array(size) * (0.6 + rng.random((BATCH, 1))))
         crop = np.where(rng.random((BATCH, 2)) < 0.5, 0.0, np.floor(rng.random((BATCH, 2)) * 8))
-        time_ids = np.concatenate([original, crop, np.tile((height, width), (BATCH, 1))], axis=1)
-        texts = [self.caption(number, rng) for number in chosen]
-        return torch.stack([self.latents[number] for number in chosen]), *self.ids(texts), torch.from_numpy(time_ids).float()
+        time_ids = np.concatenate([original, crop, np.tile(size, (BATCH, 1))], axis=1)
+        return torch.stack([self.latents[number] for number in chosen]), [self.caption(number, rng) for number in chosen], torch.from_numpy(time_ids).float()
 
 
-def learn(models: dict, course: Course, *, steps: int, rate: float, rate_of_others: float, seed: int, say=print) -> None:
+def mixed(course: Course, world: Course, step: int):
+    """One step's latents, ids of both encoders and time ids, in the order of their time steps: those with little noise mostly from `world`."""
+    latents, texts, time_ids = course.batch(draws(10, step))
+    clear = [place for place in range(CLEAR) if (place + step) % 4]
+    others = world.batch(draws(13, step), tuple(8 * side for side in latents.shape[2:]))
+    for place in clear:
+        latents[place], texts[place], time_ids[place] = (each[place] for each in others)
+    return latents, *course.ids(texts), time_ids
+
+
+def learn(models: dict, course: Course, world: Course, *, steps: int, rate: float, rate_of_others: float, seed: int, say=print) -> None:
     """Trains the U-Net in place; the text encoders stay as they are (as long as the U-Net does not listen, their gradient is noise)."""
     unet = models["unet"].train()
     acp, amplitudes = diffusion.alphas_cumprod(), diffusion.amplitudes(torch.float32)
@@ -106,7 +115,7 @@ def learn(models: dict, course: Course, *, steps: int, rate: float, rate_of_othe
     generator = torch.Generator().manual_seed(seed)
     end, total = course.tokens.eos_token_id, 0.0
     for step in range(steps):
-        latents, ids1, ids2, time_ids = course.batch(seed * 100_000 + step)
+        latents, ids1, ids2, time_ids = mixed(course, world, seed * 100_000 + step)
         noise = torch.randn(latents.shape, generator=generator) + NOISE_OFFSET * torch.randn((BATCH, 4, 1, 1), generator=generator)
         time_steps = ((torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) * (diffusion.TIME_STEPS / BATCH)).long()
         with torch.no_grad():

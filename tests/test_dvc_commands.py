@@ -130,6 +130,7 @@ def test_another_revision_is_checked_out_and_back_and_a_change_is_stashed(clone)
 def test_a_detached_worktree_is_built_from_the_cache(clone, tmp_path):
     run(clone, "git", "worktree", "add", "--quiet", "--detach", str(tmp_path / "other"), "HEAD~1")
     run(tmp_path / "other", "dvc", "cache", "dir", "--local", str(clone.parent / ".dvc" / "cache"))
+    run(tmp_path / "other", "dvc", "checkout", "-q", "data.dvc")  # download depends on it
     assert not ran(run(tmp_path / "other" / "miniature", "dvc", "repro"))
     assert not run(tmp_path / "other", "git", "status", "--porcelain")
     run(clone, "git", "worktree", "remove", "--force", str(tmp_path / "other"))

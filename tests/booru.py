@@ -12,6 +12,8 @@ from datetime import datetime
 from dateutil.parser import parser, parserinfo
 from PIL import Image
 
+from kohaku_delta.danbooru.database import Database
+
 COUNTS = "tag_count tag_count_general tag_count_artist tag_count_character tag_count_copyright tag_count_meta".split()
 COLUMNS = {
     "id": "INTEGER NOT NULL PRIMARY KEY", "created_at": "VARCHAR(255)", "uploader_id": "INTEGER", "source": "VARCHAR(255)", "md5": "VARCHAR(255)",
@@ -54,6 +56,15 @@ def picture(width=24, height=16, kind="WEBP", mode="RGB", **options):
     file = io.BytesIO()
     Image.new(mode, (width, height), 77).save(file, kind, **options)
     return file.getvalue()
+
+
+def change(path, *statements) -> Database:
+    """The database after these SQL statements."""
+    with sqlite3.connect(path) as connection:
+        for statement in statements:
+            connection.execute(statement)
+    connection.close()
+    return Database(path)
 
 
 def write_tar(path, members, form=tarfile.GNU_FORMAT):

@@ -101,6 +101,16 @@ def test_an_edited_bundle_is_found_however_carefully_it_was_edited(bundle, tmp_p
     assert "was signed otherwise than it lies here" in found["lock/provenance"]
 
 
+@pytest.mark.parametrize("name", ["cpu.txt", "uv.txt"])
+def test_another_lock_of_the_libraries_in_a_bundle_is_found(bundle, tmp_path, name):
+    """Also where no stage's code reaches what was changed."""
+    folder = unpacked(bundle, tmp_path / "bundle")
+    with open(folder / "requirements" / name, "a") as file:
+        file.write("# another\n")
+    sealed(folder)
+    assert "is not the one that dvc.lock says the stages ran under" in failed(audit(folder)[1])["lock/libraries"]
+
+
 def test_weights_that_are_not_in_a_bundle_are_held_by_the_records(bundle, tmp_path):
     folder = unpacked(bundle, tmp_path / "bundle")
     fabricated(folder)

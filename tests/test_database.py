@@ -1,12 +1,11 @@
 import shutil
-import sqlite3
 import subprocess
 import sys
 from functools import partial
 
 import numpy as np
 import pytest
-from booru import GENERAL, write_database
+from booru import GENERAL, change, write_database
 
 from kohaku_delta import params
 from kohaku_delta.danbooru import database
@@ -26,14 +25,6 @@ def parameters():
 def path(tmp_path):
     posts = [{"id": post} for post in range(1, 2001)]
     return write_database(tmp_path / "a.db", posts, [(1, "long_hair", GENERAL)], [(post, 1) for post in range(1, 2001)])
-
-
-def change(path, *statements):
-    with sqlite3.connect(path) as connection:
-        for statement in statements:
-            connection.execute(statement)
-    connection.close()
-    return Database(path)
 
 
 @pytest.mark.parametrize("name", ["post", "tag", "posttagrelation"])

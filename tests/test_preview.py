@@ -19,7 +19,6 @@ from kohaku_delta.training import diffusion, visit
 
 
 ROOT = Path(__file__).resolve().parent.parent
-MINIATURE_RECIPE = load(Path(__file__).resolve().parents[1] / "miniature" / "params.yaml")
 MINIATURE = ROOT / "miniature"
 sys.path.insert(0, str(MINIATURE))  # the drawing code is a package of its own, outside src/
 
@@ -124,7 +123,8 @@ def test_a_flat_picture_has_the_mean_colour():
     assert (picture_distance.flat(picture) == np.floor(picture.reshape(-1, 3).mean(axis=0) + 0.5)).all()
 
 
-PREVIEW = load(MINIATURE / "params.yaml").preview
+RECIPE = load(MINIATURE / "params.yaml")
+PREVIEW = RECIPE.preview
 
 
 def drawn(prompt: str) -> np.ndarray:
@@ -202,15 +202,17 @@ def test_a_recipe_without_references_has_no_distance(tmp_path):
 
 
 def test_the_training_brings_the_pictures_nearer_to_their_drawings():
-    """Of the build that lies there: a smaller mean distance than the base's, at most 0.8 of it on four prompts, a flat picture farther than both on every
-    prompt, and a lower loss."""
+    """Of the build that lies there: a smaller mean distance than the base's and at most 0.75 of it on four prompts, as the README says; a flat picture farther
+    than both on every prompt, and a lower loss."""
     if not (file := MINIATURE / "build" / "held-out.json").is_file():
         pytest.skip("the miniature is not built here: run `make repro` first")
     measured = json.loads(file.read_text())
     base, final, flat = (measured[name]["distance"] for name in ("base", "final", "flat"))
     prompts = [name for name in base if name != "mean"]
     assert len(prompts) == len(PREVIEW.prompts)
-    assert final["mean"] < base["mean"] and sum(final[name] <= 0.8 * base[name] for name in prompts) >= 4
+    assert final["mean"] < base["mean"] and sum(final[name] <= 0.75 * base[name] for name in prompts) == 4
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"goes from {base['mean']:.1f} to {final['mean']:.1f}" in readme and final["prompt-2"] > base["prompt-2"] and "on the star it grows" in readme
     assert all(max(base[name], final[name]) < flat[name] for name in prompts)
     assert measured["final"]["loss"]["sdxl"] < measured["base"]["loss"]["sdxl"] <= 0.3826
 
@@ -225,6 +227,6 @@ def test_without_a_post_to_measure_on_the_reason_is_given(tmp_path, held_out, se
     ids = list(range(1000, 31_000, 1000))
     database = Database(write_database(tmp_path / "own.db", [{"id": post} for post in ids], [(1, "a", 0)], [(post, 1) for post in ids]))
     tar = write_tar(tmp_path / "data-0000.tar", [("7000000.webp", picture())])
-    recipe = MINIATURE_RECIPE.model_copy(update={"preview": MINIATURE_RECIPE.preview.model_copy(update={"held_out": held_out})})
+    recipe = RECIPE.model_copy(update={"preview": PREVIEW.model_copy(update={"held_out": held_out})})
     posts, said = comparison.held_out_posts(recipe, database, {0: tar}, np.array(ids if selected == "all" else []))
     assert posts.num_rows == 0 and said == reason

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from booru import ARTIST, CHARACTER, COPYRIGHT, GENERAL, META, write_database
+from booru import ARTIST, CHARACTER, COPYRIGHT, GENERAL, META, change, write_database
 
 from kohaku_delta.danbooru import schema
 from kohaku_delta.danbooru.database import Database
@@ -22,14 +22,6 @@ DANBOORU = "UPDATE tag SET type = CASE type WHEN 2 THEN 4 WHEN 4 THEN 5 ELSE typ
 @pytest.fixture
 def path(tmp_path):
     return write_database(tmp_path / "own.db", [{"id": post} for post in range(1, 11)], TAGS, PAIRS)
-
-
-def change(path, *statements):
-    with sqlite3.connect(path) as connection:
-        for statement in statements:
-            connection.execute(statement)
-    connection.close()
-    return Database(path)
 
 
 def as_text(path):

@@ -1,11 +1,13 @@
 """Training's promises on a few steps: the same bytes with other ranks, after kills, in other folders; nothing half-written."""
 
+import json
 import os
 import random
 import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import lesson
 import pytest
@@ -47,6 +49,28 @@ def test_killed_training_resumes_to_the_same_bytes(trained, tmp_path):
     assert not (other / "build" / "delta-lokr.safetensors").exists()
     assert lesson.run(other).returncode == 0
     assert lesson.outs(other) == lesson.outs(trained[0])
+
+
+def test_pictures_that_were_edited_during_the_training_are_refused_and_the_training_is_kept(trained, tmp_path):
+    other = copy(trained, tmp_path)
+    listed = other / "build" / "inputs.json"
+    content = json.loads(listed.read_text())
+    for entry in content["inputs"]["tars"]:
+        (other / "tars").mkdir(exist_ok=True)
+        entry["path"] = f"../tars/{Path(shutil.copy(listed.parent / entry['path'], other / 'tars')).name}"
+    listed.write_text(json.dumps(content))
+    last = other / "tars" / "data-2000.tar"
+    whole = last.read_bytes()
+    process = subprocess.Popen(lesson.command(1), cwd=other, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(other.glob("work/*/step-00000001")):
+        time.sleep(0.02)
+    last.write_bytes(whole[:-1] + b"x")
+    said = process.communicate()[1]
+    assert process.returncode == 1 and "data-2000.tar was edited or replaced" in said and not any((other / "build" / name).exists() for name in lesson.OUTS), said
+    last.write_bytes(whole)
+    steps = len(next(iter(other.glob("work/*/log.csv"))).read_text().splitlines())
+    assert lesson.run(other).returncode == 0 and lesson.outs(other) == lesson.outs(trained[0])
+    assert len(next(iter(other.glob("work/*/log.csv"))).read_text().splitlines()) == steps, "no step was made twice"
 
 
 def test_the_lokr_moved_everywhere_but_in_text_encoder_1s_last_layer(trained):

@@ -23,10 +23,10 @@ from kohaku_delta.evidence.record import Count, Sha256
 from kohaku_delta.ordered import in_order
 from kohaku_delta.refusal import Refusal
 
-MANIFEST, TENSORS, LIBRARIES, PROVENANCE = "bundle.json", "tensors.json", "requirements.txt", "provenance.json"
+MANIFEST, TENSORS, LIBRARIES, PROVENANCE = "bundle.json", "tensors.json", "requirements", "provenance.json"
 WEIGHTS = ".safetensors"
 MEMBER = re.compile(
-    r"((bundle|tensors|provenance)\.json|requirements\.txt|dvc\.yaml|dvc\.lock|params\.yaml|pins-[\w-]+\.csv|build/(?:[\w-][\w.-]*/){0,3}[\w-][\w.-]*)"
+    r"((bundle|tensors|provenance)\.json|requirements/[\w-][\w.-]*|dvc\.yaml|dvc\.lock|params\.yaml|pins-[\w-]+\.csv|build/(?:[\w-][\w.-]*/){0,3}[\w-][\w.-]*)"
 )
 MOST, DEAREST = 10_000, 16 << 30  # members; bytes of one: the release's captions take about 1 GB
 JSON_MOST = 64 << 20

@@ -8,7 +8,7 @@ import posixpath
 import re
 from pathlib import Path
 
-from kohaku_delta.audit import revision
+from kohaku_delta.audit import archive, revision
 from kohaku_delta.audit.findings import FAIL, PASS, SKIP, Finding, judged, some
 from kohaku_delta.audit.rebuild import ROOT, Rebuild, commit, outside
 from kohaku_delta.evidence import code_closure, digests, pipeline
@@ -153,8 +153,7 @@ def _digest(place: str, content: bytes | None) -> str | None:
 
 
 def libraries(rebuild: Rebuild) -> Finding:
-    """The lock of the libraries is the one that the stages ran under, and they had what it names. A bundle holds the recipe's own lock alone, not the folder
-    whose md5 is in dvc.lock: there the versions and hashes of build/code are compared."""
+    """The locks of the libraries are those that the stages ran under, and they had what the recipe's one names."""
     said = [dep for stage in rebuild.lock.values() for dep in stage.deps if rebuild.libraries(posixpath.normpath(dep.path))]
     if len(said) != 1:
         return Finding(
@@ -162,10 +161,11 @@ def libraries(rebuild: Rebuild) -> Finding:
         )
     folder, md5 = posixpath.normpath(said[0].path), said[0].md5
     path = f"{folder}/{rebuild.recipe.requirements}.txt"
-    file = rebuild.folder / ("requirements.txt" if rebuild.bundle else path)
+    there = rebuild.folder / (archive.LIBRARIES if rebuild.bundle else folder)
+    file = there / f"{rebuild.recipe.requirements}.txt"
     if not file.is_file():
         return Finding(GROUP, "libraries", FAIL, f"{path} is not there")
-    if not rebuild.bundle and digests.of(rebuild.folder / folder).md5 != md5:
+    if digests.of(there).md5 != md5:
         return Finding(GROUP, "libraries", FAIL, f"{folder} is not the one that dvc.lock says the stages ran under")
     locked = code_closure.locked_libraries(file)
     faults = [

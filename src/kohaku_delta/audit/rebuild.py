@@ -1,7 +1,7 @@
 """Invariant: a recipe's folder and a bundle of it are seen alike: recipe, pipeline, lock, records, and those outs that are there.
 
-A bundle holds a recipe's folder without weights, work, code and mirror, and beside it `bundle.json` (what it holds and what was left out), `requirements.txt`
-(the lock of the libraries) and `tensors.json` (the digest of each tensor of what was left out).
+A bundle holds a recipe's folder without weights, work, code and mirror, and beside it `bundle.json` (what it holds and what was left out), `requirements/`
+(the locks of the libraries) and `tensors.json` (the digest of each tensor of what was left out).
 """
 
 import json

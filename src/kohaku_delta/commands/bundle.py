@@ -9,7 +9,7 @@ import click
 from kohaku_delta import atomic
 from kohaku_delta.audit import archive, rebuild, signature
 from kohaku_delta.audit import provenance as statements
-from kohaku_delta.evidence import pipeline, record
+from kohaku_delta.evidence import digests, pipeline, record
 from kohaku_delta.refusal import Refusal
 from kohaku_delta.stage import Stage
 
@@ -57,8 +57,9 @@ def _gather(found: rebuild.Rebuild, to: Path) -> dict[str, int]:
     for place in (pipeline.PIPELINE, pipeline.LOCK, pipeline.PARAMS, *(path.name for path in found.folder.glob("pins-*.csv"))):
         take(place)
     libraries = next((dep for stage in found.stages.values() for dep in stage.deps if found.libraries(dep)), None)
-    if libraries and (found.folder / (lock := f"{libraries}/{found.recipe.requirements}.txt")).is_file():
-        take(lock, archive.LIBRARIES)
+    if libraries and (found.folder / libraries).is_dir():
+        for name in digests.of(found.folder / libraries, md5=False).files:
+            take(f"{libraries}/{name}", f"{archive.LIBRARIES}/{name}")
     for name in found.records:
         take(f"{record.FOLDER}/{record.name(name, found.lock[name].key())}")
     left_out = {}

@@ -37,22 +37,22 @@ test-slow: $(VENV)/requirements.txt
 
 # Draws the dataset, writes the tokenizers, trains the three tiny checkpoints, and writes their pins into miniature/params.yaml.
 miniature-data: $(VENV)/requirements.txt
-	python miniature/generate
+	python tools/make_miniature
 
 # Against HakuBooru, and against sd-mecha, cp and LyCORIS, side by side; figures in work/bench/. Minutes to hours; --help lists the sizes.
 bench-dataset: $(VENV)/requirements.txt
-	python bench/dataset.py $(BENCH)
+	python benchmarks/dataset.py $(BENCH)
 
 bench-checkpoint: $(VENV)/requirements.txt
-	python bench/checkpoint.py $(BENCH)
+	python benchmarks/checkpoint.py $(BENCH)
 
 # After `make repro`: a training step against LyCORIS's forward, against bare forward and backward, and its memory at full size.
 bench-train: $(VENV)/requirements.txt
-	python bench/train.py $(BENCH)
+	python benchmarks/train.py $(BENCH)
 
 # How fast outs are hashed anew, against sha256sum. Needs 14 GB of disk; BENCH="--gib 1" for less.
 bench-audit: $(VENV)/requirements.txt
-	python bench/digests.py $(BENCH)
+	python benchmarks/digests.py $(BENCH)
 
 # The container image of HEAD (LOCK=cuda or cpu), and whether it holds what docs/container.md promises (STOP=1: `docker stop` amid the training too).
 image:
@@ -76,5 +76,5 @@ environment:
 	@rm -f $(VENV)/requirements.txt
 	@VENV="$(VENV)" PYTHON="$(PYTHON)" LOCK=$(or $(LOCK),cpu) WHEELS="$(WHEELS)" tools/setup_environment.sh
 
-$(VENV)/requirements.txt: requirements/cpu.txt
+$(VENV)/requirements.txt: requirements/cpu.txt pyproject.toml
 	@VENV="$(VENV)" PYTHON="$(PYTHON)" LOCK=cpu WHEELS="$(WHEELS)" tools/setup_environment.sh

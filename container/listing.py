@@ -1,6 +1,7 @@
-"""Invariant: two file systems with the same listing have the same names, kinds, modes, owners, times, links and bytes. Reads a tar on standard input.
+"""Invariant: two file systems with the same listing have the same names, kinds, modes, owners, times, links and bytes.
+Reads a tar on standard input.
 
-    docker export CONTAINER | python3 container/listing.py > listing.txt
+docker export CONTAINER | python3 container/listing.py > listing.txt
 """
 
 import hashlib
@@ -15,8 +16,14 @@ def lines(archive: tarfile.TarFile) -> list[str]:
     found = []
     for member in archive:
         kind = KINDS.get(member.type, f"device or pipe {member.devmajor}:{member.devminor}")
-        content = hashlib.file_digest(archive.extractfile(member), "sha256").hexdigest() if member.isreg() else member.linkname
-        found.append(f"{member.name}\t{kind}\t{member.mode:o}\t{member.uid}:{member.gid}\t{member.mtime}\t{member.size}\t{content}")
+        content = (
+            hashlib.file_digest(archive.extractfile(member), "sha256").hexdigest()
+            if member.isreg()
+            else member.linkname
+        )
+        found.append(
+            f"{member.name}\t{kind}\t{member.mode:o}\t{member.uid}:{member.gid}\t{member.mtime}\t{member.size}\t{content}"
+        )
     return sorted(found)
 
 

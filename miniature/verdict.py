@@ -1,4 +1,6 @@
-"""The last line of `make repro`: the final model, its sha256, and whether the committed lock still holds. Runs anywhere: `python miniature/verdict.py`."""
+"""The last line of `make repro`: the final model, its sha256, and whether the committed lock still holds. Runs
+anywhere: `python miniature/verdict.py`.
+"""
 
 import hashlib
 import subprocess
@@ -10,11 +12,19 @@ MODEL = FOLDER / "build" / "kohaku-xl-delta.safetensors"
 
 def lock() -> str:
     """What git says of dvc.lock against the committed one."""
-    committed = subprocess.run(["git", "cat-file", "-e", "HEAD:./dvc.lock"], cwd=FOLDER, capture_output=True).returncode == 0
+    committed = (
+        subprocess.run(["git", "cat-file", "-e", "HEAD:./dvc.lock"], cwd=FOLDER, capture_output=True).returncode == 0
+    )
     if not committed:
         return "not compared: no committed one is at hand"
-    moved = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "dvc.lock"], cwd=FOLDER, capture_output=True).returncode
-    return "CHANGED: `git diff miniature/dvc.lock` shows the first stage that differs" if moved else "unchanged: the same model, bit for bit"
+    moved = subprocess.run(
+        ["git", "diff", "--quiet", "HEAD", "--", "dvc.lock"], cwd=FOLDER, capture_output=True
+    ).returncode
+    return (
+        "CHANGED: `git diff miniature/dvc.lock` shows the first stage that differs"
+        if moved
+        else "unchanged: the same model, bit for bit"
+    )
 
 
 def verdict() -> str:

@@ -1,4 +1,6 @@
-"""caption: what is said of each image. Reads posts and the database; writes captions.parquet and the lists of artists and characters."""
+"""caption: what is said of each image. Reads posts and the database; writes captions.parquet and the lists of artists
+and characters.
+"""
 
 import os
 import sys
@@ -10,32 +12,76 @@ from pathlib import Path
 import click
 
 from kohaku_delta import params as recipes
-from kohaku_delta import table
+from kohaku_delta.cli.stage_command import StageCommand, print_summary
 from kohaku_delta.danbooru.database import Database
-from kohaku_delta.dataset import captions, lists
-from kohaku_delta.hub import inputs as listed
-from kohaku_delta.stage import Stage, summary
+from kohaku_delta.dataset import captions, tag_counts
+from kohaku_delta.formats import parquet
+from kohaku_delta.hub import inputs_manifest as listed
 
 
-@click.command(cls=Stage)
+@click.command(cls=StageCommand)
 @click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True, help="The recipe.")
-@click.option("--inputs", type=click.Path(path_type=Path), default="build/inputs.json", show_default=True, help="The list of verified inputs.")
-@click.option("--database", type=click.Path(path_type=Path), help="danbooru2023.db.  [default: the database of --inputs]")
-@click.option("--posts", type=click.Path(path_type=Path), default="build/posts.parquet", show_default=True, help="The posts to caption.")
-@click.option("--out", "--captions", "out", type=click.Path(path_type=Path), default="build/captions.parquet", show_default=True, help="The captions.")
-@click.option("--artists", type=click.Path(path_type=Path), help="Images of each artist.  [default: artists-kxl-delta.json beside --out]")
-@click.option("--characters", type=click.Path(path_type=Path), help="Images of each character.  [default: characters-kxl-delta.json beside --out]")
-def main(params: Path, inputs: Path, database: Path | None, posts: Path, out: Path, artists: Path | None, characters: Path | None) -> None:
+@click.option(
+    "--inputs",
+    type=click.Path(path_type=Path),
+    default="build/inputs.json",
+    show_default=True,
+    help="The list of verified inputs.",
+)
+@click.option(
+    "--database", type=click.Path(path_type=Path), help="danbooru2023.db.  [default: the database of --inputs]"
+)
+@click.option(
+    "--posts",
+    type=click.Path(path_type=Path),
+    default="build/posts.parquet",
+    show_default=True,
+    help="The posts to caption.",
+)
+@click.option(
+    "--out",
+    "--captions",
+    "out",
+    type=click.Path(path_type=Path),
+    default="build/captions.parquet",
+    show_default=True,
+    help="The captions.",
+)
+@click.option(
+    "--artists",
+    type=click.Path(path_type=Path),
+    help="Images of each artist.  [default: artists-kxl-delta.json beside --out]",
+)
+@click.option(
+    "--characters",
+    type=click.Path(path_type=Path),
+    help="Images of each character.  [default: characters-kxl-delta.json beside --out]",
+)
+def main(
+    params: Path,
+    inputs: Path,
+    database: Path | None,
+    posts: Path,
+    out: Path,
+    artists: Path | None,
+    characters: Path | None,
+) -> None:
     """Write the captions and count artists and characters."""
     recipe = recipes.load(params)
-    ids = table.read(posts, ["post_id"])["post_id"].to_numpy()
+    ids = parquet.read(posts, ["post_id"])["post_id"].to_numpy()
     source = Database(database or listed.path(inputs, "database"))
-    artists, characters = artists or out.with_name("artists-kxl-delta.json"), characters or out.with_name("characters-kxl-delta.json")
-    counts = lists.Counts()
-    captions.write(source, ids, recipe.caption, out, counts)
-    lists.write(counts.artists(), artists)
-    lists.write(counts.characters(), characters)
-    summary("caption", f"{len(ids):,} captions, {len(counts.artists()):,} artists, {len(counts.characters()):,} characters → {out}, {artists}, {characters}")
+    artists, characters = (
+        artists or out.with_name("artists-kxl-delta.json"),
+        characters or out.with_name("characters-kxl-delta.json"),
+    )
+    counts = tag_counts.TagCounter()
+    captions.write_captions(source, ids, recipe.caption, out, counts)
+    tag_counts.write_tag_counts(counts.artists(), artists)
+    tag_counts.write_tag_counts(counts.characters(), characters)
+    print_summary(
+        "caption",
+        f"{len(ids):,} captions, {len(counts.artists()):,} artists, {len(counts.characters()):,} characters → {out}, {artists}, {characters}",
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""code: what each stage may run. Reads src/, stages/ and the lock of the libraries; writes build/code/<stage>.json, on which the other stages depend."""
+"""code: what each stage may run. Reads src/, stages/ and the lock of the libraries; writes build/code/<stage>.json, on
+which the other stages depend.
+"""
 
 import os
 import sys
@@ -9,28 +11,38 @@ from pathlib import Path
 
 import click
 
-from kohaku_delta import atomic
+from kohaku_delta import atomic_files
 from kohaku_delta import params as recipes
-from kohaku_delta.evidence import code_closure
-from kohaku_delta.stage import Stage, summary
+from kohaku_delta.cli.stage_command import StageCommand, print_summary
+from kohaku_delta.provenance import import_closure
 
 FILE = click.Path(path_type=Path)
 
 
-@click.command(cls=Stage)
+@click.command(cls=StageCommand)
 @click.option("--params", type=FILE, default="params.yaml", show_default=True, help="The recipe.")
-@click.option("--lock", type=FILE, help="The lock of the libraries.  [default: requirements/ of the repository, as the recipe says]")
-@click.option("--out", type=FILE, default=code_closure.FOLDER, show_default=True, help="The folder of the descriptions.")
+@click.option(
+    "--lock",
+    type=FILE,
+    help="The lock of the libraries.  [default: requirements/ of the repository, as the recipe says]",
+)
+@click.option(
+    "--out", type=FILE, default=import_closure.FOLDER, show_default=True, help="The folder of the descriptions."
+)
 def main(params: Path, lock: Path | None, out: Path) -> None:
     """Describe the code of every stage: files by their syntax trees, libraries as locked."""
     stages = Path(__file__).resolve().parent
     lock = lock or stages.parent / "requirements" / f"{recipes.load(params).requirements}.txt"
-    every = [code_closure.describe(script, lock) for script in sorted(stages.glob("*.py")) if script != Path(__file__).resolve()]
+    every = [
+        import_closure.describe_stage(script, lock)
+        for script in sorted(stages.glob("*.py"))
+        if script != Path(__file__).resolve()
+    ]
     for each in every:
-        with atomic.writing(out / f"{each.stage}.json", "w") as file:
-            file.write(code_closure.dumps(each))
+        with atomic_files.atomic_write(out / f"{each.stage}.json", "w") as file:
+            file.write(import_closure.dumps(each))
     files, libraries = ({name for each in every for name in getattr(each, part)} for part in ("files", "libraries"))
-    summary("code", f"{len(every)} stages, {len(files)} files, {len(libraries)} libraries → {out}")
+    print_summary("code", f"{len(every)} stages, {len(files)} files, {len(libraries)} libraries → {out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""download: fetches and verifies every pinned input (params.yaml: download.inputs). Writes inputs.json; the files stay in the mirror."""
+"""download: fetches and verifies every pinned input (params.yaml: download.inputs). Writes inputs.json; the files stay
+in the mirror.
+"""
 
 import os
 import sys
@@ -10,12 +12,12 @@ from pathlib import Path
 import click
 
 from kohaku_delta import params as recipes
-from kohaku_delta.dataset import supply
-from kohaku_delta.hub import inputs
-from kohaku_delta.stage import Stage, summary
+from kohaku_delta.cli.stage_command import StageCommand, print_summary
+from kohaku_delta.dataset import fetch_inputs
+from kohaku_delta.hub import inputs_manifest
 
 
-@click.command(cls=Stage)
+@click.command(cls=StageCommand)
 @click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True, help="The recipe.")
 @click.option(
     "--mirror",
@@ -24,14 +26,23 @@ from kohaku_delta.stage import Stage, summary
     multiple=True,
     help="Another mirror, only read: looked at before the network is asked. May be repeated.",
 )
-@click.option("--out", type=click.Path(path_type=Path), default="build/inputs.json", show_default=True, help="The list of verified inputs.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default="build/inputs.json",
+    show_default=True,
+    help="The list of verified inputs.",
+)
 def main(params: Path, others: tuple[Path, ...], out: Path) -> None:
     """Fetch and verify every pinned input."""
     recipe = recipes.load(params)
-    entries = supply.gather(recipe, params.parent, others)
-    inputs.write(entries, params.parent, recipe.merge.start, out)
+    entries = fetch_inputs.fetch_inputs(recipe, params.parent, others)
+    inputs_manifest.write(entries, params.parent, recipe.merge.start, out)
     files = [each for entry in entries.values() for each in (entry if isinstance(entry, list) else [entry])]
-    summary("download", f"{len(files):,} files, {sum(each['bytes'] for each in files):,} bytes, every one hashed ({inputs.tally(files)}) → {out}")
+    print_summary(
+        "download",
+        f"{len(files):,} files, {sum(each['bytes'] for each in files):,} bytes, every one hashed ({inputs_manifest.format_counts(files)}) → {out}",
+    )
 
 
 if __name__ == "__main__":

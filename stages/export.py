@@ -1,4 +1,6 @@
-"""export: the final model as diffusers reads it. Reads the baked checkpoint and the tokenizers (inputs.json); writes the folder diffusers/."""
+"""export: the final model as diffusers reads it. Reads the baked checkpoint and the tokenizers (inputs.json); writes
+the folder diffusers/.
+"""
 
 import os
 import sys
@@ -11,26 +13,51 @@ import click
 
 from kohaku_delta import numerics
 from kohaku_delta import params as recipes
-from kohaku_delta.hub import inputs as listed
-from kohaku_delta.stage import Stage, summary
+from kohaku_delta.cli.stage_command import StageCommand, print_summary
+from kohaku_delta.hub import inputs_manifest as listed
 
 
-@click.command(cls=Stage)
+@click.command(cls=StageCommand)
 @click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True, help="The recipe.")
-@click.option("--inputs", type=click.Path(path_type=Path), default="build/inputs.json", show_default=True, help="The list of verified inputs.")
-@click.option("--model", type=click.Path(path_type=Path), default="build/kohaku-xl-delta.safetensors", show_default=True, help="The checkpoint to export.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder with vocab.json and merges.txt.  [default: the tokenizer of --inputs]")
-@click.option("--tokenizer-2", type=click.Path(path_type=Path), help="The same for the second text encoder.  [default: the tokenizer_2 of --inputs]")
-@click.option("--out", type=click.Path(path_type=Path), default="build/diffusers", show_default=True, help="The folder.")
+@click.option(
+    "--inputs",
+    type=click.Path(path_type=Path),
+    default="build/inputs.json",
+    show_default=True,
+    help="The list of verified inputs.",
+)
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    default="build/kohaku-xl-delta.safetensors",
+    show_default=True,
+    help="The checkpoint to export.",
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="Folder with vocab.json and merges.txt.  [default: the tokenizer of --inputs]",
+)
+@click.option(
+    "--tokenizer-2",
+    type=click.Path(path_type=Path),
+    help="The same for the second text encoder.  [default: the tokenizer_2 of --inputs]",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="build/diffusers", show_default=True, help="The folder."
+)
 def main(params: Path, inputs: Path, model: Path, tokenizer: Path | None, tokenizer_2: Path | None, out: Path) -> None:
     """Write the folder that StableDiffusionXLPipeline.from_pretrained loads."""
     recipe = recipes.load(params).model
-    tokenizers = {"tokenizer": listed.tokenizer(inputs, "tokenizer", tokenizer), "tokenizer_2": listed.tokenizer(inputs, "tokenizer_2", tokenizer_2)}
+    tokenizers = {
+        "tokenizer": listed.tokenizer(inputs, "tokenizer", tokenizer),
+        "tokenizer_2": listed.tokenizer(inputs, "tokenizer_2", tokenizer_2),
+    }
     numerics.prepare()
-    from kohaku_delta.checkpoint import export  # imports torch, which must find the numerics fixed
+    from kohaku_delta.weights import export_diffusers  # imports torch, which must find the numerics fixed
 
-    written = export.export(model, tokenizers, recipe, out)
-    summary("export", f"{written:,} bytes of tensors, vae scaling factor {recipe.vae_scaling_factor} → {out}")
+    written = export_diffusers.export(model, tokenizers, recipe, out)
+    print_summary("export", f"{written:,} bytes of tensors, vae scaling factor {recipe.vae_scaling_factor} → {out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""schedule: the whole order of training. Reads posts.parquet; writes schedule.parquet (every micro-batch of every step) and bucket.txt."""
+"""schedule: the whole order of training. Reads posts.parquet; writes schedule.parquet (every micro-batch of every step)
+and bucket.txt.
+"""
 
 import os
 import sys
@@ -9,26 +11,48 @@ from pathlib import Path
 
 import click
 
-from kohaku_delta import atomic, table
+from kohaku_delta import atomic_files
 from kohaku_delta import params as recipes
-from kohaku_delta.stage import Stage, summary
+from kohaku_delta.cli.stage_command import StageCommand, print_summary
+from kohaku_delta.formats import parquet
 from kohaku_delta.training import schedule as schedules
 
 
-@click.command(cls=Stage)
+@click.command(cls=StageCommand)
 @click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True, help="The recipe.")
-@click.option("--posts", type=click.Path(path_type=Path), default="build/posts.parquet", show_default=True, help="What is trained on.")
-@click.option("--out", type=click.Path(path_type=Path), default="build/schedule.parquet", show_default=True, help="Every micro-batch of every step.")
-@click.option("--buckets", type=click.Path(path_type=Path), default="build/bucket.txt", show_default=True, help="Images of each bucket, in the published form.")
+@click.option(
+    "--posts",
+    type=click.Path(path_type=Path),
+    default="build/posts.parquet",
+    show_default=True,
+    help="What is trained on.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default="build/schedule.parquet",
+    show_default=True,
+    help="Every micro-batch of every step.",
+)
+@click.option(
+    "--buckets",
+    type=click.Path(path_type=Path),
+    default="build/bucket.txt",
+    show_default=True,
+    help="Images of each bucket, in the published form.",
+)
 def main(params: Path, posts: Path, out: Path, buckets: Path) -> None:
     """Compute every micro-batch of every step."""
     recipe = recipes.load(params)
-    order, counts = schedules.build(table.read(posts, ["post_id", "width", "height"]), recipe.schedule)
-    with atomic.writing(buckets, "w") as file:
+    order, counts = schedules.build_schedule(parquet.read(posts, ["post_id", "width", "height"]), recipe.schedule)
+    with atomic_files.atomic_write(buckets, "w") as file:
         file.write(schedules.bucket_lines(counts))
-    table.write(order, out)
+    parquet.write(order, out)
     images, steps = sum(count for _, count in counts), order["step"][-1].as_py() + 1
-    summary("schedule", f"{images:,} images in {len(counts)} buckets, B = {order.num_rows:,} micro-batches, {steps:,} steps → {out}, {buckets}")
+    print_summary(
+        "schedule",
+        f"{images:,} images in {len(counts)} buckets, B = {order.num_rows:,} micro-batches, {steps:,} steps → {out}, {buckets}",
+    )
 
 
 if __name__ == "__main__":

@@ -11,28 +11,44 @@ import click
 import pyarrow.compute as pc
 
 from kohaku_delta import params as recipes
-from kohaku_delta import table
+from kohaku_delta.cli.stage_command import StageCommand, print_summary
 from kohaku_delta.danbooru import schema
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import selection
-from kohaku_delta.hub import inputs as listed
-from kohaku_delta.stage import Stage, summary
+from kohaku_delta.formats import parquet
+from kohaku_delta.hub import inputs_manifest as listed
 
 
-@click.command(cls=Stage)
+@click.command(cls=StageCommand)
 @click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True, help="The recipe.")
-@click.option("--inputs", type=click.Path(path_type=Path), default="build/inputs.json", show_default=True, help="The list of verified inputs.")
-@click.option("--database", type=click.Path(path_type=Path), help="danbooru2023.db.  [default: the database of --inputs]")
-@click.option("--out", type=click.Path(path_type=Path), default="build/selection.parquet", show_default=True, help="Each distinct post, and how often it was drawn.")
+@click.option(
+    "--inputs",
+    type=click.Path(path_type=Path),
+    default="build/inputs.json",
+    show_default=True,
+    help="The list of verified inputs.",
+)
+@click.option(
+    "--database", type=click.Path(path_type=Path), help="danbooru2023.db.  [default: the database of --inputs]"
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default="build/selection.parquet",
+    show_default=True,
+    help="Each distinct post, and how often it was drawn.",
+)
 def main(params: Path, inputs: Path, database: Path | None, out: Path) -> None:
     """Draw the posts that are trained on."""
     recipe = recipes.load(params)
     source = Database(database or listed.path(inputs, "database"))
-    for doubt in schema.check(source):
+    for doubt in schema.check_schema(source):
         click.echo(f"select: {doubt}", err=True)
     selected = selection.select(source, recipe.selection)
-    table.write(selected, out)
-    summary("select", f"{selected.num_rows:,} distinct posts, drawn {pc.sum(selected['drawn']).as_py():,} times → {out}")
+    parquet.write(selected, out)
+    print_summary(
+        "select", f"{selected.num_rows:,} distinct posts, drawn {pc.sum(selected['drawn']).as_py():,} times → {out}"
+    )
 
 
 if __name__ == "__main__":

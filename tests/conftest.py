@@ -11,5 +11,5 @@ numerics.prepare()
 
 
 @pytest.fixture(autouse=True)
-def at_the_root(monkeypatch):
+def chdir_to_repo_root(monkeypatch):
     monkeypatch.chdir(ROOT)

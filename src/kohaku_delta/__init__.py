@@ -3,13 +3,15 @@
 import os
 import sys
 
-# Read by numpy when it is first imported: no AVX-512 kernels, whose float64 exp and log have other bits (numerics/__init__.py). Here, because every
-# stage and command imports this package before numpy.
+# Read by numpy when it is first imported: no AVX-512 kernels, whose float64 exp and log have other bits
+# (numerics/__init__.py). Here, because every stage and command imports this package before numpy.
 os.environ["NPY_DISABLE_CPU_FEATURES"] = "X86_V4 AVX512_ICL AVX512_SPR"
 
 
 def _one_line_for_ctrl_c(kind, error, trace) -> None:
-    """Ctrl-C while modules are imported, before a command runs, is one sentence too. Everything else keeps Python's own report."""
+    """Ctrl-C while modules are imported, before a command runs, is one sentence too. Everything else keeps Python's own
+    report.
+    """
     if kind is KeyboardInterrupt:
         print("Error: Interrupted.", file=sys.stderr)
     else:

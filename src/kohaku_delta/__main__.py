@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from kohaku_delta.cli import main
+from kohaku_delta.cli.main import main
 
 main(prog_name="kohaku-delta")

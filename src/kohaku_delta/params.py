@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from ruamel.yaml import YAML, YAMLError
 
-from kohaku_delta.refusal import Refusal
+from kohaku_delta.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -21,22 +21,26 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 def _numbers(mapping):
-    """The mapping with its keys as whole numbers. They are texts in the file: a number as a key makes `dvc params diff` fail for the whole file."""
+    """The mapping with its keys as whole numbers. They are texts in the file: a number as a key makes `dvc params diff`
+    fail for the whole file.
+    """
     if not isinstance(mapping, dict):
         return mapping
     for key in mapping:
         if not isinstance(key, str):
-            raise ValueError(f'the key {key} needs quotes ("{key}"): DVC compares no params.yaml that has numbers as keys')
+            raise ValueError(
+                f'the key {key} needs quotes ("{key}"): DVC compares no params.yaml that has numbers as keys'
+            )
         if not key.isascii() or not key.isdecimal():
             raise ValueError(f'the key "{key}" must be a whole number, in quotes')
     return {int(key): value for key, value in mapping.items()}
 
 
-class Section(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=False)
 
 
-class Pin(Section):
+class Pin(StrictModel):
     """One input: `hf://[datasets/]owner/name[@revision]/file` or `file://path`. sha256: whole, a prefix, or null."""
 
     url: Annotated[str, Field(pattern=r"^(hf|file)://.+")]
@@ -44,17 +48,19 @@ class Pin(Section):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")] | None
 
 
-def _one_or_many(value) -> str:
+def _pin_tag(value) -> str:
     return "Pins" if isinstance(value, list) else "Pin"
 
 
-class Download(Section):
+class Download(StrictModel):
     mirror: str
     images: Literal["all", "selected"]
-    inputs: dict[str, Annotated[Annotated[Pin, Tag("Pin")] | Annotated[list[Pin], Tag("Pins")], Discriminator(_one_or_many)]]
+    inputs: dict[
+        str, Annotated[Annotated[Pin, Tag("Pin")] | Annotated[list[Pin], Tag("Pins")], Discriminator(_pin_tag)]
+    ]
 
 
-class Range(Section):
+class Range(StrictModel):
     """Posts with from <= id < below (no upper end when null)."""
 
     from_: Count = Field(alias="from")
@@ -64,23 +70,25 @@ class Range(Section):
     @model_validator(mode="after")
     def _holds_ids(self):
         if self.below is not None and self.below <= self.from_:
-            raise ValueError(f"from is {self.from_} and below is {self.below}, so no id lies between; below is the first id excluded")
+            raise ValueError(
+                f"from is {self.from_} and below is {self.below}, so no id lies between; below is the first id excluded"
+            )
         return self
 
 
-class Selection(Section):
+class Selection(StrictModel):
     seed: int
     replacement: bool
     ranges: Annotated[list[Range], Field(min_length=1)]
 
 
-class Filter(Section):
+class Filter(StrictModel):
     images: Annotated[list[str], Field(min_length=1)]
     image_check: Literal["header", "decode"]
     max_pixels: Positive
 
 
-class Caption(Section):
+class Caption(StrictModel):
     special: list[str]
     dropped_meta: list[str]
     underscores_kept_up_to: Count
@@ -98,14 +106,18 @@ class Caption(Section):
         if list(self.years) != sorted(self.years):
             raise ValueError("years is not in ascending order; each year is the last one of its tag")
         if self.quality_above.keys() != self.ratings.keys():
-            raise ValueError(f"quality_above has the ratings {list(self.quality_above)}, ratings has {list(self.ratings)}; both need the same")
+            raise ValueError(
+                f"quality_above has the ratings {list(self.quality_above)}, ratings has {list(self.ratings)}; both need the same"
+            )
         for rating, thresholds in self.quality_above.items():
             if len(thresholds) != len(self.quality) - 1 or thresholds != sorted(thresholds, reverse=True):
-                raise ValueError(f"quality_above.{rating} needs {len(self.quality) - 1} falling thresholds, one between each two of the quality tags")
+                raise ValueError(
+                    f"quality_above.{rating} needs {len(self.quality) - 1} falling thresholds, one between each two of the quality tags"
+                )
         return self
 
 
-class Merge(Section):
+class Merge(StrictModel):
     start: Literal["merge", "published"]
     weights: dict[Literal["gamma", "beta"], float]
     donor_embeddings: list[str]
@@ -113,14 +125,14 @@ class Merge(Section):
     output_dtype: Dtype
 
 
-class Model(Section):
+class Model(StrictModel):
     head_dim: Positive
     norm_groups: Positive
     vae_scaling_factor: Annotated[float, Field(gt=0)]
     side: Pixels
 
 
-class Schedule(Section):
+class Schedule(StrictModel):
     seed: int
     epochs: Positive
     batch_size: Positive
@@ -150,13 +162,13 @@ class Schedule(Section):
         return self
 
 
-class Preset(Section):
+class Preset(StrictModel):
     modules: dict[str, Positive]
     names: dict[str, Positive]
     norms: bool
 
 
-class Lokr(Section):
+class Lokr(StrictModel):
     dim: Positive
     alpha: Annotated[int, Field(gt=0, lt=65520)]  # as fp16 it would become inf
     seed: int
@@ -167,11 +179,13 @@ class Lokr(Section):
     @model_validator(mode="after")
     def _dora_needs_delta(self):
         if self.dora and self.forward == "factors":
-            raise ValueError("dora: true scales the whole weight, which forward: factors never builds; set lokr.forward to delta")
+            raise ValueError(
+                "dora: true scales the whole weight, which forward: factors never builds; set lokr.forward to delta"
+            )
         return self
 
 
-class Train(Section):
+class Train(StrictModel):
     seed: int
     device: Literal["cpu", "cuda"]
     precision: Dtype
@@ -195,7 +209,7 @@ class Train(Section):
     gradient_checkpointing: bool
 
 
-class Execution(Section):
+class Execution(StrictModel):
     """How the training is run: what decides time and place, and no bits. No stage declares it."""
 
     ranks: Positive
@@ -206,13 +220,13 @@ class Execution(Section):
     work: str
 
 
-class Bake(Section):
+class Bake(StrictModel):
     scale: float
     title: Annotated[str, Field(min_length=1)]
     license: str | None
 
 
-class Preview(Section):
+class Preview(StrictModel):
     seed: int
     steps: Annotated[int, Field(gt=0, le=1000)]  # of as many time steps
     guidance: float
@@ -224,18 +238,18 @@ class Preview(Section):
     prompts: Annotated[list[str], Field(min_length=1)]
 
 
-class PublishedFile(Section):
+class PublishedFile(StrictModel):
     bytes: Positive | None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class PublishedDataset(Section):
+class PublishedDataset(StrictModel):
     posts: Positive
     steps: Positive
     buckets: list[Annotated[list[Positive], Field(min_length=3, max_length=3)]]  # width, height, images
 
 
-class Published(Section):
+class Published(StrictModel):
     """What the release published: targets of the audit and of the report, which nothing is made of."""
 
     dataset: PublishedDataset
@@ -245,7 +259,7 @@ class Published(Section):
     lokr_24000: PublishedFile
 
 
-class Recipe(Section):
+class Recipe(StrictModel):
     root: str
     requirements: Literal["cpu", "cuda"]
     supplied: Annotated[str, Field(min_length=1)]
@@ -265,18 +279,28 @@ class Recipe(Section):
 
 
 EXPECTED = {
-    "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number", "bool_type": "true or false",
-    "string_type": "a text", "list_type": "a list", "dict_type": "a mapping", "model_type": "a mapping",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
 }
 
 
-def _sentences(file: Path, errors: list[dict]) -> list[str]:
+def _error_messages(file: Path, errors: list[dict]) -> list[str]:
     wanted: dict[str, list[str]] = {}
     given: dict[str, object] = {}
     sentences = []
     for error in errors:
         # pydantic names the member of a union in the location; a reader knows only the file's keys
-        parts = [str(part) for part in error["loc"] if part not in ("Pin", "Pins") and not str(part).startswith(("literal[", "constrained-", "int"))]
+        parts = [
+            str(part)
+            for part in error["loc"]
+            if part not in ("Pin", "Pins") and not str(part).startswith(("literal[", "constrained-", "int"))
+        ]
         path = ".".join(parts) or "the file's content"
         if error["type"] == "extra_forbidden":
             sentences.append(f"{file}: the key {path} is not known. Remove it, or check its spelling.")
@@ -285,27 +309,37 @@ def _sentences(file: Path, errors: list[dict]) -> list[str]:
         elif error["type"] == "value_error":
             sentences.append(f"{file}: {path}: {error['ctx']['error']}.")
         else:
-            at_least = f"a list with at least {error['ctx']['min_length']} entries" if error["type"] == "too_short" else None
-            expected = EXPECTED.get(error["type"]) or at_least or error["msg"].replace("Input should be ", "").replace("String should match pattern", "a text of the form")
+            at_least = (
+                f"a list with at least {error['ctx']['min_length']} entries" if error["type"] == "too_short" else None
+            )
+            expected = (
+                EXPECTED.get(error["type"])
+                or at_least
+                or error["msg"]
+                .replace("Input should be ", "")
+                .replace("String should match pattern", "a text of the form")
+            )
             wanted.setdefault(path, []).append(expected)
             given[path] = error["input"]
-    return sentences + [f"{file}: {path} is {given[path]!r}; it must be {' or '.join(kinds)}." for path, kinds in wanted.items()]
+    return sentences + [
+        f"{file}: {path} is {given[path]!r}; it must be {' or '.join(kinds)}." for path, kinds in wanted.items()
+    ]
 
 
 def load(path) -> Recipe:
     """The recipe of a params.yaml. Refuses a file that is missing, not YAML, or that has wrong or unknown keys."""
     path = Path(path)
     try:
-        return _recipe(path, path.read_bytes())
+        return _parse(path, path.read_bytes())
     except FileNotFoundError:
-        raise Refusal(f"{path} is not there. Run in a recipe's folder, or name the file with --params.") from None
+        raise UserError(f"{path} is not there. Run in a recipe's folder, or name the file with --params.") from None
 
 
 @lru_cache(maxsize=1)  # a stage and what holds it to its declarations read the same recipe
-def _recipe(path: Path, content: bytes) -> Recipe:
+def _parse(path: Path, content: bytes) -> Recipe:
     try:
         return Recipe.model_validate(YAML(typ="safe", pure=True).load(content.decode("utf-8")))
     except (YAMLError, UnicodeDecodeError) as error:
-        raise Refusal(f"{path} is not YAML that can be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not YAML that can be read: {' '.join(str(error).split())}") from None
     except ValidationError as error:
-        raise Refusal("\n".join(_sentences(path, error.errors())[:5])) from None
+        raise UserError("\n".join(_error_messages(path, error.errors())[:5])) from None

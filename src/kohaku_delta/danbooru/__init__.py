@@ -1,1 +1,1 @@
-"""The room of what was published: the danbooru2023 database, its tars, and the images in them."""
+"""The published data: the danbooru2023 database, its tars and the images in them."""

@@ -1,7 +1,9 @@
-"""Invariant: no image stops a run. Bytes become (H, W, 3) uint8 RGB, or a size, or `Unreadable` with the reason; nothing else is raised.
+"""Invariant: no image stops a run. Bytes become (H, W, 3) uint8 RGB, or a size, or `Unreadable` with the reason;
+nothing else is raised.
 
-As the release's trainer saw images: the first frame of an animation, EXIF rotation not applied, alpha dropped, CMYK and palettes as Pillow
-converts them. The header check reads a few bytes of a file: RIFF headers of webp are read in bulk, other formats by Pillow.
+As the release's trainer saw images: the first frame of an animation, EXIF rotation not applied, alpha dropped, CMYK and
+palettes as Pillow converts them. The header check reads a few bytes of a file: RIFF headers of webp are read in bulk,
+other formats by Pillow.
 """
 
 import io
@@ -17,7 +19,7 @@ FORMATS = ("WEBP", "PNG", "JPEG", "BMP", "GIF")  # Pillow's other formats run pr
 Image.MAX_IMAGE_PIXELS = None  # its limit is global and only warns; ours is checked below, before anything is decoded
 
 
-class Unreadable(Exception):
+class UnreadableImage(Exception):
     """Why bytes are no image that can be trained on."""
 
 
@@ -30,10 +32,10 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
                 _limit(image.size, max_pixels)
                 return np.array(image.convert("RGB"))
     except Exception as error:  # Pillow raises a dozen kinds, none of which is a fault of ours
-        raise Unreadable(f"{type(error).__name__}: {error}") from None
+        raise UnreadableImage(f"{type(error).__name__}: {error}") from None
 
 
-def size(file, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def image_size(file, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) in pixels from the header of a binary file object. Raises Unreadable."""
     try:
         with warnings.catch_warnings():
@@ -42,21 +44,22 @@ def size(file, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
                 _limit(image.size, max_pixels)
                 return image.size
     except Exception as error:
-        raise Unreadable(f"{type(error).__name__}: {error}") from None
+        raise UnreadableImage(f"{type(error).__name__}: {error}") from None
 
 
 def webp_sizes(heads: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sizes of many webp files at once, from their first HEAD bytes (n, HEAD) uint8 (zeros behind a shorter file) and lengths int64.
+    """Sizes of many webp files at once, from their first HEAD bytes (n, HEAD) uint8 (zeros behind a shorter file) and
+    lengths int64.
 
-    Gives (webp, width, height): whether the file begins as webp does, and its size, (0, 0) where the file is shorter than its header says or
-    the header is not a picture's.
+    Gives (webp, width, height): whether the file begins as webp does, and its size, (0, 0) where the file is shorter
+    than its header says or the header is not a picture's.
     """
     head = np.ascontiguousarray(heads.T).astype(np.int32)  # byte by byte
-    webp = _is(head, 0, b"RIFF") & _is(head, 8, b"WEBP")
+    webp = _matches(head, 0, b"RIFF") & _matches(head, 8, b"WEBP")
     announced = head[4] | head[5] << 8 | head[6] << 16 | head[7].astype(np.int64) << 24
-    lossy = _is(head, 12, b"VP8 ") & _is(head, 23, b"\x9d\x01\x2a") & (head[20] & 1 == 0)
-    lossless = _is(head, 12, b"VP8L") & (head[20] == 0x2F)
-    extended = _is(head, 12, b"VP8X")
+    lossy = _matches(head, 12, b"VP8 ") & _matches(head, 23, b"\x9d\x01\x2a") & (head[20] & 1 == 0)
+    lossless = _matches(head, 12, b"VP8L") & (head[20] == 0x2F)
+    extended = _matches(head, 12, b"VP8X")
     bits = head[21] | head[22] << 8 | head[23] << 16 | head[24] << 24
     width = np.select(
         [lossy, lossless, extended],
@@ -65,14 +68,18 @@ def webp_sizes(heads: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.n
     )
     height = np.select(
         [lossy, lossless, extended],
-        [(head[28] | head[29] << 8) & 0x3FFF, (bits >> 14 & 0x3FFF) + 1, (head[27] | head[28] << 8 | head[29] << 16) + 1],
+        [
+            (head[28] | head[29] << 8) & 0x3FFF,
+            (bits >> 14 & 0x3FFF) + 1,
+            (head[27] | head[28] << 8 | head[29] << 16) + 1,
+        ],
         0,
     )
     whole = webp & (announced + 8 <= lengths) & (lengths >= 30) & (width > 0) & (height > 0)
     return webp, np.where(whole, width, 0), np.where(whole, height, 0)
 
 
-def _is(head: np.ndarray, place: int, mark: bytes) -> np.ndarray:
+def _matches(head: np.ndarray, place: int, mark: bytes) -> np.ndarray:
     return np.logical_and.reduce([head[place + each] == byte for each, byte in enumerate(mark)])
 
 

@@ -1,1 +1,1 @@
-"""The room of choices: which posts are trained on, with which captions."""
+"""The training dataset: which posts are used, their captions, and statistics about both."""

@@ -1,9 +1,10 @@
-"""Invariant: the captions of the release, character for character: keep + ", |||" + general, as HakuBooru of February 2024 wrote them.
+"""Invariant: the captions of the release, character for character: keep + ", |||" + general, as HakuBooru of February
+2024 wrote them.
 
-keep is special tags, characters, copyrights (series), artists; general is the other general tags, the meta tags that survive, and the tags of
-date, rating and quality. Inside a class the order is posttagrelation.id ascending. A pair that the database repeats is repeated: the tool
-joined three tables and asked for no distinct rows. A tag of a caption is one row (post, class, word) here, so that one radix sort writes
-8,192 captions at once.
+keep is special tags, characters, copyrights (series), artists; general is the other general tags, the meta tags that
+survive, and the tags of date, rating and quality. Inside a class the order is posttagrelation.id ascending. A pair that
+the database repeats is repeated: the tool joined three tables and asked for no distinct rows. A tag of a caption is one
+row (post, class, word) here, so that one radix sort writes 8,192 captions at once.
 """
 
 from collections.abc import Iterator
@@ -14,32 +15,45 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kohaku_delta import table
-from kohaku_delta.danbooru import pairs
-from kohaku_delta.danbooru.database import Database, distinct, standing
-from kohaku_delta.dataset import facts as rows
-from kohaku_delta.dataset.facts import NONE, Facts, facts
+from kohaku_delta.danbooru import post_tags
+from kohaku_delta.danbooru.database import Database, positions_of, unique_sorted
+from kohaku_delta.dataset import post_metadata as rows
+from kohaku_delta.dataset.post_metadata import NONE, PostMetadata, post_metadata
+from kohaku_delta.errors import UserError
+from kohaku_delta.formats import parquet
 from kohaku_delta.params import Caption
-from kohaku_delta.refusal import Refusal
 
-SCHEMA = pa.schema([("post_id", pa.int64()), ("keep", pa.list_(pa.string())), ("general", pa.list_(pa.string())), ("caption", pa.string())])
+SCHEMA = pa.schema(
+    [
+        ("post_id", pa.int64()),
+        ("keep", pa.list_(pa.string())),
+        ("general", pa.list_(pa.string())),
+        ("caption", pa.string()),
+    ]
+)
 WORDS = pa.list_(pa.dictionary(pa.int32(), pa.string()))
-STORED = pa.schema([("post_id", pa.int64()), ("keep", WORDS), ("general", WORDS), ("caption", pa.string())])  # SCHEMA, before a file is written
+STORED = pa.schema(
+    [("post_id", pa.int64()), ("keep", WORDS), ("general", WORDS), ("caption", pa.string())]
+)  # SCHEMA, before a file is written
 
 # classes of tags, in the order in which a caption has them
 SPECIAL, CHARACTER, COPYRIGHT, ARTIST, GENERAL, META = range(6)
 LEFT_OUT, BROKEN = 6, 7  # no part of a caption; makes a caption impossible (Database.broken_tags)
-CLASS_OF_TYPE = np.array([GENERAL, ARTIST, CHARACTER, COPYRIGHT, META, LEFT_OUT, BROKEN], np.uint8)  # database types 0 … 4, then -1, -2
+CLASS_OF_TYPE = np.array(
+    [GENERAL, ARTIST, CHARACTER, COPYRIGHT, META, LEFT_OUT, BROKEN], np.uint8
+)  # database types 0 … 4, then -1, -2
 
 
-def shown(names: pa.StringArray, parameters: Caption) -> pa.StringArray:
+def display_names(names: pa.StringArray, parameters: Caption) -> pa.StringArray:
     """Names of tags as captions write them."""
     short = pc.less_equal(pc.utf8_length(names), parameters.underscores_kept_up_to)
     return pc.if_else(short, names, pc.replace_substring(names, "_", " "))
 
 
 class Vocabulary:
-    """Every word that a caption can have: the database's tags in the order of their ids, then the words of dates, ratings and quality."""
+    """Every word that a caption can have: the database's tags in the order of their ids, then the words of dates,
+    ratings and quality.
+    """
 
     def __init__(self, database: Database, parameters: Caption):
         tags = database.tags()
@@ -57,21 +71,33 @@ class Vocabulary:
         self.classes[(self.classes == GENERAL) & special] = SPECIAL
         self.classes[usable & (blank | ((self.classes == META) & dropped))] = LEFT_OUT
 
-        tail = [*rows.dates(parameters), *(word for words in parameters.ratings.values() for word in words), *parameters.quality]
-        self.text = pa.concat_arrays([shown(name, parameters), pa.array(tail, pa.string())])
-        # what captions are put together from: each word with the comma behind it, each as the last one, the separator, and it behind nothing
-        followed, separator = pc.binary_join_element_wise(self.text, ", ", ""), [parameters.separator, ", " + parameters.separator]
+        tail = [
+            *rows.creation_years(parameters),
+            *(word for words in parameters.ratings.values() for word in words),
+            *parameters.quality,
+        ]
+        self.text = pa.concat_arrays([display_names(name, parameters), pa.array(tail, pa.string())])
+        # what captions are put together from: each word with the comma behind it, each as the last one, the separator,
+        # and it behind nothing
+        followed, separator = (
+            pc.binary_join_element_wise(self.text, ", ", ""),
+            [parameters.separator, ", " + parameters.separator],
+        )
         self.pieces = pa.concat_arrays([followed, self.text, pa.array(separator, pa.string())])
         self.date = len(name)
-        self.rating, place = {}, self.date + len(rows.dates(parameters))
+        self.rating, place = {}, self.date + len(rows.creation_years(parameters))
         for known, words in parameters.ratings.items():
             self.rating[known] = range(place, place + len(words))
             place += len(words)
         self.quality = place
 
-    def tail(self, said: Facts, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """The words of date, rating and quality of posts start … stop: how many each post has, and the words, post by post."""
-        date, rating, quality = (values[start:stop].astype(np.int32) for values in (said.date, said.rating, said.quality))
+    def metadata_tags(self, said: PostMetadata, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """The words of date, rating and quality of posts start … stop: how many each post has, and the words, post by
+        post.
+        """
+        date, rating, quality = (
+            values[start:stop].astype(np.int32) for values in (said.date, said.rating, said.quality)
+        )
         columns = [np.where(date != NONE, self.date + date, NONE)]
         for place in range(max(map(len, self.rating.values()), default=0)):
             words = np.full(128, NONE, np.int32)
@@ -83,7 +109,8 @@ class Vocabulary:
         return (words != NONE).sum(axis=1), words[words != NONE]
 
     def join(self, word: np.ndarray, ends: np.ndarray, middle: np.ndarray) -> pa.StringArray:
-        """keep joined by ", ", then ", ", the separator, and general joined by ", " (nothing between separator and general).
+        """keep joined by ", ", then ", ", the separator, and general joined by ", " (nothing between separator and
+        general).
 
         word (int32): of each caption its words and, at `middle`, a place for the separator; `ends` (n + 1) cut them.
         """
@@ -97,8 +124,10 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Written:
-    """Captions of the posts `id` (n). keep and general are words of the vocabulary in the order of the caption; *_ends (int32, n + 1) cut them."""
+class CaptionChunk:
+    """Captions of the posts `id` (n). keep and general are words of the vocabulary in the order of the caption; *_ends
+    (int32, n + 1) cut them.
+    """
 
     id: np.ndarray
     keep: np.ndarray
@@ -109,7 +138,7 @@ class Written:
     named: np.ndarray  # words that are artists or characters, each once a post that has it
 
 
-def write_chunk(chunk: pairs.Chunk, ids: np.ndarray, said: Facts, vocabulary: Vocabulary) -> Written:
+def write_chunk(chunk: post_tags.Chunk, ids: np.ndarray, said: PostMetadata, vocabulary: Vocabulary) -> CaptionChunk:
     """The captions of one chunk of the posts `ids`."""
     count, possible = chunk.stop - chunk.start, said.possible[chunk.start : chunk.stop]
     post, word, classes = chunk.post, chunk.tag, vocabulary.classes.take(chunk.tag)
@@ -117,7 +146,9 @@ def write_chunk(chunk: pairs.Chunk, ids: np.ndarray, said: Facts, vocabulary: Vo
     if (classes[unused] == BROKEN).any() or not possible.all():
         bad = np.unique(np.r_[post[classes == BROKEN].astype(np.int64), np.flatnonzero(~possible)])
         first = ", ".join(str(ids[chunk.start + place]) for place in bad[:5])
-        raise Refusal(f"No caption can be written for post {first}: its rating, fav_count or one of its tags is NULL or unknown. The filter stage drops such posts.")
+        raise UserError(
+            f"No caption can be written for post {first}: its rating, fav_count or one of its tags is NULL or unknown. The filter stage drops such posts."
+        )
     group = post << np.uint16(3) | classes
     word = word.take(np.argsort(group, kind="stable"))
     counts = np.bincount(group, minlength=count * 8).reshape(count, 8)  # tags of each post and class
@@ -127,7 +158,7 @@ def write_chunk(chunk: pairs.Chunk, ids: np.ndarray, said: Facts, vocabulary: Vo
     named = np.repeat(np.arange(count) << 32, counts[:, CHARACTER] + counts[:, ARTIST]) | word[wanted]
 
     # each caption is a run of kept words, a place for the separator, and a run of general words, the tail last
-    tails, tail = vocabulary.tail(said, chunk.start, chunk.stop)
+    tails, tail = vocabulary.metadata_tags(said, chunk.start, chunk.stop)
     keeps, generals = counts[:, :GENERAL].sum(axis=1), counts[:, GENERAL:].sum(axis=1)
     ends = _ends(keeps + 1 + generals + tails)
     middle = ends[:-1] + keeps
@@ -139,7 +170,15 @@ def write_chunk(chunk: pairs.Chunk, ids: np.ndarray, said: Facts, vocabulary: Vo
     keep = word[np.repeat(np.tile([True, False], count), np.stack([keeps, generals], axis=1).reshape(-1))]
     general = all_words[np.repeat(np.tile([False, False, True, True], count), parts)]
     caption = vocabulary.join(all_words, ends, middle)
-    return Written(ids[chunk.start : chunk.stop], keep, _ends(keeps), general, _ends(generals + tails), caption, distinct(named) & 0xFFFFFFFF)
+    return CaptionChunk(
+        ids[chunk.start : chunk.stop],
+        keep,
+        _ends(keeps),
+        general,
+        _ends(generals + tails),
+        caption,
+        unique_sorted(named) & 0xFFFFFFFF,
+    )
 
 
 def _ends(lengths: np.ndarray) -> np.ndarray:
@@ -148,15 +187,21 @@ def _ends(lengths: np.ndarray) -> np.ndarray:
     return ends
 
 
-def stream(database: Database, ids: np.ndarray, parameters: Caption, scratch=None) -> Iterator[tuple[Vocabulary, Written]]:
-    """Captions of the posts `ids` (int64, ascending, distinct), 8,192 at a time. `scratch` is the folder for temporary files."""
-    said = facts(database, ids, parameters)
+def iter_captions(
+    database: Database, ids: np.ndarray, parameters: Caption, scratch=None
+) -> Iterator[tuple[Vocabulary, CaptionChunk]]:
+    """Captions of the posts `ids` (int64, ascending, distinct), 8,192 at a time. `scratch` is the folder for temporary
+    files.
+    """
+    said = post_metadata(database, ids, parameters)
     vocabulary = Vocabulary(database, parameters)
-    for written in pairs.chunks(database, ids, vocabulary.ids, lambda chunk: write_chunk(chunk, ids, said, vocabulary), scratch):
+    for written in post_tags.chunks(
+        database, ids, vocabulary.ids, lambda chunk: write_chunk(chunk, ids, said, vocabulary), scratch
+    ):
         yield vocabulary, written
 
 
-def as_table(vocabulary: Vocabulary, parts: list[Written]) -> pa.Table:
+def as_table(vocabulary: Vocabulary, parts: list[CaptionChunk]) -> pa.Table:
     """Captions as a table of STORED: the lists name words of one dictionary, which a parquet file stores as such."""
     used = np.zeros(len(vocabulary.text), bool)
     for part in parts:
@@ -167,27 +212,32 @@ def as_table(vocabulary: Vocabulary, parts: list[Written]) -> pa.Table:
 
     def lists(name: str) -> pa.ListArray:
         words = np.concatenate([np.empty(0, np.int32), *(getattr(part, name) for part in parts)])
-        ends = np.cumsum(np.concatenate([[0], *(np.diff(getattr(part, f"{name}_ends")) for part in parts)]), dtype=np.int32)
-        return pa.ListArray.from_arrays(pa.array(ends), pa.DictionaryArray.from_arrays(pa.array(places[words]), words_used.dictionary))
+        ends = np.cumsum(
+            np.concatenate([[0], *(np.diff(getattr(part, f"{name}_ends")) for part in parts)]), dtype=np.int32
+        )
+        return pa.ListArray.from_arrays(
+            pa.array(ends), pa.DictionaryArray.from_arrays(pa.array(places[words]), words_used.dictionary)
+        )
 
     ids = np.concatenate([np.empty(0, np.int64), *(part.id for part in parts)])
     captions = pa.chunked_array([part.caption for part in parts], pa.string())
     return pa.table([pa.array(ids), lists("keep"), lists("general"), captions], schema=STORED)
 
 
-def write(database: Database, ids, parameters: Caption, path, counts=None) -> None:
-    """The captions of a list of posts (any order, repeats count once) as a parquet file of SCHEMA, post_id ascending, in bounded memory.
+def write_captions(database: Database, ids, parameters: Caption, path, counts=None) -> None:
+    """The captions of a list of posts (any order, repeats count once) as a parquet file of SCHEMA, post_id ascending,
+    in bounded memory.
 
     `counts` (lists.Counts) hears of every artist and character.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with table.writer(path, STORED, plain=["caption"]) as append:
-        parts: list[Written] = []
-        for vocabulary, written in stream(database, distinct(ids), parameters, Path(path).parent):
+    with parquet.open_writer(path, STORED, plain=["caption"]) as append:
+        parts: list[CaptionChunk] = []
+        for vocabulary, written in iter_captions(database, unique_sorted(ids), parameters, Path(path).parent):
             parts.append(written)
             if counts is not None:
                 counts.add(written.named, vocabulary)
-            if sum(len(part.id) for part in parts) >= table.ROW_GROUP:
+            if sum(len(part.id) for part in parts) >= parquet.ROW_GROUP:
                 append(as_table(vocabulary, parts))
                 parts = []
         if parts:
@@ -197,7 +247,7 @@ def write(database: Database, ids, parameters: Caption, path, counts=None) -> No
 def caption_posts(database: Database, ids, parameters: Caption) -> pa.Table:
     """The captions of a list of posts (any order, repeats count once) as one table of SCHEMA, post_id ascending."""
     tables = [SCHEMA.empty_table()]
-    for vocabulary, part in stream(database, distinct(ids), parameters):
+    for vocabulary, part in iter_captions(database, unique_sorted(ids), parameters):
         keep, general = (
             pa.ListArray.from_arrays(pa.array(ends), vocabulary.text.take(pa.array(words)))
             for ends, words in ((part.keep_ends, part.keep), (part.general_ends, part.general))
@@ -206,9 +256,13 @@ def caption_posts(database: Database, ids, parameters: Caption) -> pa.Table:
     return pa.concat_tables(tables).combine_chunks()
 
 
-def possible(database: Database, ids: np.ndarray, parameters: Caption, said: Facts | None = None) -> np.ndarray:
-    """Of each post `ids` (int64, ascending, distinct), whether the release's tool could caption it (bool). `said`: facts, if at hand."""
-    can = (said or facts(database, ids, parameters)).possible.copy()
-    broken = standing(ids, database.posts_of(database.broken_tags()))
+def captionable(
+    database: Database, ids: np.ndarray, parameters: Caption, said: PostMetadata | None = None
+) -> np.ndarray:
+    """Of each post `ids` (int64, ascending, distinct), whether the release's tool could caption it (bool). `said`:
+    facts, if at hand.
+    """
+    can = (said or post_metadata(database, ids, parameters)).possible.copy()
+    broken = positions_of(ids, database.posts_of(database.broken_tags()))
     can[broken[broken >= 0]] = False
     return can

@@ -1,8 +1,9 @@
-"""Invariant: the same database and seed give the same posts, drawn as the release drew them: one stream, by index over ascending ids.
+"""Invariant: the same database and seed give the same posts, drawn as the release drew them: one stream, by index over
+ascending ids.
 
-The release called Python's `random.choices` on lists of posts: pick number i is `population[floor(random() * n)]`, with replacement, and
-ranges follow one another in one stream of MT19937. numpy continues Python's own state, so a million draws take milliseconds and are
-the same numbers.
+The release called Python's `random.choices` on lists of posts: pick number i is `population[floor(random() * n)]`, with
+replacement, and ranges follow one another in one stream of MT19937. numpy continues Python's own state, so a million
+draws take milliseconds and are the same numbers.
 """
 
 import random
@@ -11,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 
 from kohaku_delta.danbooru.database import Database
+from kohaku_delta.errors import UserError
 from kohaku_delta.params import Selection
-from kohaku_delta.refusal import Refusal
 
 SCHEMA = pa.schema([("post_id", pa.int64()), ("drawn", pa.int32())])
 
 
-def stream(seed: int) -> np.random.Generator:
+def python_compatible_rng(seed: int) -> np.random.Generator:
     """A generator whose `.random()` are the numbers of `random.Random(seed).random()`, bit for bit."""
     *key, position = random.Random(seed).getstate()[1]
     twister = np.random.MT19937()
@@ -25,10 +26,11 @@ def stream(seed: int) -> np.random.Generator:
     return np.random.Generator(twister)
 
 
-def draw(numbers: np.random.Generator, population: int, count: int, replacement: bool) -> np.ndarray:
+def sample_indices(numbers: np.random.Generator, population: int, count: int, replacement: bool) -> np.ndarray:
     """`count` indices (int64) below `population`, in the order of drawing.
 
-    With replacement: `random.choices`. Without: every index gets one number and the smallest `count` numbers win (all, if there are fewer).
+    With replacement: `random.choices`. Without: every index gets one number and the smallest `count` numbers win (all,
+    if there are fewer).
     """
     if replacement:
         return np.floor(numbers.random(count) * float(population)).astype(np.int64)
@@ -38,24 +40,26 @@ def draw(numbers: np.random.Generator, population: int, count: int, replacement:
 def select(database: Database, parameters: Selection) -> pa.Table:
     """Each distinct post once: post_id int64 ascending, drawn int32 (how often; 1 in a range that is taken whole)."""
     ids = database.post_ids()
-    numbers = stream(parameters.seed)
+    numbers = python_compatible_rng(parameters.seed)
     drawn = np.zeros(len(ids), np.int64)
     for place, part in enumerate(parameters.ranges):
-        start, stop = np.searchsorted(ids, [part.from_, part.below if part.below is not None else np.iinfo(np.int64).max])
+        start, stop = np.searchsorted(
+            ids, [part.from_, part.below if part.below is not None else np.iinfo(np.int64).max]
+        )
         if part.draw == "all":
             drawn[start:stop] += 1
         elif stop == start:
             span = f"{part.from_} <= id < {part.below}" if part.below is not None else f"id >= {part.from_}"
-            raise Refusal(
+            raise UserError(
                 f"The database {database.path} has no post with {span}, so selection.ranges.{place} can draw none. "
                 "Remove that range, or name the database that was meant."
             )
         else:
-            chosen = draw(numbers, stop - start, part.draw, parameters.replacement)
+            chosen = sample_indices(numbers, stop - start, part.draw, parameters.replacement)
             drawn[start:stop] += np.bincount(chosen, minlength=stop - start)
     taken = drawn > 0
     if not taken.any():
-        raise Refusal(f"selection.ranges take no post of the database {database.path}: nothing would be trained on.")
+        raise UserError(f"selection.ranges take no post of the database {database.path}: nothing would be trained on.")
     return pa.table({"post_id": ids[taken], "drawn": drawn[taken].astype(np.int32)}, schema=SCHEMA)
 
 

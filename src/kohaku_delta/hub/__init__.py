@@ -1,1 +1,1 @@
-"""Pins, the mirror, and the list of verified inputs."""
+"""Downloads: pins, Hugging Face client, mirror, and the manifest of verified inputs."""

@@ -5,12 +5,12 @@ The one place that sets threads, flags and environment. Call it before torch is 
     from kohaku_delta import numerics
     numerics.hold("cpu")
 
-CPU (any x86-64 with AVX2): one thread a rank, ATen's AVX2 kernels, MKL's portable branch (the only one that every vendor's
-processor honours), no oneDNN (it picks its blocking by cache size), no NNPACK, the math form of attention, numpy without AVX-512. MKL's vector
-functions heed none of this: `torch.sqrt` differs between processors, and operators.py lists what may run instead.
-GPU: deterministic algorithms in strict mode (warn-only leaves attention's backward unordered), no autotuning, no TF32,
-a fixed cuBLAS workspace, and a ring without NVLS in NCCL. Equal bits then need the same library versions, architecture and
-number of multiprocessors.
+CPU (any x86-64 with AVX2): one thread a rank, ATen's AVX2 kernels, MKL's portable branch (the only one that every
+vendor's processor honours), no oneDNN (it picks its blocking by cache size), no NNPACK, the math form of attention,
+numpy without AVX-512. MKL's vector functions heed none of this: `torch.sqrt` differs between processors, and
+operators.py lists what may run instead. GPU: deterministic algorithms in strict mode (warn-only leaves attention's
+backward unordered), no autotuning, no TF32, a fixed cuBLAS workspace, and a ring without NVLS in NCCL. Equal bits then
+need the same library versions, architecture and number of multiprocessors.
 """
 
 import logging
@@ -18,7 +18,8 @@ import os
 import platform
 import sys
 
-from kohaku_delta.refusal import Refusal
+from kohaku_delta import process_facts
+from kohaku_delta.errors import UserError
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -42,21 +43,28 @@ PYTHON = (3, 11)
 
 
 def prepare() -> None:
-    """Fixes the environment, for this process and those that it starts; imports nothing. Refuses where torch is already loaded under another one."""
+    """Fixes the environment, for this process and those that it starts; imports nothing. Refuses where torch is already
+    loaded under another one.
+    """
     if sys.version_info[:2] != PYTHON:
-        raise Refusal(f"This is Python {platform.python_version()}; the recipe's libraries are locked for 3.11. Run `make repro`, which makes .venv.")
+        raise UserError(
+            f"This is Python {platform.python_version()}; the recipe's libraries are locked for 3.11. Run `make repro`, which makes .venv."
+        )
     differing = sorted(key for key, value in ENVIRONMENT.items() if os.environ.get(key) != value)
     if "torch" in sys.modules and differing:
-        raise Refusal(f"torch was loaded before the numerics were fixed ({', '.join(differing)}). Call numerics.prepare() before importing torch.")
+        raise UserError(
+            f"torch was loaded before the numerics were fixed ({', '.join(differing)}). Call numerics.prepare() before importing torch."
+        )
     os.environ.update(ENVIRONMENT)
+    process_facts.register("numerics", lambda device: describe(device) if "torch" in sys.modules else None)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for 4-bit kernels that nothing here uses
 
 
-def hold(device: str = "cpu") -> None:
+def enforce(device: str = "cpu") -> None:
     """Fixes the numerics of this process for `device` ("cpu" or "cuda"). Refuses what it cannot hold.
 
-    Errors: Refusal when torch was imported under another environment, when Python is not 3.11, when the processor has no AVX2,
-    or when a CUDA device is asked for and none is there.
+    Errors: Refusal when torch was imported under another environment, when Python is not 3.11, when the processor has
+    no AVX2, or when a CUDA device is asked for and none is there.
     """
     prepare()
 
@@ -79,17 +87,26 @@ def hold(device: str = "cpu") -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_float32_matmul_precision("highest")
     if torch.backends.cpu.get_cpu_capability() != "AVX2":
-        raise Refusal(f"This processor offers {torch.backends.cpu.get_cpu_capability()}; the recipe's CPU contract needs AVX2.")
+        raise UserError(
+            f"This processor offers {torch.backends.cpu.get_cpu_capability()}; the recipe's CPU contract needs AVX2."
+        )
     if device == "cuda" and not torch.cuda.is_available():
-        raise Refusal("params.yaml asks for train.device cuda, and torch sees no CUDA device here. Run on a GPU host, or rebuild the miniature.")
+        raise UserError(
+            "params.yaml asks for train.device cuda, and torch sees no CUDA device here. Run on a GPU host, or rebuild the miniature."
+        )
 
 
-def contract(device: str) -> dict[str, str]:
+def describe(device: str) -> dict[str, str]:
     """What decides the bits here besides inputs, parameters and code: goes into the journal's header and the records."""
     import torch
 
     held = {"python": platform.python_version(), "torch": torch.__version__, "device": device, **ENVIRONMENT}
     if device == "cuda":
         card = torch.cuda.get_device_properties(0)
-        held |= {"gpu": card.name, "architecture": f"{card.major}.{card.minor}", "multiprocessors": str(card.multi_processor_count), "cuda": torch.version.cuda}
+        held |= {
+            "gpu": card.name,
+            "architecture": f"{card.major}.{card.minor}",
+            "multiprocessors": str(card.multi_processor_count),
+            "cuda": torch.version.cuda,
+        }
     return held

@@ -1,8 +1,10 @@
-"""Every operator that a training, a VAE or a sampler runs on the CPU is here, and gives the same bits on every x86-64 processor with AVX2.
+"""Every operator that a training, a VAE or a sampler runs on the CPU is here, and gives the same bits on every x86-64
+processor with AVX2.
 
-An operator is EXACT (it moves numbers, or IEEE 754 says each result's bits), or MEASURED: its digest on fixed inputs is in operators.json and was
-equal on real and emulated processors of several makers. Any other one is refused by tests/test_operators.py. `kohaku-delta operators` prints the
-digests of this processor; docs/processors.md says what they prove.
+An operator is EXACT (it moves numbers, or IEEE 754 says each result's bits), or MEASURED: its digest on fixed inputs is
+in operators.json and was equal on real and emulated processors of several makers. Any other one is refused by
+tests/numerics/test_operators.py. `kohaku-delta operators` prints the digests of this processor; docs/processors.md says
+what they prove.
 """
 
 import hashlib
@@ -17,15 +19,17 @@ import torch.nn.functional as F
 
 KNOWN = Path(__file__).with_name("operators.json")
 
-# aten operators whose result IEEE 754 or plain bookkeeping determines: copies, views, comparisons, whole numbers, conversions (rounded once),
-# and + − × ÷ of single numbers. `pow` is one with the exponents 1 and 2 alone, which torch copies and multiplies out.
+# aten operators whose result IEEE 754 or plain bookkeeping determines: copies, views, comparisons, whole numbers,
+# conversions (rounded once), and + − × ÷ of single numbers. `pow` is one with the exponents 1 and 2 alone, which torch
+# copies and multiplies out.
 EXACT = frozenset(
     """__rshift__ _local_scalar_dense _to_copy _unsafe_view abs add add_ alias all arange argmax bitwise_xor_ cat clamp clone constant_pad_nd copy_ detach
     div div_ embedding empty eq expand fill_ full index index_put lift_fresh masked_fill_ mul mul_ ne neg new_empty new_zeros ones ones_like permute pow
     round rsub scalar_tensor select select_backward slice slice_backward split squeeze stack sub t transpose tril unbind unsqueeze upsample_nearest2d view
     where zero_ zeros zeros_like""".split()
 )
-# What fills weights or a seed that are overwritten before they are read: constructors of modules, the loader's base seed.
+# What fills weights or a seed that are overwritten before they are read: constructors of modules, the loader's base
+# seed.
 OVERWRITTEN = frozenset(("uniform_", "normal_", "random_"))
 
 
@@ -50,40 +54,89 @@ def both(function: Callable, *inputs: torch.Tensor) -> list[torch.Tensor]:
 def matrix_products() -> list[torch.Tensor]:
     """Sizes of the miniature's layers and odd ones, some transposed, some through a bias."""
     found = []
-    for rows, inner, columns in ((1, 48, 48), (227, 112, 48), (256, 48, 192), (77, 64, 64), (3, 5, 7), (129, 65, 33), (64, 2048, 24)):
+    for rows, inner, columns in (
+        (1, 48, 48),
+        (227, 112, 48),
+        (256, 48, 192),
+        (77, 64, 64),
+        (3, 5, 7),
+        (129, 65, 33),
+        (64, 2048, 24),
+    ):
         left, right, bias = numbers(rows, inner), numbers(inner, columns, seed=1), numbers(columns, seed=2)
-        found += [left @ right, left.T.contiguous().T @ right, torch.addmm(bias, left, numbers(columns, inner, seed=3).T)]
+        found += [
+            left @ right,
+            left.T.contiguous().T @ right,
+            torch.addmm(bias, left, numbers(columns, inner, seed=3).T),
+        ]
         found += [left.half() @ right.half(), torch.addmm(bias.half(), left.half(), right.half())]
     return found
 
 
 def batched_products() -> list[torch.Tensor]:
     shapes = ((6, 77, 16, 77), (3, 256, 16, 227), (2, 64, 3, 5), (8, 6, 8, 1024))
-    return [torch.bmm(numbers(b, m, k).to(dtype), numbers(b, k, n, seed=1).to(dtype)) for dtype in (torch.float32, torch.float16) for b, m, k, n in shapes]
+    return [
+        torch.bmm(numbers(b, m, k).to(dtype), numbers(b, k, n, seed=1).to(dtype))
+        for dtype in (torch.float32, torch.float16)
+        for b, m, k, n in shapes
+    ]
 
 
 def convolutions() -> list[torch.Tensor]:
     found = []
-    for channels, out, side, kernel, stride in ((4, 24, 16, 3, 1), (24, 48, 16, 3, 1), (48, 48, 9, 3, 2), (24, 48, 8, 1, 1), (3, 8, 32, 3, 1), (6, 6, 7, 3, 1)):
-        given = numbers(2, channels, side, side + 1), numbers(out, channels, kernel, kernel, seed=1, scale=0.1), numbers(out, seed=2)
-        found += both(lambda x, w, b: F.conv2d(x, w, b, stride=stride, padding=kernel // 2), *given)  # noqa: B023
+    for channels, out, side, kernel, stride in (
+        (4, 24, 16, 3, 1),
+        (24, 48, 16, 3, 1),
+        (48, 48, 9, 3, 2),
+        (24, 48, 8, 1, 1),
+        (3, 8, 32, 3, 1),
+        (6, 6, 7, 3, 1),
+    ):
+        given = (
+            numbers(2, channels, side, side + 1),
+            numbers(out, channels, kernel, kernel, seed=1, scale=0.1),
+            numbers(out, seed=2),
+        )
+        found += both(lambda x, w, b: F.conv2d(x, w, b, stride=stride, padding=kernel // 2), *given)
     return found
 
 
 def attention() -> list[torch.Tensor]:
     """The math form, with and without the causal mask of the text encoders."""
     given = [numbers(2, 3, 77, 16, seed=seed, scale=4.0) for seed in range(3)]
-    return [part for causal in (False, True) for part in both(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal), *given)]  # noqa: B023
+    return [
+        part
+        for causal in (False, True)
+        for part in both(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal), *given)
+    ]
 
 
 def group_norm() -> list[torch.Tensor]:
     shapes = ((2, 24, 16, 16), (1, 48, 7, 5), (3, 8, 33, 1))
-    return [part for shape in shapes for part in both(lambda x, w, b: F.group_norm(x, 4, w, b), numbers(*shape), numbers(shape[1], seed=1), numbers(shape[1], seed=2))]
+    return [
+        part
+        for shape in shapes
+        for part in both(
+            lambda x, w, b: F.group_norm(x, 4, w, b),
+            numbers(*shape),
+            numbers(shape[1], seed=1),
+            numbers(shape[1], seed=2),
+        )
+    ]
 
 
 def layer_norm() -> list[torch.Tensor]:
     shapes = ((2, 77, 48), (5, 3, 64), (1, 9, 1280))
-    return [part for shape in shapes for part in both(lambda x, w, b: F.layer_norm(x, shape[-1:], w, b), numbers(*shape), numbers(shape[-1], seed=1), numbers(shape[-1], seed=2))]  # noqa: B023
+    return [
+        part
+        for shape in shapes
+        for part in both(
+            lambda x, w, b: F.layer_norm(x, shape[-1:], w, b),
+            numbers(*shape),
+            numbers(shape[-1], seed=1),
+            numbers(shape[-1], seed=2),
+        )
+    ]
 
 
 def pointwise(function: Callable, low: float, high: float) -> Callable[[], list[torch.Tensor]]:
@@ -93,15 +146,26 @@ def pointwise(function: Callable, low: float, high: float) -> Callable[[], list[
 
 def sums() -> list[torch.Tensor]:
     given = [numbers(3, 24, 16, 16), numbers(5, 1031), numbers(227, 2048).T]
-    return [each.sum(dim=dim) for each in (*given, *(each.half() for each in given)) for dim in (0, -1, (0, -1))] + [numbers(1_000_003).sum()]
+    return [each.sum(dim=dim) for each in (*given, *(each.half() for each in given)) for dim in (0, -1, (0, -1))] + [
+        numbers(1_000_003).sum()
+    ]
 
 
 def means() -> list[torch.Tensor]:
-    return [numbers(4, 4, 16, 12).square().mean(dim=(1, 2, 3)), numbers(7).mean(), numbers(100_003).mean(), F.avg_pool2d(numbers(2, 3, 16, 16), 8)]
+    return [
+        numbers(4, 4, 16, 12).square().mean(dim=(1, 2, 3)),
+        numbers(7).mean(),
+        numbers(100_003).mean(),
+        F.avg_pool2d(numbers(2, 3, 16, 16), 8),
+    ]
 
 
 def norms() -> list[torch.Tensor]:
-    return [torch.linalg.vector_norm(numbers(1_000_003), dtype=torch.float64), torch.linalg.vector_norm(numbers(48, 31), dim=1), torch.linalg.vector_norm(numbers(8, 3, 9), dim=(1, 2))]
+    return [
+        torch.linalg.vector_norm(numbers(1_000_003), dtype=torch.float64),
+        torch.linalg.vector_norm(numbers(48, 31), dim=1),
+        torch.linalg.vector_norm(numbers(8, 3, 9), dim=(1, 2)),
+    ]
 
 
 def schedules() -> list[torch.Tensor]:
@@ -114,13 +178,17 @@ def optimizers() -> list[torch.Tensor]:
 
     found = []
     for dtype in (torch.float32, torch.float16):
-        weights = [torch.nn.Parameter(numbers(96, 96, seed=seed).to(dtype)[: 96 - 90 * seed].contiguous()) for seed in (0, 1)]
+        weights = [
+            torch.nn.Parameter(numbers(96, 96, seed=seed).to(dtype)[: 96 - 90 * seed].contiguous()) for seed in (0, 1)
+        ]
         lion = bitsandbytes.optim.Lion8bit(weights, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
         for step in range(3):
             for weight in weights:
                 weight.grad = numbers(*weight.shape, seed=step + 5, scale=1e-3).to(dtype)
             lion.step()
-        found += [weight.detach() for weight in weights] + [lion.state[weight][key] for weight in weights for key in ("state1", "absmax1") if key in lion.state[weight]]
+        found += [weight.detach() for weight in weights] + [
+            lion.state[weight][key] for weight in weights for key in ("state1", "absmax1") if key in lion.state[weight]
+        ]
     return found
 
 
@@ -137,7 +205,9 @@ def square_roots() -> list[np.ndarray]:
 def picture(height: int, width: int) -> np.ndarray:
     """uint8 (height, width, 3): slopes with noise on them."""
     slopes = np.add.outer(np.arange(height) * 2, np.arange(width))[..., None] + np.array([0, 60, 120])
-    return ((slopes + np.random.Generator(np.random.Philox(key=[3, 3])).integers(0, 40, (height, width, 3))) % 256).astype(np.uint8)
+    return (
+        (slopes + np.random.Generator(np.random.Philox(key=[3, 3])).integers(0, 40, (height, width, 3))) % 256
+    ).astype(np.uint8)
 
 
 def resized_pictures() -> list[np.ndarray]:
@@ -145,14 +215,21 @@ def resized_pictures() -> list[np.ndarray]:
 
     cv2.setNumThreads(1)
     sizes = ((96, 128), (97, 131), (40, 40), (300, 211))
-    return [cv2.resize(picture(*source), target[::-1], interpolation=cv2.INTER_AREA) for source in ((200, 161), (320, 320), (64, 90)) for target in sizes]
+    return [
+        cv2.resize(picture(*source), target[::-1], interpolation=cv2.INTER_AREA)
+        for source in ((200, 161), (320, 320), (64, 90))
+        for target in sizes
+    ]
 
 
 def blurred_pictures_in_lab() -> list[np.ndarray]:
     """What the preview measures distances in: OpenCV's arithmetic of whole numbers."""
     import cv2
 
-    blurred = [cv2.GaussianBlur(picture(*size), (13, 13), 2.0, borderType=cv2.BORDER_REPLICATE) for size in ((128, 128), (67, 101))]
+    blurred = [
+        cv2.GaussianBlur(picture(*size), (13, 13), 2.0, borderType=cv2.BORDER_REPLICATE)
+        for size in ((128, 128), (67, 101))
+    ]
     return [*blurred, *(cv2.cvtColor(each, cv2.COLOR_RGB2LAB) for each in blurred)]
 
 
@@ -168,7 +245,9 @@ def coded_pictures() -> list[np.ndarray]:
     return [*found, np.frombuffer(file.getvalue(), np.uint8)]
 
 
-MEASURED: dict[str, tuple[tuple[str, ...], Callable[[], list]]] = {  # name → the aten (or other) operators that it covers, what it computes
+MEASURED: dict[
+    str, tuple[tuple[str, ...], Callable[[], list]]
+] = {  # name → the aten (or other) operators that it covers, what it computes
     "matrix products": (("mm", "addmm"), matrix_products),
     "batched matrix products": (("bmm",), batched_products),
     "convolutions": (("convolution", "convolution_backward"), convolutions),
@@ -179,8 +258,14 @@ MEASURED: dict[str, tuple[tuple[str, ...], Callable[[], list]]] = {  # name → 
     "SiLU": (("silu", "silu_backward"), pointwise(F.silu, -20, 20)),
     "sigmoid": (("sigmoid", "sigmoid_backward"), pointwise(torch.sigmoid, -20, 20)),
     "exp": (("exp",), pointwise(torch.exp, -80, 8)),
-    "sine and cosine": (("sin", "cos"), lambda: pointwise(torch.sin, -4097, 4097)() + pointwise(torch.cos, -4097, 4097)()),
-    "sums": (("sum", "upsample_nearest2d_backward"), lambda: sums() + gradients(lambda x: F.interpolate(x, scale_factor=2.0), numbers(2, 4, 9, 8))),
+    "sine and cosine": (
+        ("sin", "cos"),
+        lambda: pointwise(torch.sin, -4097, 4097)() + pointwise(torch.cos, -4097, 4097)(),
+    ),
+    "sums": (
+        ("sum", "upsample_nearest2d_backward"),
+        lambda: sums() + gradients(lambda x: F.interpolate(x, scale_factor=2.0), numbers(2, 4, 9, 8)),
+    ),
     "means": (("mean",), means),
     "norms": (("linalg_vector_norm",), norms),
     "noise schedule": (("linspace", "cumprod"), schedules),

@@ -1,1 +1,1 @@
-"""Whether a host can make a recipe, before anything is spent: what it has, what the recipe needs, the table of both, and the plan for another host."""
+"""Host checks before a build: what the host has, what the recipe needs, and a plan for another host."""

@@ -1,1 +1,1 @@
-"""What the training changed, for a person's eyes and as one number."""
+"""Sample pictures and held-out loss of base and final model."""

@@ -1,1 +1,1 @@
-"""What a build shows of itself: one page of HTML, and its model card."""
+"""The HTML page and the model card of a build, and the plots of its dataset."""

@@ -1,1 +1,1 @@
-"""What SDXL is, apart from any training: its tokenizer."""
+"""SDXL itself: tensor names, model loading, diffusers layout and CLIP tokenizer."""

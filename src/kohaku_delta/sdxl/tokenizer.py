@@ -1,8 +1,9 @@
-"""CLIP's tokenizer as the release's trainer had it: the slow one of transformers 4.36, which cleaned every text with ftfy 6.1.1.
+"""CLIP's tokenizer as the release's trainer had it: the slow one of transformers 4.36, which cleaned every text with
+ftfy 6.1.1.
 
-text → pieces between literal special tokens → ftfy → whitespace → lower case → words → bytes → byte-pair encoding. ftfy turns full-width letters,
-curly quotes, ligatures and HTML entities into other characters, and with them into other tokens; the fast tokenizers do not. Printable ASCII
-without `&` is left as it is.
+text → pieces between literal special tokens → ftfy → whitespace → lower case → words → bytes → byte-pair encoding. ftfy
+turns full-width letters, curly quotes, ligatures and HTML entities into other characters, and with them into other
+tokens; the fast tokenizers do not. Printable ASCII without `&` is left as it is.
 """
 
 import json
@@ -13,12 +14,15 @@ import ftfy
 import regex
 from tokenizers import models
 
-from kohaku_delta.hermetic import watch
-from kohaku_delta.refusal import Refusal
+from kohaku_delta.errors import UserError
+from kohaku_delta.sandbox import audit_hook
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 SPECIAL = regex.compile(f"({regex.escape(BEGIN)}|{regex.escape(END)})")
-WORD = regex.compile(rf"{regex.escape(BEGIN)}|{regex.escape(END)}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE)
+WORD = regex.compile(
+    rf"{regex.escape(BEGIN)}|{regex.escape(END)}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+",
+    regex.IGNORECASE,
+)
 SPACE = regex.compile(r"\s+")
 
 
@@ -43,14 +47,20 @@ class ClipTokenizer:
     def __init__(self, vocab: Path, merges: Path):
         for path in (vocab, merges):
             if not Path(path).is_file():
-                raise Refusal(f"{path} is not there; the tokenizer needs vocab.json and merges.txt. Run the download stage.")
-            watch.opening(path)
+                raise UserError(
+                    f"{path} is not there; the tokenizer needs vocab.json and merges.txt. Run the download stage."
+                )
+            audit_hook.audit_open(path)
         try:
             self.ids: dict[str, int] = json.loads(Path(vocab).read_text(encoding="utf-8"))
             self.bos_token_id, self.eos_token_id = self.ids[BEGIN], self.ids[END]
-            self.model = models.BPE.from_file(str(vocab), str(merges), continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END)
+            self.model = models.BPE.from_file(
+                str(vocab), str(merges), continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END
+            )
         except Exception as error:  # the tokenizers library raises bare Exceptions
-            raise Refusal(f"{vocab} and {merges} are not a CLIP tokenizer that can be read ({' '.join(str(error).split())}). Run the download stage again.") from None
+            raise UserError(
+                f"{vocab} and {merges} are not a CLIP tokenizer that can be read ({' '.join(str(error).split())}). Run the download stage again."
+            ) from None
         self.word = lru_cache(maxsize=1 << 16)(self.word)
 
     def __len__(self) -> int:

@@ -1,1 +1,1 @@
-"""Training: buckets, schedule, a visit as a function, conditioning, adapter, loss, the ordered sum, state, journal, loop."""
+"""Training: buckets, schedule, batches, LoKr, optimizer, ordered gradient sum, journal, checkpoints."""

@@ -1,4 +1,5 @@
-"""Invariant: an image's bucket, its resize, its crop and its size conditioning follow from its size and the recipe alone.
+"""Invariant: an image's bucket, its resize, its crop and its size conditioning follow from its size and the recipe
+alone.
 
 The geometry is that of sd-scripts v0.8.3. Sizes are (width, height) in pixels.
 """
@@ -10,7 +11,7 @@ import numpy as np
 from kohaku_delta.params import Schedule
 
 
-def table(parameters: Schedule) -> list[tuple[int, int]]:
+def all_buckets(parameters: Schedule) -> list[tuple[int, int]]:
     """All buckets, ascending. 1024², 256…4096, step 64 gives 97 of them (facts: sd-scripts' make_bucket_resolutions)."""
     area, step = parameters.area, parameters.side_step
     square = math.isqrt(area) // step * step
@@ -22,8 +23,9 @@ def table(parameters: Schedule) -> list[tuple[int, int]]:
     return sorted(sizes)
 
 
-def choose(widths: np.ndarray, heights: np.ndarray, sizes: list[tuple[int, int]]) -> np.ndarray:
-    """Index into `sizes` for each image: its own size if that is a bucket, else the nearest aspect ratio, the first on ties.
+def choose_bucket(widths: np.ndarray, heights: np.ndarray, sizes: list[tuple[int, int]]) -> np.ndarray:
+    """Index into `sizes` for each image: its own size if that is a bucket, else the nearest aspect ratio, the first on
+    ties.
 
     widths, heights: int arrays of n images. Returns int32, n.
     """
@@ -50,7 +52,7 @@ def resized(image: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int]:
     return int(width * scale + 0.5), int(height * scale + 0.5)
 
 
-def fit(pixels: np.ndarray, bucket: tuple[int, int]) -> np.ndarray:
+def resize_and_crop(pixels: np.ndarray, bucket: tuple[int, int]) -> np.ndarray:
     """(H, W, 3) uint8 → (bucket height, bucket width, 3) uint8: INTER_AREA to cover the bucket, then the centre crop."""
     import cv2
 

@@ -1,10 +1,11 @@
 """Invariant: SDXL's forward process and the loss of an image, as in the papers, with the same bits on every processor.
 
-x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε, scaled-linear β from 0.00085 to 0.012 in 1000 steps (DDPM, Ho et al. 2020; Stable Diffusion's β);
-loss = min(SNR_t, γ) / SNR_t · ‖ε − ε_θ‖², SNR_t = ᾱ_t / (1 − ᾱ_t) (min-SNR, Hang et al. 2023, for ε-prediction).
+x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε, scaled-linear β from 0.00085 to 0.012 in 1000 steps (DDPM, Ho et al. 2020; Stable
+Diffusion's β); loss = min(SNR_t, γ) / SNR_t · ‖ε − ε_θ‖², SNR_t = ᾱ_t / (1 − ᾱ_t) (min-SNR, Hang et al. 2023, for
+ε-prediction).
 
-The square roots are numpy's, which IEEE 754 rounds correctly. `torch.sqrt` on the CPU goes to MKL's vector library, whose last bit depends on
-the processor (numerics/operators.py).
+The square roots are numpy's, which IEEE 754 rounds correctly. `torch.sqrt` on the CPU goes to MKL's vector library,
+whose last bit depends on the processor (numerics/operators.py).
 """
 
 import math
@@ -37,7 +38,9 @@ def amplitudes(dtype: torch.dtype, device: str = "cpu") -> Amplitudes:
 
 
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, time_steps: torch.Tensor, table: Amplitudes) -> torch.Tensor:
-    """x_t; latents and noise (B, C, H, W), time_steps (B,) int64. Float32 noise gives a float32 x_t, as in the release's trainer."""
+    """x_t; latents and noise (B, C, H, W), time_steps (B,) int64. Float32 noise gives a float32 x_t, as in the
+    release's trainer.
+    """
     signal, spread = (each[time_steps][:, None, None, None] for each in table)
     return signal * latents + spread * noise
 

@@ -1,15 +1,15 @@
 """Invariant: one update of Lion8bit from one summed gradient: scale off, clip, rate, step; the same on every rank.
 
-Lion (Chen et al. 2023): c = β₁m + (1 − β₁)g; w ← w(1 − ηλ) − η·sign(c); m ← β₂m + (1 − β₂)g, with m in 8 bits (bitsandbytes; tensors
-under 4,096 elements keep fp32).
+Lion (Chen et al. 2023): c = β₁m + (1 − β₁)g; w ← w(1 − ηλ) − η·sign(c); m ← β₂m + (1 − β₂)g, with m in 8 bits
+(bitsandbytes; tensors under 4,096 elements keep fp32).
 """
 
 from importlib.metadata import version
 
 import torch
 
+from kohaku_delta.errors import UserError
 from kohaku_delta.params import Train
-from kohaku_delta.refusal import Refusal
 
 BROKEN = ((0, 36, 0), (0, 41, 0))  # model card: 8-bit optimizers of these releases are wrong
 
@@ -18,7 +18,9 @@ def check_bitsandbytes(installed: str) -> None:
     """Refuses bitsandbytes 0.36.0 to 0.41.0."""
     number = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
     if BROKEN[0] <= number <= BROKEN[1]:
-        raise Refusal(f"bitsandbytes {installed} is installed; the 8-bit optimizers of 0.36.0 to 0.41.0 are broken. Install the version of the lock: `make repro` does.")
+        raise UserError(
+            f"bitsandbytes {installed} is installed; the 8-bit optimizers of 0.36.0 to 0.41.0 are broken. Install the version of the lock: `make repro` does."
+        )
 
 
 def learning_rate(step: int, base: float, warmup_steps: int) -> float:
@@ -27,7 +29,9 @@ def learning_rate(step: int, base: float, warmup_steps: int) -> float:
 
 
 class Scaler:
-    """Dynamic loss scaling for fp16 (torch's GradScaler defaults; that class refuses fp16 gradients, the release patched the check away)."""
+    """Dynamic loss scaling for fp16 (torch's GradScaler defaults; that class refuses fp16 gradients, the release
+    patched the check away).
+    """
 
     GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000
 
@@ -59,16 +63,25 @@ class Lion:
             {"params": [weight for name, weight in trained if name.startswith("lora_unet_")], "lr": 0.0},
             {"params": [weight for name, weight in trained if name.startswith("lora_te")], "lr": 0.0},
         ]
-        self.lion = bitsandbytes.optim.Lion8bit(groups, lr=0.0, betas=tuple(parameters.betas), weight_decay=parameters.weight_decay)
+        self.lion = bitsandbytes.optim.Lion8bit(
+            groups, lr=0.0, betas=tuple(parameters.betas), weight_decay=parameters.weight_decay
+        )
 
     def step(self, step: int, gradient: torch.Tensor, scaler: Scaler) -> tuple[float, float, float]:
-        """gradient: the flat sum, float32, in the order of `trained`; changed in place. `step`: updates made before. Returns (gradient norm, U-Net rate, text rate)."""
+        """gradient: the flat sum, float32, in the order of `trained`; changed in place. `step`: updates made before.
+        Returns (gradient norm, U-Net rate, text rate).
+        """
         gradient /= scaler.scale
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
         finite = norm == norm and norm != float("inf")
-        rates = [learning_rate(step, base, self.parameters.warmup_steps) for base in (self.parameters.learning_rate_unet, self.parameters.learning_rate_text)]
+        rates = [
+            learning_rate(step, base, self.parameters.warmup_steps)
+            for base in (self.parameters.learning_rate_unet, self.parameters.learning_rate_text)
+        ]
         if not finite and not scaler.enabled:
-            raise Refusal(f"The gradient of step {step} is not finite ({norm}). Lower the learning rate, or look at the base and the images of this step.")
+            raise UserError(
+                f"The gradient of step {step} is not finite ({norm}). Lower the learning rate, or look at the base and the images of this step."
+            )
         if finite:
             if norm > self.parameters.clip_norm:
                 gradient *= self.parameters.clip_norm / (norm + 1e-6)
@@ -94,7 +107,9 @@ class Lion:
         }
 
     def load(self, tensors: dict[str, torch.Tensor], steps: int) -> None:
-        """Takes up a saved state after `steps` steps. It is empty while every step so far overflowed: the optimizer then starts afresh."""
+        """Takes up a saved state after `steps` steps. It is empty while every step so far overflowed: the optimizer
+        then starts afresh.
+        """
         if not tensors:
             return
         for group_index, group in enumerate(self.lion.param_groups):

@@ -1,15 +1,15 @@
 """Invariant: the whole order of training is known before it starts: posts and parameters decide it, nothing else.
 
-A bucket's posts are shuffled and cut into micro-batches (the last one ragged); all micro-batches of the epoch are permuted; a step
-takes the next `micro_batches` of them; the one at place p belongs to lane p mod lanes. A visit's counter is
-epoch · N + row of the post in posts.parquet, so it does not depend on the order.
+A bucket's posts are shuffled and cut into micro-batches (the last one ragged); all micro-batches of the epoch are
+permuted; a step takes the next `micro_batches` of them; the one at place p belongs to lane p mod lanes. A visit's
+counter is epoch · N + row of the post in posts.parquet, so it does not depend on the order.
 """
 
 import numpy as np
 import pyarrow as pa
 
+from kohaku_delta.errors import UserError
 from kohaku_delta.params import Schedule
-from kohaku_delta.refusal import Refusal
 from kohaku_delta.training import buckets
 
 SCHEMA = pa.schema(
@@ -34,20 +34,26 @@ def _epoch(epoch: int, bucket_of: np.ndarray, parameters: Schedule) -> tuple[np.
     """Order of rows, and the start and length of each micro-batch in it, in training order."""
     order = np.lexsort((_keys(parameters.seed, epoch, 0, len(bucket_of)), bucket_of))
     _, firsts, counts = np.unique(bucket_of[order], return_index=True, return_counts=True)
-    starts = np.concatenate([np.arange(first, first + count, parameters.batch_size) for first, count in zip(firsts, counts)])
+    starts = np.concatenate(
+        [np.arange(first, first + count, parameters.batch_size) for first, count in zip(firsts, counts)]
+    )
     ends = np.minimum(starts + parameters.batch_size, np.repeat(firsts + counts, -(-counts // parameters.batch_size)))
     permutation = np.argsort(_keys(parameters.seed, epoch, 1, len(starts)), kind="stable")
     return order, starts[permutation], (ends - starts)[permutation]
 
 
-def build(posts: pa.Table, parameters: Schedule) -> tuple[pa.Table, list[tuple[tuple[int, int], int]]]:
-    """posts: post_id, width, height, ascending by post_id. Returns the schedule and (bucket, images) of each bucket that occurs."""
+def build_schedule(posts: pa.Table, parameters: Schedule) -> tuple[pa.Table, list[tuple[tuple[int, int], int]]]:
+    """posts: post_id, width, height, ascending by post_id. Returns the schedule and (bucket, images) of each bucket
+    that occurs.
+    """
     count = posts.num_rows
     if count == 0:
-        raise Refusal("posts.parquet holds no post: there is nothing to train on. Look at dropped.parquet for the reasons.")
+        raise UserError(
+            "posts.parquet holds no post: there is nothing to train on. Look at dropped.parquet for the reasons."
+        )
     ids = posts["post_id"].to_numpy()
-    sizes = buckets.table(parameters)
-    chosen = buckets.choose(posts["width"].to_numpy(), posts["height"].to_numpy(), sizes)
+    sizes = buckets.all_buckets(parameters)
+    chosen = buckets.choose_bucket(posts["width"].to_numpy(), posts["height"].to_numpy(), sizes)
     occurring, bucket_of, images = np.unique(chosen, return_inverse=True, return_counts=True)
 
     tables, steps = [], 0
@@ -74,4 +80,7 @@ def build(posts: pa.Table, parameters: Schedule) -> tuple[pa.Table, list[tuple[t
 
 def bucket_lines(counts: list[tuple[tuple[int, int], int]]) -> str:
     """The published form: `bucket 0: resolution (256, 3328), count: 177`."""
-    return "".join(f"bucket {index}: resolution ({size[0]}, {size[1]}), count: {count}\n" for index, (size, count) in enumerate(counts))
+    return "".join(
+        f"bucket {index}: resolution ({size[0]}, {size[1]}), count: {count}\n"
+        for index, (size, count) in enumerate(counts)
+    )

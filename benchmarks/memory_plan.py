@@ -1,0 +1,161 @@
+"""Invariant: no number is computed here: every tensor of a full-size step is a shape and a count of bytes, alive as
+long as the real one would be.
+
+The step is the loop's own (training/training_loop.py), on torch's fake tensors: the release's preset, batch, precision
+and checkpointing, one micro-batch in each lane of one of two cards. torch's CPU build knows no fake card, so the
+operators are the CPU's; attention is its flash form, which like the card's memory-efficient one never holds the scores.
+Kernels' workspaces, the allocator's losses and CUDA's own 0.5 GiB or so are not in the figure.
+"""
+
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import synthetic_checkpoints
+from kohaku_delta.params import Recipe
+from kohaku_delta.sdxl import model_loading
+from kohaku_delta.training import gradient_reduction
+from kohaku_delta.training.batch_builder import Batch
+from kohaku_delta.training.lokr_adapter import LokrAdapter
+from kohaku_delta.training.sdxl_model import Sdxl
+from kohaku_delta.training.training_loop import TrainingContext, TrainingLoop
+
+CHUNK = 75  # tokens
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all storages that are alive: `now`, and their `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.note, out)
+        return out
+
+    def note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.known:
+            return
+        self.known.add(storage._cdata)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+
+    def gone(self, which: int, size: int) -> None:
+        self.known.discard(which)
+        self.now -= size
+
+
+def to_fake_tensors(module: nn.Module) -> None:
+    """Gives every weight and buffer a fake tensor of its shape (Module.to_empty cannot swap fake tensors)."""
+    for each in module.modules():
+        for held in (each._parameters, each._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    held[name] = (
+                        nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                    )
+
+
+class Planned(Sdxl):
+    """An SDXL whose latents are not looked at: a fake number can be neither finite nor infinite."""
+
+    def latents(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.latent(*each) for each in zip(pixels, noise, strict=True)]).to(self.precision)
+
+
+def models(
+    recipe: Recipe, device: str, kind: type[Sdxl] = Sdxl, fill: Callable[[nn.Module], None] | None = None
+) -> tuple[Sdxl, LokrAdapter]:
+    """SDXL at full size with the recipe's adapter. `fill` gives the modules their tensors; by default small random
+    numbers.
+    """
+    precision = getattr(torch, recipe.train.precision)
+    with torch.device("meta"):
+        made = model_loading.build(synthetic_checkpoints.configs(1.0))
+    for name, module in made.items():
+        module.to(torch.float32 if name == "vae" else precision)
+        module.requires_grad_(False)
+    adapter = LokrAdapter(made, recipe.lokr, getattr(torch, recipe.train.weights))
+    for module in made.values():
+        (fill or partial(random, device=device))(module)
+    fill(adapter) if fill else adapter.to(device)
+    model = kind(
+        made,
+        synthetic_checkpoints.WORDS["eos_token_id"],
+        recipe.model.vae_scaling_factor,
+        recipe.train.min_snr_gamma,
+        device,
+        precision,
+    )
+    if recipe.train.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model, adapter
+
+
+def random(module: nn.Module, device: str) -> None:
+    """Weights near those of a fresh network, and buffers of zeros."""
+    module.to_empty(device=device)
+    for name, weight in module.named_parameters():
+        weight.data.fill_(1.0) if "norm" in name and name.endswith("weight") else weight.data.normal_(0, 0.02)
+    for buffer in module.buffers():
+        buffer.zero_()
+
+
+def batch(count: int, side: int, tokens: int) -> Batch:
+    """A micro-batch of grey pictures and empty captions."""
+    ids = torch.zeros((count, tokens // CHUNK, CHUNK + 2), dtype=torch.int64)
+    noise = torch.zeros(count, 4, side // 8, side // 8)
+    pixels = torch.zeros((count, 3, side, side), dtype=torch.uint8)
+    return Batch(pixels, ids, ids, torch.zeros(count, 6), noise, noise, torch.zeros(count, dtype=torch.int64))
+
+
+def peak_bytes(recipe: Recipe, schedule, ranks: int) -> int:
+    """Bytes at the peak of a step of one of `ranks` cards. `schedule`: any, for the loop; its rows are not read."""
+    with ExitStack() as stack:
+        stack.callback(torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.flash_sdp_enabled())
+        torch.backends.cuda.enable_flash_sdp(True)
+        fakes, live = FakeTensorMode(allow_non_fake_inputs=True), Live()
+
+        def fill(module: nn.Module) -> None:
+            with fakes, live:
+                to_fake_tensors(module)
+
+        model, adapter = models(recipe, "cpu", Planned, fill)
+        stack.enter_context(fakes)
+        stack.enter_context(live)
+        with mock.patch("kohaku_delta.training.optimizer.Lion"):  # it makes tables of numbers
+            loop = TrainingLoop(recipe, TrainingContext(model, adapter, None, schedule, {}), None, 0, ranks)
+        held = [torch.empty(weight.numel(), dtype=torch.uint8) for _, weight in loop.trained]  # the optimizer's state
+        tree = gradient_reduction.PairwiseSum()
+        for _ in loop.lanes:
+            tree.add(
+                loop.lane_gradient(
+                    1,
+                    iter([batch(recipe.schedule.batch_size, recipe.model.side, recipe.train.max_token_length)]),
+                    1,
+                    [],
+                )
+            )
+        gradient = tree.sum()
+        if ranks > 1:
+            gathered = gradient_reduction.PairwiseSum()
+            for each in [torch.empty_like(gradient) for _ in range(ranks)]:
+                gathered.add(each)
+        for _, weight in loop.trained:
+            weight.grad = torch.empty_like(weight)
+        del held
+        return live.peak

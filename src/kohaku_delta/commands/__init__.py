@@ -1,1 +1,0 @@
-"""The commands of kohaku-delta: a file a command."""

@@ -1,0 +1,99 @@
+"""Invariant: a parquet file's bytes depend on the table's contents only; a reader gets the columns it names or a
+sentence.
+
+No pandas metadata, no statistics of the writer's host, one compression, row groups of a fixed length.
+"""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kohaku_delta import atomic_files
+from kohaku_delta.errors import UserError
+from kohaku_delta.sandbox import audit_hook
+
+ROW_GROUP = 1 << 16
+FORMAT = {
+    "compression": "zstd",
+    "compression_level": 1,
+    "version": "2.6",
+    "store_schema": False,
+    "dictionary_pagesize_limit": 1 << 26,
+}
+
+
+@contextmanager
+def open_writer(path, schema: pa.Schema, plain: list[str] | None = None, metadata: dict[str, str] | None = None):
+    """Yields `append(table)`; rows are regrouped, so the bytes do not depend on how the batches were cut.
+
+    `plain`: columns whose texts hardly repeat, for which no dictionary is tried. A dictionary column inside a list
+    cannot be regrouped: then tables of ROW_GROUP rows are appended. `metadata`: texts by key, kept beside the rows.
+    """
+    schema = schema.remove_metadata()
+    pending: list[pa.Table] = []
+    encoded = [_leaf_column(field) for field in schema if field.name not in plain] if plain else True
+    ranged = [
+        field.name for field in schema if field.name not in (plain or []) and not pa.types.is_list(field.type)
+    ]  # least and greatest of a list say nothing
+
+    with (
+        atomic_files.atomic_write(path) as file,
+        pq.ParquetWriter(file, schema, use_dictionary=encoded, write_statistics=ranged, **FORMAT) as parquet,
+    ):
+
+        def flush(last: bool) -> None:
+            table = pa.concat_tables(pending) if pending else schema.empty_table()
+            while table.num_rows >= ROW_GROUP or (last and table.num_rows):
+                parquet.write_table(table.slice(0, ROW_GROUP).combine_chunks(), row_group_size=ROW_GROUP)
+                table = table.slice(ROW_GROUP)
+            pending[:] = [table] if table.num_rows else []
+
+        def append(table: pa.Table) -> None:
+            pending.append(table.select(schema.names).cast(schema).replace_schema_metadata(None))
+            if sum(part.num_rows for part in pending) >= ROW_GROUP:
+                flush(last=False)
+
+        yield append
+        flush(last=True)
+        if metadata:
+            parquet.add_key_value_metadata(metadata)
+
+
+def _leaf_column(field: pa.Field) -> str:
+    """What parquet calls a column's values."""
+    return f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+
+
+def write(table: pa.Table, path, metadata: dict[str, str] | None = None) -> None:
+    """Writes the whole table."""
+    with open_writer(path, table.schema, metadata=metadata) as append:
+        append(table)
+
+
+def read(path, columns: list[str] | None = None) -> pa.Table:
+    """The named columns (all, when none are named), in that order."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"{path} is not there. It is written by an earlier stage: run `dvc repro`, or name the file by its option."
+        )
+    audit_hook.audit_open(path)
+    try:
+        present = pq.read_schema(path).names
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path} is not a parquet file that can be read ({error}). Delete it and run its stage again."
+        ) from None
+    missing = [name for name in columns or [] if name not in present]
+    if missing:
+        raise UserError(
+            f"{path} has no column {', '.join(missing)}; it has {', '.join(present)}. Was another file meant?"
+        )
+    try:
+        return pq.read_table(path, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path} is damaged: {str(error).splitlines()[0]}. Delete it and run its stage again."
+        ) from None

@@ -1,0 +1,1 @@
+"""Checks of a build: audit, replay, comparison of files, tensors and builds."""

@@ -1,0 +1,1 @@
+"""Checkpoint files: merge, LoKr file, bake and export to diffusers."""

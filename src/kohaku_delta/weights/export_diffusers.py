@@ -1,0 +1,154 @@
+"""Invariant: the folder holds the single file's numbers, bit for bit, under the names that diffusers reads, and needs
+nothing from anywhere to be loaded.
+
+Text encoders stand under the names that every transformers version reads (`text_model.…`), tokenizers as the files that
+were given, configurations as the recipe and the tensors' shapes say. The VAE's scaling_factor is among them: without it
+pictures look washed out.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from kohaku_delta import atomic_files
+from kohaku_delta.errors import UserError
+from kohaku_delta.formats import safetensors_io
+from kohaku_delta.formats.safetensors_header import TensorSpec
+from kohaku_delta.formats.safetensors_io import SafetensorsFile
+from kohaku_delta.params import Model
+from kohaku_delta.sdxl import model_loading
+from kohaku_delta.sdxl.diffusers_layout import PLACES, diffusers_name, to_diffusers
+from kohaku_delta.sdxl.tensor_names import PARTS, Layout, TensorNameMap
+
+INDEX = {
+    "_class_name": "StableDiffusionXLPipeline",
+    "force_zeros_for_empty_prompt": True,
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+SCHEDULER = {  # SDXL 1.0's own
+    "_class_name": "EulerDiscreteScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "use_karras_sigmas": False,
+}
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+PADS = {"tokenizer": END, "tokenizer_2": "!"}  # SDXL's second tokenizer pads with token 0
+
+
+def export(checkpoint: Path, tokenizers: Mapping[str, tuple[Path, Path]], model: Model, out: Path) -> int:
+    """Writes the diffusers folder of a single file; returns the bytes of its tensors. tokenizers: {"tokenizer": (vocab,
+    merges), "tokenizer_2": …}.
+
+    Refuses a checkpoint with missing, extra or other-shaped tensors, and tokenizers of another size than the text
+    encoders.
+    """
+    with safetensors_io.open_file(checkpoint) as file:
+        shapes = {name: spec.shape for name, spec in file.specs.items()}
+        configs = model_loading.require_architecture(checkpoint, shapes, model)
+        ends = {
+            folder: _special_tokens(folder, files[0], configs[part]["vocab_size"])
+            for part, (folder, files) in zip(("te1", "te2"), tokenizers.items())
+        }
+        names = TensorNameMap(Layout.of(shapes))
+        written = 0
+        with atomic_files.atomic_dir(out) as aside:
+            _json(aside / "model_index.json", INDEX)
+            _json(aside / "scheduler" / "scheduler_config.json", SCHEDULER)
+            for folder, files in tokenizers.items():
+                _tokenizer(aside / folder, files, PADS[folder])
+            for part in PARTS:
+                written += _tensors(file, part, names, aside / PLACES[part])
+                _json(
+                    aside / Path(PLACES[part]).parent / "config.json", _config(part, configs[part], file, names, ends)
+                )
+    return written
+
+
+def _tensors(file: SafetensorsFile, part: str, names: TensorNameMap, place: Path) -> int:
+    place.parent.mkdir()
+    entries = {
+        diffusers_name(entry): entry for entry in names.entries if entry.part == part and entry.key in file.specs
+    }
+    specs = {
+        name: TensorSpec(file.specs[entry.key].dtype, entry.shape_in_module(file.specs[entry.key].shape))
+        for name, entry in entries.items()
+    }
+
+    def produce(order: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+        return ((name, to_diffusers(entries[name], file.read(entries[name].key))) for name in order)
+
+    return safetensors_io.write(place, specs, produce, {"format": "pt"}).bytes
+
+
+def _config(part: str, config: dict, file: SafetensorsFile, names: TensorNameMap, ends: Mapping[str, dict]) -> dict:
+    if part in ("unet", "vae"):
+        return {"_class_name": INDEX[part][1], **config}
+    folder = {"te1": "text_encoder", "te2": "text_encoder_2"}[part]
+    dtype = next(
+        spec.dtype for name, spec in file.specs.items() if name in names.by_key and names.by_key[name][0].part == part
+    )
+    return config | {
+        "architectures": [INDEX[folder][1]],
+        "model_type": "clip_text_model",
+        "dtype": {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}.get(dtype, "float32"),
+        **ends[folder.replace("text_encoder", "tokenizer")],
+    }
+
+
+def _special_tokens(folder: str, vocabulary: Path, words: int) -> dict[str, int]:
+    try:
+        known = json.loads(Path(vocabulary).read_text(encoding="utf-8"))
+        if len(known) > words:
+            raise UserError(
+                f"{vocabulary} has {len(known)} tokens, and the text encoder has embeddings for {words}: they do not belong together."
+            )
+        return {"bos_token_id": known[BEGIN], "eos_token_id": known[END], "pad_token_id": known[PADS[folder]]}
+    except FileNotFoundError:
+        raise UserError(
+            f"{vocabulary} is not there. Run the download stage, or name the tokenizer's folder by its option."
+        ) from None
+    except (ValueError, TypeError, KeyError):
+        raise UserError(
+            f"{vocabulary} is not a CLIP tokenizer's vocab.json: {BEGIN}, {END} and {PADS[folder]} must be in it."
+        ) from None
+
+
+def _tokenizer(folder: Path, files: tuple[Path, Path], pad: str) -> None:
+    folder.mkdir()
+    for source, name in zip(files, ("vocab.json", "merges.txt")):
+        if not Path(source).is_file():
+            raise UserError(
+                f"{source} is not there. Run the download stage, or name the tokenizer's folder by its option."
+            )
+        (folder / name).write_bytes(Path(source).read_bytes())
+    tokens = {"bos_token": BEGIN, "eos_token": END, "pad_token": pad, "unk_token": END}
+    _json(folder / "special_tokens_map.json", tokens)
+    _json(
+        folder / "tokenizer_config.json",
+        tokens
+        | {
+            "add_prefix_space": False,
+            "do_lower_case": True,
+            "model_max_length": 77,
+            "tokenizer_class": "CLIPTokenizer",
+        },
+    )
+
+
+def _json(path: Path, content: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

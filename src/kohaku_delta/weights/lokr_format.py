@@ -1,0 +1,146 @@
+"""Invariant: the LoKr file is what every common program reads: kohya's names, fp16, a finite .alpha, norm differences;
+its bytes depend on the training only.
+
+A module's tensors are `<name>.lokr_w1`, `.lokr_w2`, `.alpha`, a norm's `.w_norm`, `.b_norm`. The header's metadata are
+the `ss_*` and `modelspec.*` keys that WebUIs show, less what varies from run to run (session, times, host), with the
+content digest of the base as `ss_base_digest`: a LoKr is worth nothing on another base. `sshs_model_hash` is the sha256
+of all that follows the header.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from kohaku_delta.errors import UserError
+from kohaku_delta.formats import safetensors_header, safetensors_io
+from kohaku_delta.formats.safetensors_header import TensorSpec
+from kohaku_delta.formats.safetensors_io import SafetensorsFile, WriteResult
+from kohaku_delta.params import Recipe
+
+BASE_DIGEST = "ss_base_digest"
+# what an entry may consist of; the first of a kind tells it
+KINDS = {
+    "lokr": (
+        "lokr_w1",
+        "lokr_w1_a",
+        "lokr_w1_b",
+        "lokr_w2",
+        "lokr_w2_a",
+        "lokr_w2_b",
+        "lokr_t2",
+        "alpha",
+        "dora_scale",
+    ),
+    "norm": ("w_norm", "b_norm"),
+    "full": ("diff", "diff_b", "alpha", "dora_scale"),
+}
+
+
+def write_lokr(
+    path, weights: Mapping[str, np.ndarray], recipe: Recipe, base_digest: str, facts: Mapping[str, str] | None = None
+) -> WriteResult:
+    """Writes the trained weights ({"<name>.lokr_w1": array, …}, without .alpha) as fp16.
+
+    facts: more metadata that only the training decides (ss_steps …). Refuses, by name, values that fp16 cannot hold."""
+    tensors: dict[str, np.ndarray] = {}
+    for name, weight in weights.items():
+        with np.errstate(over="ignore"):
+            tensors[name] = np.ascontiguousarray(weight).astype(np.float16)
+        if not np.isfinite(tensors[name]).all():
+            raise UserError(
+                f"{path}: {name} holds a value that is not finite in fp16. The training diverged; nothing was written."
+            )
+        if name.endswith((".lokr_w1", ".lokr_w1_a")):
+            tensors[name.rpartition(".")[0] + ".alpha"] = np.array(recipe.lokr.alpha, np.float16)
+    specs = {name: TensorSpec("F16", array.shape) for name, array in tensors.items()}
+    content = hashlib.sha256()
+    for name in safetensors_header.build_header(specs, {})[1]:
+        content.update(tensors[name].reshape(-1))
+    return safetensors_io.save(
+        path, tensors, metadata(recipe, base_digest) | dict(facts or {}) | {"sshs_model_hash": content.hexdigest()}
+    )
+
+
+def metadata(recipe: Recipe, base_digest: str) -> dict[str, str]:
+    """What the file says about its training: texts as sd-scripts writes them."""
+    lokr, train, schedule = recipe.lokr, recipe.train, recipe.schedule
+    side = math.isqrt(schedule.area)
+    network = {
+        "algo": "lokr", "conv_dim": str(lokr.dim), "conv_alpha": str(lokr.alpha), "dropout": "0.0", "train_norm": str(lokr.preset.norms),
+        "preset": lokr.preset.model_dump(),
+    }  # fmt: skip
+    betas = ", ".join(str(beta) for beta in train.betas)
+    values = {
+        "ss_base_model_version": "sdxl_base_v1-0",
+        BASE_DIGEST: base_digest,
+        "ss_sd_model_name": "delta-base.safetensors",
+        "ss_output_name": "delta-lokr",
+        "ss_network_module": "lycoris.kohya",
+        "ss_network_dim": lokr.dim,
+        "ss_network_alpha": lokr.alpha,
+        "ss_network_args": json.dumps(network, sort_keys=True),
+        "ss_optimizer": f"bitsandbytes.optim.lion.{train.optimizer}(betas=({betas}),weight_decay={train.weight_decay})",
+        "ss_learning_rate": train.learning_rate_unet,
+        "ss_unet_lr": train.learning_rate_unet,
+        "ss_text_encoder_lr": train.learning_rate_text,
+        "ss_lr_scheduler": "constant_with_warmup",
+        "ss_lr_warmup_steps": train.warmup_steps,
+        "ss_max_grad_norm": train.clip_norm,
+        "ss_mixed_precision": {"float16": "fp16", "bfloat16": "bf16", "float32": "no"}[train.precision],
+        "ss_full_fp16": train.weights == "float16",
+        "ss_gradient_checkpointing": train.gradient_checkpointing,
+        "ss_batch_size_per_device": schedule.batch_size,
+        "ss_total_batch_size": schedule.batch_size * schedule.micro_batches,
+        "ss_num_epochs": schedule.epochs,
+        "ss_epoch": schedule.epochs,
+        "ss_seed": train.seed,
+        "ss_resolution": f"({side}, {side})",
+        "ss_enable_bucket": True,
+        "ss_bucket_no_upscale": False,
+        "ss_min_bucket_reso": schedule.min_side,
+        "ss_max_bucket_reso": schedule.max_side,
+        "ss_cache_latents": False,
+        "ss_max_token_length": train.max_token_length,
+        "ss_shuffle_caption": train.shuffle_caption,
+        "ss_caption_tag_dropout_rate": train.tag_dropout,
+        "ss_noise_offset": train.noise_offset,
+        "ss_min_snr_gamma": train.min_snr_gamma,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": "Kohaku XL Delta, LoKr",
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": "epsilon",
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def group_by_module(file: SafetensorsFile) -> dict[str, tuple[str, dict[str, str]]]:
+    """module name → (kind, {suffix: tensor name}) of an open LoKr file, sorted. Refuses what is neither LoKr, norm nor
+    full difference.
+    """
+    modules: dict[str, dict[str, str]] = {}
+    for name in file.specs:
+        module, _, suffix = name.partition(".")
+        modules.setdefault(module, {})[suffix] = name
+    found = {}
+    for module, parts in sorted(modules.items()):
+        kind = next((kind for kind, suffixes in KINDS.items() if suffixes[0] in parts or suffixes[1] in parts), None)
+        strange = [suffix for suffix in parts if kind is None or suffix not in KINDS[kind]]
+        if strange:
+            raise UserError(
+                f"{file.path}: {module}.{strange[0]} is no part of a LoKr, a norm difference or a full difference. "
+                "Other kinds (LoRA, LoHa …) cannot be baked here; name a LoKr file with --lokr."
+            )
+        found[module] = kind, parts
+    if not found:
+        raise UserError(f"{file.path} has no tensors. Name a LoKr file with --lokr.")
+    return found
+
+
+def base_digest(file: SafetensorsFile) -> str | None:
+    """The content digest of the base that the file says it was trained on; None when it says nothing."""
+    return file.metadata.get(BASE_DIGEST)

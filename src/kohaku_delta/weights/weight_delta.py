@@ -1,0 +1,123 @@
+"""Invariant: a difference is what LyCORIS adds to a weight, in fp32: scale · kron(w1, w2[, k, k]), or a stored
+difference; any rows of it can be had alone.
+
+Products of two fp16 numbers are exact in fp32, so a full LoKr's difference is rounded nowhere before it meets the
+weight.
+"""
+
+from math import prod
+
+import numpy as np
+
+from kohaku_delta.errors import UserError
+from kohaku_delta.formats.safetensors_io import SafetensorsFile
+
+
+class DenseDelta:
+    """A difference as it stands in the file (norm weights and biases, full matrices)."""
+
+    def __init__(self, values: np.ndarray, shape: tuple[int, ...]):
+        self._values = values.reshape(shape)
+        self.shape = shape
+
+    def rows(self, start: int, stop: int, into: np.ndarray | None = None) -> np.ndarray:
+        """Rows start…stop, (stop - start, …). `into` is not needed: nothing is computed."""
+        return self._values[start:stop]
+
+
+class KronDelta:
+    """scale · kron(w1, w2), w1 (a, c), w2 (b, d[, k, k]): (a·b, c·d[, k, k])."""
+
+    def __init__(self, w1: np.ndarray, w2: np.ndarray, scale: float, shape: tuple[int, ...]):
+        self._w1, self._w2, self._scale, self.shape = w1, w2.reshape(len(w2), -1), np.float32(scale), shape
+
+    def rows(self, start: int, stop: int, into: np.ndarray | None = None) -> np.ndarray:
+        """Rows start…stop, (stop - start, …), computed in `into` (flat, float32, long enough), if given."""
+        large, (_, c), (_, inner) = len(self._w2), self._w1.shape, self._w2.shape
+        count = (stop - start) * c * inner
+        product = (np.empty(count, np.float32) if into is None else into[:count]).reshape(stop - start, c, inner)
+        for i in range(start // large, -(-stop // large)):  # rows i·b … (i + 1)·b are w1[i] times all of w2
+            first, last = max(start, i * large), min(stop, (i + 1) * large)
+            np.multiply(
+                self._w1[i][:, None],
+                self._w2[first - i * large : last - i * large, None],
+                out=product[first - start : last - start],
+            )
+        if self._scale != 1:
+            product *= self._scale
+        return product.reshape(stop - start, *self.shape[1:])
+
+
+def load_delta(
+    file: SafetensorsFile, module: str, kind: str, parts: dict[str, str], shape: tuple[int, ...], bias: bool
+) -> DenseDelta | KronDelta:
+    """The difference of an entry's weight (or bias), in the module's `shape`. Refuses parts that do not make that
+    shape, and values that are not finite.
+    """
+    read = {suffix: file.float32(name) for suffix, name in parts.items()}
+    for suffix, values in read.items():
+        # alpha says nothing where both halves are whole, and there some trainers left it infinite
+        if not np.isfinite(values).all() and not (suffix == "alpha" and {"lokr_w1", "lokr_w2"} <= set(parts)):
+            raise UserError(
+                f"{file.path}: {parts[suffix]} holds NaN or infinity. The file is damaged, or its training diverged."
+            )
+    if kind != "lokr":
+        values = read[{"norm": "b_norm" if bias else "w_norm", "full": "diff_b" if bias else "diff"}[kind]]
+        if values.size != prod(shape):
+            raise _other_shape(file, module, values.shape, shape)
+        return DenseDelta(values, shape)
+    w1, w2, rank = read.get("lokr_w1"), read.get("lokr_w2"), None
+    try:
+        if w1 is None:
+            w1, rank = read["lokr_w1_a"] @ read["lokr_w1_b"], read["lokr_w1_b"].shape[0]
+        if w2 is None:
+            a, b = read["lokr_w2_a"], read["lokr_w2_b"]
+            rank = b.shape[0]
+            if "lokr_t2" in read:
+                w2 = np.einsum("ij...,ip,jr->pr...", read["lokr_t2"], a, b)
+            else:
+                w2 = (a @ b.reshape(rank, -1)).reshape(a.shape[0], -1, *(shape[2:] if b.ndim == 2 else b.shape[2:]))
+    except KeyError as missing:
+        raise UserError(f"{file.path}: {module} has no {missing.args[0]}: the file is not whole.") from None
+    except ValueError:
+        raise UserError(f"{file.path}: the factors of {module} do not fit each other: the file is damaged.") from None
+    # both halves whole: LyCORIS takes scale 1, whatever alpha says
+    scale = 1.0 if rank is None else float(read["alpha"]) / rank if "alpha" in read and read["alpha"].size == 1 else 1.0
+    if (
+        w1.ndim != 2
+        or w2.ndim < 2
+        or (w1.shape[0] * w2.shape[0], w1.shape[1] * w2.shape[1]) != shape[:2]
+        or prod(w2.shape[2:]) != prod(shape[2:])
+    ):
+        raise _other_shape(file, module, (w1.shape, w2.shape), shape)
+    return KronDelta(w1, w2, scale, shape)
+
+
+def delta_shape(
+    file: SafetensorsFile, module: str, kind: str, parts: dict[str, str], bias: bool
+) -> tuple[int, ...] | None:
+    """The shape of what an entry adds to its weight (or bias), from the entry alone; None where it adds nothing there."""
+    shapes = {suffix: file.specs[name].shape for suffix, name in parts.items()}
+    if kind != "lokr":
+        return shapes.get({"norm": "b_norm" if bias else "w_norm", "full": "diff_b" if bias else "diff"}[kind])
+    if bias:
+        return None
+    try:
+        a, c = shapes["lokr_w1"] if "lokr_w1" in shapes else (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
+        if "lokr_w2" in shapes:
+            b, d, *kernel = shapes["lokr_w2"]
+        elif "lokr_t2" in shapes:
+            (_, b), (_, d), (_, _, *kernel) = shapes["lokr_w2_a"], shapes["lokr_w2_b"], shapes["lokr_t2"]
+        else:
+            (b, _), (_, d, *kernel) = shapes["lokr_w2_a"], shapes["lokr_w2_b"]
+    except (KeyError, ValueError, IndexError):
+        raise UserError(
+            f"{file.path}: the factors of {module} are not whole or do not fit each other: the file is damaged."
+        ) from None
+    return a * b, c * d, *kernel
+
+
+def _other_shape(file: SafetensorsFile, module: str, found, shape: tuple[int, ...]) -> UserError:
+    return UserError(
+        f"{file.path}: {module} has the shape {found}, and the base's tensor takes {list(shape)}: it was trained on a model of another build."
+    )

@@ -1,0 +1,95 @@
+"""statistics: what the dataset is, in figures and pictures. Reads what select, filter, caption and schedule wrote;
+writes dataset.json and statistics/.
+"""
+
+import os
+import sys
+
+sys.path[0] = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "src")
+
+import json
+from pathlib import Path
+
+import click
+
+from kohaku_delta import atomic_files
+from kohaku_delta import params as recipes
+from kohaku_delta.cli.stage_command import StageCommand, print_summary
+from kohaku_delta.danbooru.database import Database
+from kohaku_delta.dataset import dataset_statistics, published_counts
+from kohaku_delta.formats import parquet
+from kohaku_delta.hub import inputs_manifest as listed
+from kohaku_delta.report import dataset_plots
+from kohaku_delta.sdxl.tokenizer import ClipTokenizer
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command(cls=StageCommand)
+@click.option("--params", type=FILE, default="params.yaml", show_default=True, help="The recipe.")
+@click.option(
+    "--inputs", type=FILE, default="build/inputs.json", show_default=True, help="The list of verified inputs."
+)
+@click.option("--database", type=FILE, help="danbooru2023.db.  [default: the database of --inputs]")
+@click.option(
+    "--tokenizer", type=FILE, help="The folder of vocab.json and merges.txt.  [default: the tokenizer of --inputs]"
+)
+@click.option(
+    "--selection", type=FILE, default="build/selection.parquet", show_default=True, help="The selected posts."
+)
+@click.option("--posts", type=FILE, default="build/posts.parquet", show_default=True, help="What is trained on.")
+@click.option("--dropped", type=FILE, default="build/dropped.parquet", show_default=True, help="What is not, and why.")
+@click.option("--captions", type=FILE, default="build/captions.parquet", show_default=True, help="The captions.")
+@click.option(
+    "--artists", type=FILE, default="build/artists-kxl-delta.json", show_default=True, help="Images of each artist."
+)
+@click.option(
+    "--characters",
+    type=FILE,
+    default="build/characters-kxl-delta.json",
+    show_default=True,
+    help="Images of each character.",
+)
+@click.option("--buckets", type=FILE, default="build/bucket.txt", show_default=True, help="Images of each bucket.")
+@click.option("--out", type=FILE, default="build/dataset.json", show_default=True, help="The figures.")
+@click.option(
+    "--pictures", "folder", type=FILE, default="build/statistics", show_default=True, help="The folder of the pictures."
+)
+def main(
+    params: Path, inputs: Path, database: Path | None, tokenizer: Path | None, out: Path, folder: Path, **files: Path
+) -> None:
+    """Count the dataset, compare it with the published figures, and draw it."""
+    recipe = recipes.load(params)
+    source = Database(database or listed.path(inputs, "database"))
+    target = recipe.published.dataset if recipe.published else None
+    figures = dataset_statistics.filter_counts(files["selection"], files["posts"], files["dropped"])
+    figures |= dataset_statistics.metadata_counts(
+        source, parquet.read(files["posts"], ["post_id"])["post_id"].to_numpy(), recipe.caption
+    )
+    figures |= dataset_statistics.bucket_counts(files["buckets"], recipe.schedule)
+    figures |= dataset_statistics.tag_and_token_counts(
+        files["captions"], source, recipe.caption, ClipTokenizer(*listed.tokenizer(inputs, "tokenizer", tokenizer))
+    )
+    figures |= {
+        "artists": dataset_statistics.most_frequent(files["artists"]),
+        "characters": dataset_statistics.most_frequent(files["characters"]),
+    }
+    comparison = published_counts.compare_counts(figures, target)
+    dataset_plots.draw_plots(figures, recipe.caption, recipe.train.max_token_length, target, folder)
+    with atomic_files.atomic_write(out, "w") as file:
+        json.dump(
+            dataset_statistics.metrics(figures, recipe.caption, recipe.train.max_token_length)
+            | {"published": comparison},
+            file,
+            indent=1,
+            ensure_ascii=False,
+        )
+        file.write("\n")
+    print_summary(
+        "statistics",
+        f"{figures['trained']:,} posts, {figures['steps']:,} steps; {published_counts.comparison_sentence(comparison)} → {out}, {folder}",
+    )
+
+
+if __name__ == "__main__":
+    main()

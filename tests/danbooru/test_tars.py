@@ -1,0 +1,141 @@
+import tarfile
+
+import numpy as np
+import pytest
+
+from danbooru_factory import write_tar
+from kohaku_delta.danbooru import tar_index, tars
+from kohaku_delta.errors import UserError
+
+
+def special(name, kind, target=""):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+def contents(path):
+    held = tar_index.members_of(path)
+    columns = zip(held.id.tolist(), held.extension.to_pylist(), held.offset.tolist(), held.size.tolist(), strict=True)
+    return {
+        post: (extension, tars.read_member(path.parent, path.name, offset, size))
+        for post, extension, offset, size in columns
+    }
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_found_and_read_in_place(tmp_path, form):
+    long = "folder-with-a-long-name/" * 8
+    files = [("1001.webp", b"one"), ("1.png", b""), (f"{long[:150]}/2001.jpg", b"x" * 1500), ("5.WEBP", b"y" * 512)]
+    if form != tarfile.USTAR_FORMAT:
+        files.append((f"{long}ü/3001.webp", b"long"))
+    found = contents(write_tar(tmp_path / "data-0001.tar", files, form))
+    assert found.pop(3001, ("webp", b"long")) == ("webp", b"long")
+    assert found == {1001: ("webp", b"one"), 1: ("png", b""), 2001: ("jpg", b"x" * 1500), 5: ("webp", b"y" * 512)}
+
+
+def test_hostile_members_are_passed_over_and_the_first_regular_file_wins(tmp_path):
+    files = [
+        special("1.webp", tarfile.SYMTYPE, "/etc/passwd"), special("1.webp", tarfile.LNKTYPE, "2.webp"), special("1.webp", tarfile.CHRTYPE),
+        special("1.webp", tarfile.BLKTYPE), special("1.webp", tarfile.FIFOTYPE), special("1.webp", tarfile.DIRTYPE), special("3.webp/", tarfile.DIRTYPE),
+        ("deep/in/folders/1.webp", b"first"), ("1.webp", b"second"), ("1.png", b"third"), ("../../2.webp", b"up"), ("/absolute/4.webp", b"root"),
+        ("readme.txt", b"no id"), ("12a.webp", b"no id"), ("-7.webp", b"no id"), ("7", b"no extension"), (".webp", b"no id"), ("8.tar.webp", b"no id"),
+        ("._9.webp", b"no id"), ("99999999999999999999.webp", b"no id"), (b"\xff\xfe/10.webp".decode("utf-8", "surrogateescape"), b"bytes"),
+    ]  # fmt: skip
+    found = contents(write_tar(tmp_path / "data-0001.tar", files))
+    assert found == {1: ("webp", b"first"), 2: ("webp", b"up"), 4: ("webp", b"root"), 10: ("webp", b"bytes")}
+
+
+def test_an_archive_without_members_is_sound(tmp_path):
+    assert contents(write_tar(tmp_path / "data-0001.tar", [])) == {}
+
+
+@pytest.mark.parametrize(
+    "cut, said",
+    [
+        (0, "is empty"),
+        (100, "is not a tar"),
+        (512, "truncated"),
+        (700, "truncated"),
+        (1536, "truncated"),
+        (3000, "truncated"),
+        (4096, "truncated"),
+    ],
+)
+def test_a_truncated_tar_is_refused_by_name(tmp_path, cut, said):
+    path = write_tar(tmp_path / "data-0001.tar", [("1.webp", b"a" * 1000), ("1001.webp", b"b" * 2000)])
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(UserError, match=f"data-0001.tar .*{said}.*Download it again"):
+        tar_index.members_of(path)
+
+
+@pytest.mark.parametrize(
+    "data", [b"not a tar at all, but long enough to hold a header " * 20, b"\x1f\x8b" + b"\7" * 2000, b"\xff" * 1024]
+)
+def test_what_is_no_tar_is_refused_by_name(tmp_path, data):
+    path = tmp_path / "data-0001.tar"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="data-0001.tar is not a tar.*Download it again"):
+        tar_index.members_of(path)
+
+
+def test_a_damaged_header_is_refused_and_not_taken_for_the_end(tmp_path):
+    path = write_tar(tmp_path / "data-0001.tar", [("1.webp", b"a" * 1000), ("1001.webp", b"b" * 2000)])
+    data = bytearray(path.read_bytes())
+    data[1536 + 3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="at byte 1,536 there is no member's header"):
+        tar_index.members_of(path)
+
+
+def test_numbers_come_from_names(tmp_path):
+    for name in ("data-0000.tar", "data-1999.tar", "data-2000.tar", "notes.tar", "data-0000.json"):
+        (tmp_path / name).touch()
+    assert {number: path.name for number, path in tars.tars_in(tmp_path).items()} == {
+        0: "data-0000.tar",
+        1999: "data-1999.tar",
+        2000: "data-2000.tar",
+    }
+    (tmp_path / "data-0.tar").touch()
+    with pytest.raises(UserError, match="same number"):
+        tars.tars_in(tmp_path)
+    with pytest.raises(UserError, match="not there"):
+        tars.tars_in(tmp_path / "none")
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_of_many_members_of_all_kinds_is_read_as_the_standard_library_reads_it(tmp_path, form):
+    rng = np.random.default_rng(6)
+    files = []
+    for place, post in enumerate(rng.permutation(5000).tolist()):
+        sizes = [0, 1, 511, 512, 513, 1500] + [40_000] * (
+            place % 4000 > 2000
+        )  # small ones by the thousand are read far ahead
+        name = (
+            {0: "folder/" * 12, 1: "./"}.get(int(rng.integers(0, 40)), "")
+            + f"{post}."
+            + str(rng.choice(["webp", "png", "JPG", "x" * 12]))
+        )
+        files.append(
+            special(name, tarfile.SYMTYPE, "1.webp")
+            if rng.random() < 0.02
+            else (name, rng.bytes(int(rng.choice(sizes))))
+        )
+    path = write_tar(tmp_path / "data-0001.tar", files, form)
+    with tarfile.open(path) as archive:
+        expected = {
+            int(each.name.split("/")[-1].split(".")[0]): (each.offset_data, each.size, each.name.split(".")[-1].lower())
+            for each in archive
+            if each.isfile()
+        }
+    held = tar_index.members_of(path)
+    assert (
+        dict(
+            zip(
+                held.id.tolist(),
+                zip(held.offset.tolist(), held.size.tolist(), held.extension.to_pylist(), strict=True),
+                strict=True,
+            )
+        )
+        == expected
+    )

@@ -1,0 +1,28 @@
+"""A parquet file's bytes depend on its rows, not on how they came."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kohaku_delta.formats import parquet
+
+
+def test_the_bytes_do_not_depend_on_how_rows_were_appended(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "ROW_GROUP", 1 << 13)
+    rng = np.random.default_rng(1)
+    whole = pa.table(
+        {
+            "id": np.cumsum(rng.integers(1, 9, 30_000)), "some": pa.array(rng.integers(0, 5, 30_000).astype(np.int32), mask=rng.random(30_000) < 0.2),
+            "good": rng.random(30_000) < 0.5, "text": [f"text {number}" for number in rng.integers(0, 10**9, 30_000)],
+        }
+    )  # fmt: skip
+    files = []
+    for number, length in enumerate((30_000, 8192, 1024, 777, 1)):
+        with parquet.open_writer(tmp_path / f"{number}.parquet", whole.schema) as append:
+            for start in range(0, 30_000 if length > 1 else 300, length):
+                append(whole.slice(start, length))
+            if length == 1:
+                append(whole.slice(300))
+        files.append((tmp_path / f"{number}.parquet").read_bytes())
+    assert len(set(files)) == 1
+    assert pq.read_table(tmp_path / "0.parquet").equals(whole)

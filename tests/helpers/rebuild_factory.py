@@ -1,0 +1,294 @@
+"""A finished rebuild for the tests of the audit, made in a second: the real pipeline, formats and captions, with a
+dozen posts, eight steps and a few tensors.
+
+dvc.lock and the records are written here, by hand, from what DVC and the stages are said to write: the audit's own code
+is not used. `lock` and `records` can be called again after a change: that is the careful forger, who hashes everything
+anew.
+"""
+
+import hashlib
+import json
+import os
+import posixpath
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+import yaml
+from ruamel.yaml import YAML
+
+from kohaku_delta import params
+from kohaku_delta.danbooru.database import Database
+from kohaku_delta.dataset import captions
+from kohaku_delta.formats import parquet, safetensors_io
+from kohaku_delta.provenance import import_closure
+from kohaku_delta.training import checkpointing, journal, schedule, tensor_fingerprints, trainer
+from kohaku_delta.weights import lokr_format
+
+ROOT = Path(__file__).resolve().parents[2]
+DATABASE = ROOT / "data" / "danbooru2023.db"
+STAGES = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
+STEPS_BETWEEN_STATES = 4
+LOCK = ROOT / "requirements" / "cpu.txt"
+CODE = {
+    name: import_closure.dumps(import_closure.describe_stage(ROOT / "stages" / f"{name}.py", LOCK))
+    for name in STAGES
+    if name != "code"
+}
+
+
+def loaded(path: Path):
+    return yaml.load(path.read_text(), yaml.CSafeLoader)  # ten times as fast as the parser of the code under test
+
+
+def dump(path: Path, content) -> None:
+    path.write_text(yaml.dump(content, None, yaml.CSafeDumper, sort_keys=False))
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def write(folder: Path) -> Path:
+    """The recipe's folder, finished and locked."""
+    build = folder / "build"
+    build.mkdir(parents=True)
+    (folder / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
+    (build / "code").mkdir()
+    for name in STAGES:
+        if name != "code":
+            (build / "code" / f"{name}.json").write_text(CODE[name])
+    (folder / "mirror").mkdir()
+    (folder / "mirror" / "data-0004.tar").write_bytes(b"pictures" * 64)
+    content = loaded(ROOT / "miniature" / "params.yaml")
+    content["root"], content["supplied"] = os.path.relpath(ROOT, folder), "mirror"
+    content["schedule"] |= {"batch_size": 2, "micro_batches": 2, "lanes": 2}
+    content["download"] |= {
+        "mirror": "mirror",
+        "inputs": {"database": _pin(folder, DATABASE), "tars": [_pin(folder, folder / "mirror" / "data-0004.tar")]},
+    }
+    dump(folder / "params.yaml", content)
+    recipe = params.load(folder / "params.yaml")
+    listed = {
+        name: [_listed(folder, pin) for pin in (pins if isinstance(pins, list) else [pins])]
+        for name, pins in content["download"]["inputs"].items()
+    }
+    (build / "inputs.json").write_text(
+        json.dumps({"inputs": listed | {"database": listed["database"][0]}}, sort_keys=True)
+    )
+
+    database = Database(DATABASE)
+    ids = database.post_ids()[-60:]
+    ids = ids[captions.captionable(database, ids, recipe.caption)][:32]
+    trained, dropped = ids[:30], ids[30:]
+    parquet.write(pa.table({"post_id": ids, "drawn": pa.array([1] * 32, pa.int32())}), build / "selection.parquet")
+    parquet.write(pa.table({"post_id": dropped, "reason": ["deleted", "banned"]}), build / "dropped.parquet")
+    sides = pa.array([96 + 32 * (row % 3) for row in range(30)], pa.int32())
+    parquet.write(
+        pa.table(
+            {
+                "post_id": trained,
+                "tar": ["data-0004.tar"] * 30,
+                "width": sides,
+                "height": pa.array([128] * 30, pa.int32()),
+            }
+        ),
+        build / "posts.parquet",
+    )
+    captions.write_captions(database, trained, recipe.caption, build / "captions.parquet")
+    rows, buckets = schedule.build_schedule(parquet.read(build / "posts.parquet"), recipe.schedule)
+    parquet.write(rows, build / "schedule.parquet")
+    (build / "bucket.txt").write_text(schedule.bucket_lines(buckets))
+
+    generator = np.random.default_rng(1)
+    base = safetensors_io.save(
+        build / "delta-base.safetensors",
+        {f"model.{name}": generator.standard_normal((8, 8)).astype(np.float16) for name in "abc"},
+    )
+    safetensors_io.save(
+        build / "kohaku-xl-delta.safetensors",
+        {f"model.{name}": generator.standard_normal((8, 8)).astype(np.float16) for name in "abc"},
+    )
+    _train(folder, recipe, rows, base.digest)
+    for name in (
+        "artists-kxl-delta.json",
+        "characters-kxl-delta.json",
+        "dataset.json",
+        "held-out.json",
+        "curves.csv",
+        "preview.png",
+    ):
+        (build / name).write_text(f"{name}\n")
+    for name in ("diffusers/unet/model.safetensors", "diffusers/model_index.json", "statistics/years.png"):
+        (build / name).parent.mkdir(parents=True, exist_ok=True)
+        (build / name).write_text(f"{name}\n")
+    lock(folder)
+    records(folder)
+    return folder
+
+
+def _pin(folder: Path, path: Path) -> dict:
+    return {
+        "url": f"file://{os.path.relpath(path, folder)}",
+        "bytes": path.stat().st_size,
+        "sha256": sha256(path.read_bytes()),
+    }
+
+
+def _listed(folder: Path, pin: dict) -> dict:
+    return pin | {"path": os.path.relpath(folder / pin["url"].removeprefix("file://"), folder / "build")}
+
+
+def _train(folder: Path, recipe, rows: pa.Table, base: str) -> None:
+    """A journal, its LoKr, and the states on its way: made up, and consistent."""
+    names = [
+        f"lora_te1_text_model_encoder_layers_{layer}_mlp_fc1.lokr_w{number}" for layer in range(2) for number in (1, 2)
+    ] + ["lora_unet_out_2.lokr_w1", "lora_unet_out_2.lokr_w2"]
+    weights = {name: torch.zeros(4, 4) for name in names}
+    said, depends = (
+        journal.Journal({"base": base, "parameters": trainer.result_parameters(recipe)}),
+        {"train.seed": "1337"},
+    )
+    depends |= {
+        name: sha256((folder / "build" / file).read_bytes())
+        for name, file in (
+            ("base", "delta-base.safetensors"),
+            *((each, f"{each}.parquet") for each in ("posts", "captions", "schedule")),
+        )
+    }
+    steps = int(rows["step"][-1].as_py()) + 1
+    work = checkpointing.run_folder(folder / "work", depends, steps, 0)
+    for step in range(steps):
+        batches = [row for row in rows.to_pylist() if row["step"] == step]
+        for number, name in enumerate(names):
+            if "layers_1_mlp_fc1.lokr_w2" not in name:
+                weights[name] += (step + 1) * (number + 1) / 1000
+        found = tensor_fingerprints.fingerprints(weights)
+        row = {
+            "step": step, "visits": journal.visits_digest(batches), "losses": [0.5 + step / 100] * len(batches), "lanes": [step + 1, step + 2],
+            "gradient_norm": 1.0 + step, "learning_rate_unet": 0.5, "learning_rate_text": 0.25, "scale": 1.0, "weights": tensor_fingerprints.combine(found),
+            "optimizer": tensor_fingerprints.combine({}), "tensors": tensor_fingerprints.short_fingerprints(found),
+        }  # fmt: skip
+        said.append(row)
+        if (step + 1) % STEPS_BETWEEN_STATES == 0 or step + 1 == steps:
+            checkpointing.save(
+                work,
+                step + 1,
+                {f"weights/{name}": tensor for name, tensor in weights.items()},
+                (1.0, 0),
+                said,
+                100,
+                100,
+            )
+    written = lokr_format.write_lokr(
+        folder / "build" / "delta-lokr.safetensors",
+        {name: tensor.numpy() for name, tensor in weights.items()},
+        recipe,
+        base,
+    )
+    said.lokr = written.digest
+    said.write(folder / "build" / "journal.parquet")
+
+
+def declared(folder: Path, name: str) -> dict:
+    """A stage of dvc.yaml with ${…} filled in."""
+    values, stage = loaded(folder / "params.yaml"), STAGES[name]
+
+    def filled(text: str) -> str:
+        return re.sub(r"\$\{(\w+)\}", lambda match: values[match[1]], text)
+
+    outs = [each for kind in ("outs", "metrics", "plots") for each in stage.get(kind, [])]
+    told = {}
+    for key in stage["params"]:
+        section, _, rest = key.partition(".")
+        told[key] = values[section][rest] if rest else values[section]
+    return {
+        "cmd": filled(stage["cmd"]),
+        "deps": [posixpath.normpath(filled(each)) for each in stage["deps"]],
+        "outs": outs,
+        "params": told,
+    }
+
+
+LEFT_OUT = {"__pycache__", "kohaku_delta.egg-info"}  # .dvcignore says so
+
+
+def hashed(path: Path) -> dict:
+    """md5 and size of a file, or of a folder as DVC counts them; and sha256s."""
+    if not path.is_dir():
+        data = path.read_bytes()
+        return {"md5": hashlib.md5(data).hexdigest(), "size": len(data), "sha256": sha256(data), "files": None}
+    files = {
+        each.relative_to(path).as_posix(): each.read_bytes()
+        for each in sorted(path.rglob("*"))
+        if each.is_file() and not LEFT_OUT & {*each.parts}
+    }
+    listing = json.dumps(
+        [{"md5": hashlib.md5(data).hexdigest(), "relpath": place} for place, data in sorted(files.items())]
+    )
+    shas = {place: sha256(data) for place, data in files.items()}
+    return {
+        "md5": hashlib.md5(listing.encode()).hexdigest() + ".dir", "size": sum(map(len, files.values())), "nfiles": len(files),
+        "sha256": sha256("".join(f"{each}  {place}\n" for place, each in sorted(shas.items())).encode()), "files": shas,
+    }  # fmt: skip
+
+
+def lock(folder: Path) -> None:
+    """dvc.lock of what lies there now."""
+    stages = {}
+    for name in STAGES:
+        said = declared(folder, name)
+
+        def place(path: str) -> dict:
+            return {"path": path, "hash": "md5"} | {
+                key: value for key, value in hashed(folder / path).items() if key in ("md5", "size", "nfiles")
+            }
+
+        stages[name] = {
+            "cmd": said["cmd"],
+            "deps": [place(path) for path in said["deps"]],
+            "params": {"params.yaml": said["params"]},
+            "outs": [place(path) for path in said["outs"]],
+        }
+    dump(folder / "dvc.lock", {"schema": "2.0", "stages": stages})
+
+
+def records(folder: Path, **changed) -> None:
+    """The records of the runs that dvc.lock tells of."""
+    place = folder / "build" / "records"
+    place.mkdir(exist_ok=True)
+    for old in place.iterdir():
+        old.unlink()
+    for name, stage in loaded(folder / "dvc.lock")["stages"].items():
+        inputs, outputs = {}, {}
+        for dep in stage["deps"]:
+            found = hashed(folder / dep["path"])
+            inputs[dep["path"]] = {
+                "before": found["sha256"],
+                "after": found["sha256"],
+                "md5": dep["md5"],
+                "bytes": dep["size"],
+            }
+        for out in stage["outs"]:
+            found = hashed(folder / out["path"])
+            outputs[out["path"]] = {
+                "sha256": found["sha256"],
+                "md5": out["md5"],
+                "bytes": out["size"],
+                "files": found["files"],
+            }
+        told = stage["params"]["params.yaml"]
+        content = {
+            "format": "kohaku-delta record 1", "stage": name, "command": stage["cmd"], "inputs": inputs, "outputs": outputs,
+            "parameters": told, "parameters_after": told, "revision": None, "libraries": {"click": "8.5.1"}, "container": None,
+            "numerics": {"device": "cpu"} if name == "train" else None, "confined": None, "changed_code": [], "host": {"processor": "one"},
+            "times": {"began": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:00:01+00:00", "seconds": 1.0},
+        }  # fmt: skip
+        key = sha256(
+            json.dumps(
+                [stage["cmd"], {dep["path"]: dep["md5"] for dep in stage["deps"]}, told], sort_keys=True
+            ).encode()
+        )[:16]
+        (place / f"{name}-{key}.json").write_text(json.dumps(content | changed))

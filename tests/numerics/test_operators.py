@@ -1,0 +1,148 @@
+"""No operator reaches the training, the VAE or the sampler whose bits a processor decides; the list is measured here
+and under emulation (test_emulated.py).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tiny_training
+from kohaku_delta import numerics
+from kohaku_delta.numerics import operators
+from kohaku_delta.params import load
+from kohaku_delta.preview import sampler
+from kohaku_delta.training import data_loader, trainer
+from kohaku_delta.training.sdxl_model import SDXL
+from kohaku_delta.training.training_loop import TrainingLoop
+
+VARIANTS = {
+    "from the factors": {},
+    "through the whole difference, checkpointed": {
+        "sections": {"lokr": {"forward": "delta"}},
+        "gradient_checkpointing": True,
+    },
+    "weight decomposition": {"sections": {"lokr": {"forward": "delta", "dora": True}}},
+    "fp16, in the release's form": {
+        "precision": "float16",
+        "weights": "float16",
+        "timestep_freq_shift": 1,
+        "text_projection": "transposed",
+    },
+}
+
+
+class Strangers(TorchDispatchMode):
+    """Collects the operators on the CPU's numbers that operators.py does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.found = 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        on_cpu = any(
+            isinstance(each, torch.Tensor) and each.device.type == "cpu"
+            for each in _pytree.tree_leaves((args, kwargs, result))
+        )
+        if on_cpu:
+            self.seen += 1
+            if not operators.is_known(str(function), args):
+                self.found.add(str(function))
+        return result
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_operator_of_a_step_of_the_vae_and_of_the_sampler_is_known(variant, tmp_path):
+    numerics.enforce()
+    folder = tiny_training.write(tmp_path / "lesson", 4, **VARIANTS[variant])
+    recipe, build = load(folder / "params.yaml"), folder / "build"
+    files = {name: build / f"{name}.parquet" for name in ("posts", "captions", "schedule")}
+    files |= {
+        "inputs": build / "inputs.json",
+        "base": build / "delta-base.safetensors",
+        "tokenizer": None,
+        "tokenizer_2": None,
+        "tars": None,
+    }
+    _, texts = trainer.load_tokenizers(files)
+    with Strangers() as strangers:
+        made = trainer.build_context(recipe, files, texts, trainer.tar_paths(files), "cpu")
+        loop = TrainingLoop(recipe, made, folder / "work")
+        loop.step(0, data_loader.batches(made.source, loop.schedule, loop.rows(0), 0))
+        if recipe.train.precision == "float32":
+            model = trainer.load_sdxl(recipe, files["base"], texts, "cpu", torch.float32, SDXL)
+            sampler.sample_images(
+                model, texts, recipe.preview.model_copy(update={"steps": 2, "prompts": ["circle"]}), 8, 75
+            )
+    assert strangers.seen > 10_000 and strangers.found == set(), (
+        "make them exact (numpy's square root, a table), or prove them equal: operators.MEASURED"
+    )
+
+
+@pytest.mark.parametrize(
+    "compute", [torch.sqrt, torch.rsqrt, lambda x: x**0.5, torch.log, lambda x: x.std(), lambda x: x.cpu().erf()]
+)
+def test_an_operator_that_processors_may_decide_is_found(compute):
+    with Strangers() as strangers:
+        compute(torch.rand(64))
+    assert strangers.found
+
+
+def test_the_digests_of_this_processor_are_the_committed_ones():
+    numerics.enforce()
+    assert operators.digests() == operators.known(), (
+        "compare with `kohaku-delta operators`: this processor, or the numerics of this process, give other bits"
+    )
+
+
+LIBRARIES = (
+    "numpy: random numbers",
+    "numpy: square roots",
+    "OpenCV: INTER_AREA",
+    "OpenCV: blur, Lab",
+    "Pillow: WebP, JPEG, PNG",
+)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"OPENCV_CPU_DISABLE": "AVX512-SKX"},
+        {"OPENCV_CPU_DISABLE": "AVX512-SKX,AVX2,FP16,AVX"},
+        {"OPENCV_IPP": "disabled"},
+    ],
+    ids=str,
+)
+def test_numpy_opencv_and_pillow_give_the_same_bytes_with_other_kernels(environment):
+    """What emulation cannot reach: each library with the kernels of older processors, in a process of its own."""
+    code = f"import json; from kohaku_delta.numerics import operators as o; print(json.dumps({{name: o.digest(o.MEASURED[name][1]()) for name in {LIBRARIES!r}}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment)
+    assert json.loads(done.stdout) == {name: operators.known()[name] for name in LIBRARIES}, done.stderr
+
+
+def test_numpy_runs_without_avx512_in_every_stage():
+    """The package sets the pin before it, or any stage, imports numpy."""
+    code = "import sys, kohaku_delta; assert 'numpy' not in sys.modules; from numpy._core._multiarray_umath import __cpu_features__ as found; print(found['X86_V4'], found['AVX512_SKX'])"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("NPY_")}
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+def test_the_command_says_which_operator_differs(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from kohaku_delta.cli.main import main
+
+    done = CliRunner().invoke(main, ["operators"])
+    assert done.exit_code == 0 and f"{len(operators.MEASURED)} of {len(operators.MEASURED)} are equal" in done.output
+    (tmp_path / "operators.json").write_text(json.dumps(operators.known() | {"softmax": "0" * 16}))
+    monkeypatch.setattr(operators, "KNOWN", Path(tmp_path / "operators.json"))
+    done = CliRunner().invoke(main, ["operators"])
+    assert done.exit_code == 1 and "DIFFERS  softmax" in done.output and "these differ: softmax" in done.output

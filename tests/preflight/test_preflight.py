@@ -1,0 +1,469 @@
+"""Preflight: what is wrong with a host is a red line of its own name, before anything is spent; every size is what
+independent arithmetic and real files say.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+from click.testing import CliRunner
+from ruamel.yaml import YAML
+
+from kohaku_delta import params
+from kohaku_delta.cli.main import main
+from kohaku_delta.errors import UserError
+from kohaku_delta.preflight import build_plan, host_checks, host_facts, parameter_counts, size_estimates
+from kohaku_delta.preflight.host_facts import DiskFolder, Gpu, Host
+from kohaku_delta.provenance import import_closure
+from kohaku_delta.training import journal
+
+ROOT = Path(__file__).resolve().parents[2]
+RELEASE, MINIATURE = params.load(ROOT / "params.yaml"), params.load(ROOT / "miniature" / "params.yaml")
+
+
+def locked(path):
+    return {name: each.version for name, each in import_closure.locked_libraries(path).items()}
+
+
+LOCKED = locked(ROOT / "requirements" / "cuda.txt")
+CARD = Gpu("NVIDIA GeForce RTX 3090", 25_438_126_080, "8.6", 82)
+TB, GB = 10**12, 10**9
+# SDXL 1.0 and the release's LoKr as others count them: Stability AI's parameter counts, and the published preset on
+# SDXL's shapes
+SDXL = parameter_counts.ParameterCounts(
+    "SDXL 1.0", 2_567_463_684, 123_060_480 + 694_659_840, 83_653_863, 384_645_360, 2_628, 384_534_384, 390_000_000
+)
+GOOD = Host(
+    python="3.11.14", missing_tools=(), libraries=dict(LOCKED), numerics="", bitsandbytes="", cards=(CARD, CARD), architectures=("sm_80", "sm_86", "sm_120"), driver="580.95.05",
+    cuda="13.0", nccl="2.29.7", memory=64 * GB, shared_memory=8 * GB, supplied=(),
+    places={name: DiskFolder(name, 1, 2 * TB, 0) for name in ("mirror", "build", "cache", "work")},
+)  # fmt: skip
+
+
+def red(there, recipe=RELEASE):
+    return {
+        line.name.split(" of ")[0]: line
+        for line in host_checks.all_checks(recipe, there, SDXL, LOCKED)
+        if not line.good
+    }
+
+
+def with_library(name, number):
+    return replace(GOOD, libraries=LOCKED | {name: number})
+
+
+def with_disk(free):
+    return replace(GOOD, places={name: replace(place, free=free) for name, place in GOOD.places.items()})
+
+
+def test_the_releases_own_host_with_the_lock_is_green():
+    lines = host_checks.all_checks(RELEASE, GOOD, SDXL, LOCKED)
+    assert all(line.good for line in lines), [line for line in lines if not line.good]
+    assert len({line.name for line in lines}) == len(lines) == 16
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name", "says", "remedy"),
+    [
+        (replace(GOOD, python="3.12.1"), "Python", "3.12.1", ".venv"),
+        (replace(GOOD, missing_tools=("dvc", "git")), "dvc, git", "not there: dvc, git", "PATH"),
+        (with_library("safetensors", "0.7.0"), "libraries", "safetensors 0.7.0 (lock: 0.8.0)", "install the lock"),
+        (
+            replace(GOOD, libraries={name: number for name, number in LOCKED.items() if name != "tqdm"}),
+            "libraries",
+            "tqdm is missing",
+            "install the lock",
+        ),
+        (replace(GOOD, bitsandbytes="its native library did not load"), "bitsandbytes", "did not load", "driver"),
+        (
+            replace(GOOD, numerics="This processor offers DEFAULT; the recipe's CPU contract needs AVX2."),
+            "numerics",
+            "AVX2",
+            "sentence",
+        ),
+        (replace(GOOD, cards=()), "GPUs", "none is seen", "--gpus all"),
+        (
+            replace(GOOD, cards=(CARD,)),
+            "GPUs",
+            "1 (NVIDIA GeForce RTX 3090), for 2 ranks",
+            "set execution.ranks in params.yaml to 1",
+        ),
+        (
+            replace(
+                GOOD,
+                cards=(CARD, replace(CARD, name="NVIDIA GeForce RTX 4090", architecture="8.9", multiprocessors=128)),
+            ),
+            "same GPU",
+            "82 multiprocessors / ",
+            "CUDA_VISIBLE_DEVICES",
+        ),
+        (replace(GOOD, cards=(CARD, replace(CARD, multiprocessors=80))), "same GPU", "80 multiprocessors", "one kind"),
+        (replace(GOOD, cards=(replace(CARD, architecture="6.1"),) * 2), "architecture", "sm_61", "no code"),
+        (replace(GOOD, cards=(replace(CARD, architecture="9.0"),) * 2), "architecture", "sm_90", "no code"),
+        (replace(GOOD, cards=(replace(CARD, memory=12 * GB),) * 2), "GPU memory", "12 GB a GPU", "larger"),
+        (replace(GOOD, cards=(replace(CARD, memory=20 * GB),) * 2), "GPU memory", "20 GB a GPU", "less may do"),
+        (replace(GOOD, driver=""), "driver", "none answers", "580"),
+        (replace(GOOD, driver="570.133.20"), "driver", "570.133.20", "580"),
+        (replace(GOOD, cuda="12.8"), "CUDA", "12.8 (lock: 13.0)", "requirements/cuda.txt"),
+        (replace(GOOD, cuda=""), "CUDA", "CPU build", "requirements/cuda.txt"),
+        (replace(GOOD, nccl="2.27.5"), "NCCL", "2.27.5 (lock: 2.29.7)", "LD_LIBRARY_PATH"),
+        (replace(GOOD, memory=8 * GB), "memory", "8 GB", "swap"),
+        (replace(GOOD, shared_memory=64 << 20), "shared memory", "67.1 MB", "--shm-size"),
+        (
+            replace(GOOD, supplied=("supplied/kohakuXLGamma_rev2.safetensors",)),
+            "supplied inputs",
+            "kohakuXLGamma_rev2",
+            "merge.start: published",
+        ),
+        (with_disk(TB), "disk", "1 TB free", "download.mirror"),
+    ],
+)
+def test_what_is_wrong_is_one_red_line_with_its_remedy(wrong, name, says, remedy):
+    found = red(wrong)
+    assert set(found) == {name} and says in found[name].says and remedy in found[name].remedy, found
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        ("0.36.0", "broken"),
+        ("0.39.1", "broken"),
+        ("0.41.0", "broken"),
+        ("0.42.0", "rounds otherwise"),
+        ("0.50.3", "rounds otherwise"),
+    ],
+)
+def test_a_bitsandbytes_other_than_the_locks_is_forbidden(number, says):
+    found = red(with_library("bitsandbytes", number))
+    assert set(found) == {"bitsandbytes", "libraries"} and says in found["bitsandbytes"].says
+
+
+def test_a_host_without_git_is_green_for_dvc_does_without(monkeypatch):
+    assert not red(replace(GOOD, missing_tools=("git",)))
+    monkeypatch.setattr(host_facts.shutil, "which", lambda tool: None)
+    monkeypatch.setattr(
+        host_facts,
+        "_probe",
+        lambda file: {
+            "numerics": "",
+            "bitsandbytes": "",
+            "cards": [],
+            "architectures": [],
+            "cuda": "",
+            "nccl": "",
+            "numbers": None,
+        },
+    )
+    seen, numbers = host_facts.inspect_host(MINIATURE, ROOT / "miniature" / "params.yaml")
+    assert seen.missing_tools == ("dvc", "git") and numbers is None
+    assert [
+        line.name
+        for line in host_checks.all_checks(MINIATURE, seen, numbers, locked(ROOT / "requirements" / "cpu.txt"))
+        if not line.good
+    ] == ["dvc, git"]
+
+
+def test_what_preflight_repeats_is_what_training_says():
+    from kohaku_delta.training import data_loader, optimizer
+
+    assert host_checks.BROKEN == optimizer.BROKEN and size_estimates.AHEAD == data_loader.AHEAD + 1
+
+
+def test_ranks_that_do_not_divide_the_lanes_are_told_so():
+    three = RELEASE.model_copy(update={"execution": RELEASE.execution.model_copy(update={"ranks": 3})})
+    assert "does not divide 8 lanes" in red(replace(GOOD, cards=(CARD,) * 3), three)["GPUs"].says
+
+
+def test_folders_on_two_disks_are_judged_apart_and_what_is_there_counts():
+    places = dict(GOOD.places) | {"mirror": DiskFolder("mirror", 2, 50 * GB, 0)}
+    lines = {line.name: line for line in host_checks.all_checks(RELEASE, replace(GOOD, places=places), SDXL, LOCKED)}
+    assert not lines["disk of mirror"].good and lines["disk of build, cache, work"].good
+    places["mirror"] = replace(places["mirror"], there=1629 * GB)
+    assert not red(replace(GOOD, places=places))
+
+
+def run(*arguments, there=None, monkeypatch=None, color=False):
+    if there is not None:
+        monkeypatch.setattr(host_facts, "inspect_host", lambda recipe, file: (there, SDXL))
+    return CliRunner().invoke(main, ["preflight", *arguments], color=color)
+
+
+def test_exit_codes_colours_and_remedies(monkeypatch):
+    done = run(there=GOOD, monkeypatch=monkeypatch)
+    assert done.exit_code == 0 and "16 of 16 are green" in done.output and "\x1b" not in done.output
+    done = run(there=replace(GOOD, driver="470.1", shared_memory=0), monkeypatch=monkeypatch)
+    assert (
+        done.exit_code == 1
+        and "red: driver, shared memory" in done.output
+        and done.output.count("→") == 2
+        and "\x1b" not in done.output
+    )
+    assert "\x1b[31m" in run(there=replace(GOOD, driver=""), monkeypatch=monkeypatch, color=True).output
+    done = run("--params", "nowhere.yaml")
+    assert done.exit_code == 2 and "Run in a recipe's folder" in done.output
+
+
+@pytest.mark.parametrize(
+    "text", ["RTX 3090", "0x RTX 3090", "2x", "2x RTX 3090, 24", "2x RTX 3090, memory lots", "2x Voodoo 2"]
+)
+def test_a_description_that_says_nothing_is_refused_with_an_example(text):
+    done = run("--simulate", text)
+    assert done.exit_code == 2 and "RTX 3090" in done.output and "Traceback" not in done.output
+
+
+def test_this_host_can_make_the_miniature_and_dvc_asks_first():
+    stage = YAML(typ="safe", pure=True).load(open(ROOT / "dvc.yaml"))["stages"]["download"]
+    assert stage["cmd"] == "kohaku-delta preflight && kohaku-delta stage download"
+    done = subprocess.run(
+        [sys.executable, "../src/kohaku_delta", "preflight"],
+        cwd=ROOT / "miniature",
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )
+    assert done.returncode == 0 and "are green" in done.stdout and "GPU" not in done.stdout, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def release():
+    """The release's model and LoKr, counted without a checkpoint at hand."""
+    return parameter_counts.count_parameters(RELEASE, ROOT)
+
+
+def test_the_releases_sizes_are_the_published_ones(release):
+    assert (release.unet, release.text, release.vae, release.lokr) == (SDXL.unet, SDXL.text, SDXL.vae, SDXL.lokr)
+    assert size_estimates.lokr_bytes(release) == 769_290_720
+    assert (
+        0 < RELEASE.published.final.bytes - size_estimates.checkpoint_bytes(RELEASE, release) < 1_000_000
+    )  # header, position_ids, logit_scale
+    lost = (
+        4 * (768 // 8) ** 2 + 2 * (768 // 8) * (3072 // 8) + 6 * 8 * 8
+    )  # text encoder 1's last layer: q, k, v, out, fc1, fc2
+    assert release.trained == release.lokr - lost
+
+
+def test_what_is_fetched_and_kept_adds_up(release):
+    pinned = 15_443_382_272 + 6_938_078_334 + 6_938_046_250 + 2 * (1_059_962 + 524_619)
+    assert size_estimates.total(size_estimates.download_sizes(RELEASE, release)) == pinned + 1_600_000_000_000
+    assert (
+        size_estimates.milestones(RELEASE) == list(range(2000, 28_001, 2000))
+        and len(size_estimates.milestones(RELEASE)) == 14
+    )
+    each = 2 * 384_645_360 + release.optimizer
+    assert 384_534_384 < release.optimizer < 1.03 * 384_645_360  # a byte each, and 4 bytes a block of 256
+    assert size_estimates.state_bytes(RELEASE, release) == each
+    assert (
+        14 * (each + 769_290_720) + 3 * each
+        < size_estimates.total(size_estimates.state_sizes(RELEASE, release))
+        < 14 * (each + 769_290_720) + 3 * each + 17 * 28_638 * 4096
+    )
+    assert (
+        size_estimates.days(28_638, 51.25) == pytest.approx(28_638 * 51.25 / 86_400, rel=1e-6)
+        and 16.9 < size_estimates.days(28_638, 51.0) < size_estimates.days(28_638, 51.5) < 18
+    )
+    picture, noise = 4 * 3 * 1024 * 1024, 2 * 4 * 4 * 128 * 128 * 4
+    assert size_estimates.shared_memory(RELEASE, 2) == 2 * 4 * 5 * (picture + noise) + GB
+
+
+def test_the_cards_memory_holds_what_always_lies_in_it(release):
+    always = (
+        2 * (SDXL.unet + SDXL.text)
+        + 4 * SDXL.vae
+        + 2 * (release.lokr + release.trained)
+        + release.optimizer
+        + 3 * 4 * release.trained
+    )
+    assert size_estimates.total(size_estimates.gpu_memory_parts(RELEASE, release, 2)) == always
+    assert (
+        size_estimates.gpu_memory(RELEASE, release, 2)
+        == size_estimates.gpu_memory(RELEASE, release, 1) - 4 * release.trained
+        == 24 * GB
+    )
+    assert size_estimates.gpu_memory(RELEASE, release, 8) == 24 * GB + (9 - 3) * 4 * release.trained
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_buffers_are_those_that_the_tree_and_the_gathering_hold(ranks):
+    import torch
+
+    from kohaku_delta.training.gradient_reduction import PairwiseSum
+
+    tree, most = PairwiseSum(), 0
+    for _ in range(8 // ranks):
+        most = max(most, len(tree.levels) + 1)
+        tree.add(torch.zeros(1))
+    assert size_estimates.buffers(RELEASE, ranks) == max(most, ranks + 1 if ranks > 1 else 0)
+
+
+def test_the_miniatures_sizes_are_those_of_its_files():
+    from kohaku_delta import numerics
+    from kohaku_delta.sdxl import model_loading
+    from kohaku_delta.training import optimizer
+    from kohaku_delta.training.lokr_adapter import LokrAdapter
+
+    numerics.enforce()
+    import torch
+
+    numbers = parameter_counts.count_parameters(MINIATURE, ROOT / "miniature")
+    checkpoint = ROOT / "data" / "checkpoints" / "sdxl.safetensors"
+    models = {
+        name: module.requires_grad_(False) for name, module in model_loading.load(checkpoint, MINIATURE.model).items()
+    }
+    adapter = LokrAdapter(models, MINIATURE.lokr, torch.float32)
+    trained = adapter.trained()
+    lion = optimizer.Lion(trained, MINIATURE.train)
+    lion.step(0, torch.zeros(sum(weight.numel() for _, weight in trained)), optimizer.Scaler(False))
+    tensors = adapter.tensors()
+    assert (numbers.entries, numbers.trained) == (len(tensors), sum(weight.numel() for _, weight in trained))
+    assert size_estimates.state_bytes(MINIATURE, numbers) == sum(
+        each.nbytes for each in (*tensors.values(), *lion.tensors().values())
+    )
+    outs = YAML(typ="safe", pure=True).load((ROOT / "miniature" / "dvc.lock").read_text())["stages"]
+    sizes = {out["path"]: out["size"] for stage in outs.values() for out in stage.get("outs", [])}
+    assert (
+        0 <= sizes["build/delta-lokr.safetensors"] - size_estimates.lokr_bytes(numbers) < 256 * numbers.entries
+    )  # its header, large beside so small a model
+    for name in ("build/delta-base.safetensors", "build/kohaku-xl-delta.safetensors", "build/diffusers"):
+        assert 0 <= sizes[name] - size_estimates.checkpoint_bytes(MINIATURE, numbers) < 0.05 * sizes[name], name
+
+
+def test_the_journal_grows_as_counted(tmp_path):
+    numbers, rows = Random(1), 300
+    said = journal.Journal({})
+    for step in range(rows):
+        digest = numbers.randbytes(32).hex()
+        floats = {
+            name: numbers.random() for name in ("gradient_norm", "learning_rate_unet", "learning_rate_text", "scale")
+        }
+        prints = {
+            "weights": numbers.getrandbits(64),
+            "optimizer": numbers.getrandbits(64),
+            "lanes": [numbers.getrandbits(64) for _ in range(8)],
+        }
+        said.append(
+            {
+                "step": step,
+                "visits": digest,
+                "losses": [numbers.random() for _ in range(32)],
+                "tensors": numbers.randbytes(SDXL.entries),
+            }
+            | floats
+            | prints
+        )
+    said.write(tmp_path / "journal.parquet")
+    assert (
+        0.95 < rows * size_estimates.journal_row(RELEASE, SDXL) / (tmp_path / "journal.parquet").stat().st_size < 1.15
+    )
+
+
+def test_the_plan_names_a_source_for_every_figure_and_measures_nothing_by_itself(release):
+    two = build_plan.plan_rows(RELEASE, release, build_plan.parse_host("2x RTX 3090, disk 3 TB"), None)
+    found = {row.what: row for row in two}
+    assert all(row.source for row in two)
+    assert (
+        found["time a step"].figure == "51.25 s"
+        and "model card" in found["time a step"].source
+        and found["training"].figure == "17.0 days"
+    )
+    assert found["steps"].figure == "28,638" and found["disk in all"].figure == "1.71 TB"
+    other = {
+        row.what: row for row in build_plan.plan_rows(RELEASE, release, build_plan.parse_host("2x RTX 4090"), None)
+    }
+    assert other["time a step"].figure == "not measured" and "training" not in other
+    told = {
+        row.what: row
+        for row in build_plan.plan_rows(RELEASE, release, build_plan.parse_host("2x Later Card, 32 GB"), 20.0)
+    }
+    assert told["training"].figure == "6.6 days" and told["time a step"].source.startswith("--seconds-per-step")
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_the_lock_is_read_whole(name):
+    path = ROOT / "requirements" / f"{name}.txt"
+    said = dict(re.findall(r"^([a-z0-9.-]+)==([^ ;]+)", path.read_text(), re.M))
+    assert locked(path) == {each.replace(".", "-"): number for each, number in said.items()}
+
+
+@pytest.mark.parametrize("text", ["torch>=2 --hash=sha256:00\n", "torch==2.13.0\n", "???\n"])
+def test_a_lock_that_does_not_lock_is_refused(tmp_path, text):
+    (tmp_path / "cpu.txt").write_text(text)
+    with pytest.raises(UserError, match="Restore the file"):
+        locked(tmp_path / "cpu.txt")
+
+
+def test_a_probe_that_dies_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        host_facts.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -11, "", "Segmentation fault")
+    )
+    with pytest.raises(UserError, match="Segmentation fault"):
+        host_facts._probe(ROOT / "params.yaml")
+    monkeypatch.setattr(
+        host_facts.subprocess,
+        "run",
+        lambda *_, **__: subprocess.CompletedProcess([], 0, "noise\n" + json.dumps({"cuda": ""}) + "\n", ""),
+    )
+    assert host_facts._probe(ROOT / "params.yaml") == {"cuda": ""}
+
+
+def test_an_sdxl_that_is_no_checkpoint_is_a_sentence(tmp_path):
+    (tmp_path / "sdxl.safetensors").write_bytes(b"\xff" * 4096)
+    text = (
+        (ROOT / "miniature" / "params.yaml")
+        .read_text()
+        .replace("root: ..", f"root: {ROOT}")
+        .replace("../data/checkpoints/sdxl", f"{tmp_path}/sdxl")
+    )
+    (tmp_path / "params.yaml").write_text(text)
+    done = run("--params", str(tmp_path / "params.yaml"))
+    assert done.exit_code == 2 and "sdxl.safetensors" in done.output and "Traceback" not in done.output
+
+
+def own(tmp_path, base, start="published", **inputs):
+    """The miniature's params.yaml with another base, and no other checkpoint."""
+    content = YAML(typ="safe", pure=True).load((ROOT / "miniature" / "params.yaml").read_text())
+    content["root"], content["merge"]["start"] = str(ROOT), start
+    content["download"]["inputs"] = {"delta_base": base, **inputs}
+    path = tmp_path / "params.yaml"
+    with open(path, "w") as file:
+        YAML(typ="safe", pure=True).dump(content, file)
+    return path
+
+
+HUB = "hf://owner/model@" + "0" * 40
+
+
+def test_a_local_base_without_a_pinned_size_is_planned_as_the_file_that_it_is(tmp_path):
+    path = own(tmp_path, {"url": f"file://{ROOT}/data/checkpoints/sdxl.safetensors", "bytes": None, "sha256": None})
+    done = run("--params", str(path), "--simulate", "1x RTX 3090, memory 64 GB, disk 2 TB")
+    assert re.search(r"final model, diffusers folder +15\.5 MB", done.output), (
+        done.output
+    )  # three files of 5.17 MB of tensors
+    assert not re.search(r"build and cache +\d+(\.\d+)? GB", done.output)
+
+
+@pytest.mark.parametrize("size", [None, 5_286_744])
+def test_a_base_that_is_not_at_hand_and_not_as_large_as_sdxl_has_a_size_that_is_not_known(tmp_path, size):
+    database = {"url": f"{HUB}/own.db", "bytes": None, "sha256": None}
+    path = own(tmp_path, {"url": f"{HUB}/base.safetensors", "bytes": size, "sha256": None}, database=database)
+    done = run("--params", str(path), "--simulate", "1x RTX 3090, memory 64 GB, disk 2 TB")
+    assert re.search(r"size of the model +not known", done.output) and re.search(
+        r"database +not known +no size is pinned", done.output
+    ), done.output
+    assert "49" not in done.output and "TB" not in done.output and not re.search(r"\d GB  ", done.output)
+
+
+def test_a_base_as_large_as_sdxl_is_planned_as_sdxl(tmp_path):
+    path = own(tmp_path, {"url": f"{HUB}/base.safetensors", "bytes": 6_938_040_286, "sha256": None})
+    assert parameter_counts.count_parameters(params.load(path), tmp_path).of == "SDXL 1.0"
+
+
+def test_a_range_that_takes_all_of_an_unknown_database_is_not_planned_as_no_posts(tmp_path):
+    recipe = MINIATURE.model_copy(update={"published": None})
+    found = size_estimates.build_sizes(recipe, parameter_counts.count_parameters(recipe, ROOT / "miniature"))[-1]
+    assert found.bytes is None and "counts the posts" in found.source

@@ -1,0 +1,412 @@
+"""The page of a build loads nothing, escapes everything, claims nothing that was not looked at, and is the same bytes
+for the same build.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from click.testing import CliRunner
+
+import build_factory
+from kohaku_delta.cli.main import main
+
+EVIL = """<script>alert("1")</script>'"><img src=x onerror=alert(2)>&amp;{{ 7*7 }}"""
+VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+
+
+class Page(HTMLParser):
+    """(tag, attributes, text inside) of each element, in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        names = [name for name, _ in attributes]
+        assert len(names) == len(set(names)), (tag, attributes)
+        self.elements.append([tag, dict(attributes), ""])
+        if tag not in VOID:
+            self.open.append(self.elements[-1])
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append([tag, dict(attributes), ""])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        for element in self.open:
+            element[2] += data
+
+    def all(self, *tags) -> list:
+        return [(attributes, text) for tag, attributes, text in self.elements if tag in tags]
+
+
+def run(command: str, place, *options):
+    return CliRunner().invoke(main, [command, str(place), *map(str, options)])
+
+
+def written(place) -> str:
+    done = run("report", place)
+    assert done.exit_code == 0, done.output
+    return (place / "build" / "report.html").read_text(encoding="utf-8")
+
+
+def signs(page: str) -> dict[str, tuple[str, str]]:
+    """name → (kind, all that is said)."""
+    found = {}
+    for attributes, text in Page(page).all("li"):
+        if "sign" in attributes.get("class", "").split():
+            found[re.search(r"(\w+):", text)[1]] = (attributes["class"].split()[1], " ".join(text.split()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    return written(build_factory.make(tmp_path_factory.mktemp("recipe")))
+
+
+def test_a_build_gives_the_same_page_wherever_it_lies_and_in_which_order_its_files_came(tmp_path, page, monkeypatch):
+    place = build_factory.make(tmp_path / "elsewhere" / "other name")
+    for path in sorted((place / "build").rglob("*.png"), reverse=True):
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    monkeypatch.setenv("LC_ALL", "tr_TR.UTF-8")
+    assert written(place) == page
+    assert written(place) == page, "the page itself changes nothing"
+    assert str(tmp_path) not in page
+
+
+def test_a_page_names_no_other_file_and_runs_nothing(page):
+    parsed = Page(page)
+    assert not parsed.open and page.startswith("<!doctype html>")
+    ids = [attributes["id"] for _, attributes, _ in parsed.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for tag, attributes, _ in parsed.elements:
+        assert tag not in (
+            "script",
+            "iframe",
+            "object",
+            "embed",
+            "form",
+            "base",
+            "audio",
+            "video",
+            "use",
+            "foreignobject",
+        )
+        assert not [
+            name
+            for name in attributes
+            if name.startswith("on")
+            or name in ("style", "srcset", "action", "formaction", "ping", "background", "poster", "xlink:href")
+        ]
+        link = attributes.get("href", attributes.get("src"))
+        if link is not None and not link.startswith("data:"):
+            assert tag == "a" and link[0] == "#" and link[1:] in ids
+        assert tag != "meta" or attributes.get("http-equiv", "Content-Security-Policy") == "Content-Security-Policy"
+    [(_, style)] = parsed.all("style")
+    assert (
+        set(re.findall(r"url\([^)]*\)", style)) <= {"url(#head)"}
+        and "@import" not in style
+        and "@font-face" not in style
+    )
+
+
+def test_the_policy_allows_pictures_of_the_page_and_its_one_style(page):
+    policy = next(attributes["content"] for attributes, _ in Page(page).all("meta") if "http-equiv" in attributes)
+    style = page[page.index("<style>") + len("<style>") : page.index("</style>")]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert (
+        policy == f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+
+
+def test_hostile_texts_show_as_texts(tmp_path):
+    params = build_factory.recipe()
+    params["bake"].update(title=EVIL, license=EVIL)
+    params["preview"]["prompts"][0] = f"```\n{EVIL}"
+    params["caption"]["years"]["2010"] = f"| {EVIL}\n# [a](javascript:alert(3)) ![b](https://evil.example/c)"
+    params["download"]["inputs"]["tars"][0]["url"] = f"file://{EVIL}"
+    dataset = build_factory.DATASET | {"dropped": {EVIL: 1}, "ratings": {EVIL: 9}}
+    place = build_factory.make(tmp_path, params, dataset)
+    digest = hashlib.sha256((place / "dvc.lock").read_bytes()).hexdigest()
+    audit = {"lock": digest, "findings": [{"group": "lock", "name": "code", "status": "FAIL", "said": EVIL}]}
+    (place / "build" / "audit.json").write_text(json.dumps(audit))
+    outs = {"build/selection.parquet": {"md5": hashlib.md5(b"selection").hexdigest()}}
+    (place / "build" / "records").mkdir()
+    record = {
+        "stage": "select",
+        "outputs": outs,
+        "times": {"seconds": 1.5},
+        "container": EVIL,
+        "host": {"processor": EVIL},
+    }
+    (place / "build" / "records" / "select-0.json").write_text(json.dumps(record))
+    text = written(place)
+    parsed = Page(text)
+    assert not parsed.all("script", "iframe", "b") and all(
+        attributes["src"].startswith("data:image/") for attributes, _ in parsed.all("img")
+    )
+    assert all(attributes["href"][0] == "#" for attributes, _ in parsed.all("a"))
+    [(_, title)] = parsed.all("title")
+    assert title == f"{EVIL}: report of a build"
+    [(_, article)] = parsed.all("article")
+    for shown in (EVIL, "[a](javascript:alert(3)) ![b](https://evil.example/c)"):
+        assert shown in " ".join(article.split()).replace("\n", " ")
+    cells = [body for _, body in parsed.all("td", "th")]
+    assert sum(cell == EVIL for cell in cells) >= 3  # what the audit said, the container, the processor
+    assert any(attributes["alt"].count(EVIL) for attributes, _ in parsed.all("img"))
+
+
+def test_what_is_seen_is_told_and_every_table_has_its_heads(page):
+    parsed = Page(page)
+    assert dict(parsed.all("html")[0][0]) == {"lang": "en"} and "width=device-width" in page
+    pictures = parsed.all("img")
+    assert len(pictures) == 1 + len(build_factory.PICTURES)
+    assert all(
+        len(attributes["alt"]) > 20 and int(attributes["width"]) and int(attributes["height"])
+        for attributes, _ in pictures
+    )
+    assert all(attributes["aria-label"] and attributes["role"] for attributes, _ in parsed.all("svg"))
+    tables = re.findall(r"<table.*?</table>", page.partition("<article")[0], re.DOTALL)
+    assert len(tables) >= 4
+    for table in tables:
+        inner = Page(table)
+        assert inner.all("caption")[0][1].strip() and all(
+            attributes["scope"] in ("col", "row") for attributes, _ in inner.all("th")
+        )
+        rows = [Page(row) for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL)]
+        assert len({len(row.all("th", "td")) for row in rows}) == 1
+    levels = [int(tag[1]) for tag, _, _ in parsed.elements if re.fullmatch("h[1-6]", tag)]
+    assert (
+        levels[0] == 1
+        and levels.count(1) == 1
+        and all(after <= before + 1 for before, after in zip(levels, levels[1:]))
+    )
+
+
+def luminance(colour: str) -> float:
+    """Relative, as WCAG 2.2 defines it."""
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_texts_have_contrast_by_day_and_by_night(page):
+    style = Page(page).all("style")[0][1]
+    schemes = [
+        dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
+        for block in re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    ]
+    assert len(schemes) == 2 and schemes[0].keys() == schemes[1].keys()
+    for scheme in schemes:
+        pairs = [
+            (text, ground)
+            for text in ("ink", "quiet", "accent", "good", "bad", "open")
+            for ground in ("paper", "panel")
+        ]
+        for text, ground in [
+            *pairs,
+            ("good", "good-soft"),
+            ("bad", "bad-soft"),
+            ("open", "open-soft"),
+            ("ink", "soft"),
+            ("ink", "open-soft"),
+        ]:
+            low, high = sorted((luminance(scheme[text]), luminance(scheme[ground])))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
+
+
+def test_every_hash_of_the_lock_and_of_the_weights_stands_whole_on_the_page(tmp_path):
+    place = build_factory.make(tmp_path)
+    text = written(place)
+    for path in re.findall(r"md5: ([0-9a-f]{32}\S*)", (place / "dvc.lock").read_text()):
+        assert f">{path}</code>" in text
+    for name in ("delta-base", "delta-lokr", "kohaku-xl-delta"):
+        assert hashlib.sha256((place / "build" / f"{name}.safetensors").read_bytes()).hexdigest() in text
+    for entry in json.loads((place / "build" / "inputs.json").read_text())["inputs"].values():
+        assert all(each["sha256"] in text for each in (entry if isinstance(entry, list) else [entry]))
+
+
+def test_an_audit_counts_only_for_the_lock_that_it_looked_at(tmp_path):
+    place = build_factory.make(tmp_path)
+    kind, said = signs(written(place))["Audit"]
+    assert kind == "open" and "not audited" in said
+    digest = hashlib.sha256((place / "dvc.lock").read_bytes()).hexdigest()
+    checks = {
+        "lock": ("PASS", "outs re-hashed"),
+        "release": ("SKIP", "not the release"),
+        "chain": ("FAIL", "the journal breaks at row 3"),
+    }
+
+    def audited(lock, *names):
+        found = [{"group": "g", "name": name, "status": checks[name][0], "said": checks[name][1]} for name in names]
+        (place / "build" / "audit.json").write_text(
+            json.dumps({"lock": lock, "findings": found, "exit": 0, "verdict": "PASS"})
+        )
+        text = written(place)
+        assert all((checks[name][1] in text) == (lock == digest) for name in names)
+        return signs(text)["Audit"]
+
+    assert audited(digest, "lock", "release")[0] == "good"
+    kind, said = audited(digest, "lock", "release", "chain")
+    assert kind == "bad" and "1 passed, 1 failed, 1 not looked at. g/chain: the journal breaks at row 3" in said
+    assert audited(digest, "release")[0] == "open"
+    for other in ("0" * 64, None):
+        kind, said = audited(other, "lock")
+        assert kind == "open" and "of another lock" in said
+
+
+def test_a_record_is_told_only_of_the_outs_that_it_wrote(tmp_path):
+    place = build_factory.make(tmp_path)
+    (place / "build" / "records").mkdir()
+    for name, content in (("b", b"selection"), ("a", b"of another run")):
+        outputs = {"build/selection.parquet": {"md5": hashlib.md5(content).hexdigest()}}
+        record = {
+            "stage": "select",
+            "outputs": outputs,
+            "times": {"seconds": 7265.0 if name == "b" else 3.0},
+            "host": {"processor": f"processor {name}"},
+            "revision": {"commit": "ab" * 20, "dirty": True},
+        }
+        (place / "build" / "records" / f"select-{name}.json").write_text(json.dumps(record))
+    text = written(place)
+    assert "2 h 1 min" in text and "processor b" in text and "abababababab, changed" in text
+    assert "processor a" not in text
+
+
+def test_the_fidelity_table_is_the_documents_with_the_values_of_this_build(tmp_path):
+    rows = [
+        line.split(" | ")
+        for line in (build_factory.ROOT / "docs" / "fidelity.md").read_text().split("## ")[0].splitlines()
+        if line.startswith("| ")
+    ][1:]
+    params = build_factory.recipe()
+    params["caption"]["no_quality_above_id"] = None
+    text = written(build_factory.make(tmp_path / "a", params)).partition('id="fidelity"')[2].partition("</table>")[0]
+    assert text.count("<tr") == len(rows) + 1
+    assert "<code>caption.no_quality_above_id: null</code>" in text and "<code>train.warmup_steps: 4</code>" in text
+    assert sum(row[2].startswith("`") for row in rows) == len(re.findall("<code>[a-z]+[.][a-z_]+: ", text))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "fidelity.md").write_text(
+        f"| the release | this recipe | key |\n|---|---|---|\n| {EVIL} | [a](https://evil.example) ![b](https://evil.example/c) | `train.x` |\n"
+    )
+    parsed = Page(written(build_factory.make(tmp_path / "b", params | {"root": str(tmp_path)})))
+    assert any(cell == EVIL.replace("&amp;", "&") for _, cell in parsed.all("th")) and not parsed.all("script")
+    assert all(attributes["src"].startswith("data:image/") for attributes, _ in parsed.all("img"))
+    assert all(attributes["href"][0] == "#" for attributes, _ in parsed.all("a"))
+    (tmp_path / "docs" / "fidelity.md").write_text("nothing")
+    done = run("report", tmp_path / "b")
+    assert done.exit_code == 1 and "fidelity.md has no table" in done.output
+
+
+def test_what_was_changed_or_lost_since_is_told(tmp_path):
+    place = build_factory.make(tmp_path)
+    (place / "build" / "posts.parquet").write_bytes(b"longer than it was")
+    (place / "build" / "bucket.txt").unlink()
+    params = build_factory.recipe()
+    params["train"]["seed"] = 7
+    with open(place / "params.yaml", "w") as file:
+        build_factory.yaml.dump(params, file)
+    listed = json.loads((place / "build" / "inputs.json").read_text())
+    listed["inputs"]["gamma"]["sha256"] = "f" * 64
+    (place / "build" / "inputs.json").write_text(json.dumps(listed))
+    text = written(place)
+    told = signs(text)
+    assert told["Files"][0] == told["Recipe"][0] == told["Inputs"][0] == "bad"
+    assert (
+        "build/posts.parquet: here are 18 bytes" in told["Files"][1]
+        and "build/bucket.txt: not at hand" in told["Files"][1]
+    )
+    assert "train.seed" in told["Recipe"][1] and "gamma: differs from its pin" in told["Inputs"][1]
+    assert "training 1337" in text and "training 7" not in text, "what is shown is what the stages ran with"
+
+
+def test_a_build_that_has_only_begun_has_a_page_and_no_card(tmp_path):
+    place = build_factory.make(tmp_path)
+    last = ("train", "bake", "export", "statistics", "preview")
+    build_factory.lock(place, build_factory.recipe(), leave_out=last)
+    for name in (
+        "curves.csv",
+        "dataset.json",
+        "preview.png",
+        "held-out.json",
+        "kohaku-xl-delta.safetensors",
+        "delta-lokr.safetensors",
+    ):
+        (place / "build" / name).unlink()
+    text = written(place)
+    kind, said = signs(text)["Stages"]
+    assert str(tmp_path) not in text and "build/ is not finished" in text
+    assert kind == "bad" and "7 of 12" in said and all(stage in said for stage in last)
+    done = run("card", place)
+    assert (
+        done.exit_code == 1
+        and "nothing of bake, statistics, train" in done.output
+        and not (place / "build" / "README.md").exists()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("dvc.lock", "stages: [", "dvc.lock is not YAML"),
+        (
+            "dvc.lock",
+            "schema: '2.0'\nstages: {train: {cmd: x, outs: [{path: x, hash: md5, md5: zz, size: 1}]}}",
+            "stages.train.outs.0.md5",
+        ),
+        (
+            "dvc.lock",
+            "schema: '2.0'\nstages: {train: {cmd: x, outs: [{path: ../x, hash: md5, md5: " + "a" * 32 + ", size: 1}]}}",
+            "an out lies in its recipe's folder",
+        ),
+        (
+            "dvc.lock",
+            "schema: '2.0'\nstages: {train: {cmd: x, params: {params.yaml: {train: {seed: often}}}}}",
+            "train.seed",
+        ),
+        ("dvc.yaml", "stages: 5", "dvc.yaml has no stages"),
+        ("build/dataset.json", "{", "dataset.json is not what its stage writes"),
+        ("build/dataset.json", json.dumps(build_factory.DATASET | {"steps": "many"}), "at steps"),
+        ("build/dataset.json", "[" * 100_000, "dataset.json"),
+        ("build/held-out.json", '{"posts": -1}', "held-out.json"),
+        ("build/held-out.json", '{"posts": 3, "reason": "none"}', "held-out.json"),
+        ("build/held-out.json", '{"posts": 0}', "held-out.json"),
+        ("build/inputs.json", '{"inputs": {"a": {"url": "x", "bytes": 1, "sha256": "no"}}}', "inputs.json"),
+        ("build/curves.csv", "step,loss\n0,none\n", "curves.csv"),
+        ("build/bucket.txt", "bucket one\n", "bucket.txt"),
+        ("build/preview.png", "GIF89a", "preview.png is not a PNG"),
+        ("build/audit.json", '{"findings": []}', "audit.json: findings"),
+        ("build/records/a.json", "null", "a.json"),
+    ],
+)
+def test_a_file_that_is_not_what_it_should_be_is_refused_by_name(tmp_path, name, content, words):
+    place = build_factory.make(tmp_path)
+    (place / name).parent.mkdir(exist_ok=True)
+    (place / name).write_text(content)
+    done = run("report", place)
+    assert done.exit_code == 1 and words in done.output and done.output.startswith("Error: "), done.output
+    assert not (place / "build" / "report.html").exists()
+
+
+def test_a_folder_without_a_recipe_is_refused(tmp_path):
+    done = run("report", tmp_path)
+    assert done.exit_code == 1 and "params.yaml is not there. Name a recipe's folder" in done.output
+
+
+def test_a_picture_too_wide_for_a_page_is_made_smaller_the_same_way_twice(tmp_path, page):
+    place = build_factory.make(tmp_path)
+    (place / "build" / "preview.png").write_bytes(build_factory.png(4800, 1200))
+    text = written(place)
+    [shown] = [attributes for attributes, _ in Page(text).all("img") if attributes["src"].startswith("data:image/webp")]
+    assert (shown["width"], shown["height"]) == ("2400", "600")
+    assert written(place) == text

@@ -1,0 +1,95 @@
+"""Ranks on machines that share no folder begin from one state, the newest, or none begins."""
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+
+from kohaku_delta.training import checkpointing, journal, tensor_fingerprints
+
+HEADER = {"base": "b", "parameters": {"train.seed": 1}}
+RANK = """
+import json, sys
+import torch.distributed as dist
+from pathlib import Path
+from kohaku_delta.errors import UserError
+from kohaku_delta.training import distributed_state, tensor_fingerprints
+rank, folder, depends = int(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{folder.parent}/store", rank=rank, world_size=2)
+try:
+    distributed_state.require_same_run(depends, 2, "cpu")
+    steps, held = distributed_state.load_newest_state(folder, json.loads(sys.argv[4]), 2, "cpu")
+    if held:
+        tensors, scaler, rows = held
+        print(steps, sorted(tensors), tensor_fingerprints.combine(tensor_fingerprints.fingerprints(tensors)), scaler, rows.rows[-1]["chain"], rows.header["base"])
+    else:
+        print(steps)
+except UserError as refusal:
+    print("refused:", refusal.message)
+"""
+
+
+def save(folder, steps):
+    """A saved state of two weights after so many steps; returns its tensors."""
+    tensors = {
+        "weights/a": torch.full((5000,), steps, dtype=torch.float16),
+        "weights/b": torch.arange(7.0),
+        "optimizer/a.state1": torch.full((5000,), 3, dtype=torch.uint8),
+    }
+    rows = journal.Journal(HEADER)
+    for step in range(steps):
+        here = tensors | {"weights/a": torch.full((5000,), step + 1, dtype=torch.float16)}
+        weights = tensor_fingerprints.fingerprints(checkpointing.select_prefix(here, "weights/"))
+        rows.append(
+            {
+                "step": step, "visits": "v", "losses": [0.1], "lanes": [2**64 - 1], "gradient_norm": 1.0, "learning_rate_unet": 0.0, "learning_rate_text": 0.0, "scale": 8.0,
+                "weights": tensor_fingerprints.combine(weights), "optimizer": tensor_fingerprints.combine(tensor_fingerprints.fingerprints(checkpointing.select_prefix(here, "optimizer/"))), "tensors": tensor_fingerprints.short_fingerprints(weights),
+            }
+        )  # fmt: skip
+    checkpointing.save(folder, steps, tensors, (65536.0, 17), rows, 9, 1000)
+    return tensors
+
+
+def both(tmp_path, depends=({}, {})):
+    """What two ranks say, each with its own folder tmp_path/0 and tmp_path/1."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / str(rank)), json.dumps(depends[rank]), json.dumps(HEADER)],
+            stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": "src"},
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    return [process.communicate(timeout=60)[0].strip() for process in ranks]
+
+
+def test_the_newest_state_of_any_machine_reaches_all_bit_for_bit(tmp_path):
+    save(tmp_path / "0", 2)
+    tensors = save(tmp_path / "1", 3)
+    first, second = both(tmp_path)
+    assert (
+        first == second
+        and first.startswith(
+            f"3 {sorted(tensors)} {tensor_fingerprints.combine(tensor_fingerprints.fingerprints(tensors))} (65536.0, 17) "
+        )
+        and first.endswith(" b")
+    )
+
+
+def test_a_damaged_newest_state_stops_every_rank_and_its_machine_says_where(tmp_path):
+    save(tmp_path / "0", 2)
+    save(tmp_path / "1", 3)
+    file = checkpointing.state_path(tmp_path / "1", 3) / checkpointing.STATE
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    first, second = both(tmp_path)
+    assert first == "refused: Rank 1 has a state after step 2 that cannot be taken up; it says why, on its own machine."
+    assert second.startswith(f"refused: {file} is not what training saved") and "Delete" in second
+
+
+def test_a_rank_that_was_given_something_else_says_what(tmp_path):
+    first, second = both(tmp_path, ({"base": "1", "posts": "2"}, {"base": "1", "posts": "3", "code of x": "4"}))
+    assert first.startswith("refused: Rank 1 was given something else")
+    assert second.startswith("refused: Rank 1 cannot train with rank 0: code of x, posts differ.")

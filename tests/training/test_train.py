@@ -1,0 +1,154 @@
+"""Training's promises on a few steps: the same bytes with other ranks, after kills, in other folders; nothing
+half-written.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+import tiny_training
+from kohaku_delta.formats import parquet
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A lesson of two or three steps, taken by one rank without interruption."""
+    folder = tiny_training.write(tmp_path_factory.mktemp("lesson"), 16)
+    done = tiny_training.run(folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def copy(trained, tmp_path):
+    """The same lesson, not taken yet, elsewhere."""
+    shutil.copytree(
+        trained[0],
+        tmp_path / "elsewhere",
+        ignore=lambda folder, names: [name for name in names if name in tiny_training.OUTS or name == "work"],
+    )
+    return tmp_path / "elsewhere"
+
+
+def test_two_ranks_elsewhere_give_the_bytes_of_one_rank(trained, tmp_path):
+    other = copy(trained, tmp_path)
+    done = tiny_training.run(other, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert tiny_training.outs(other) == tiny_training.outs(trained[0])
+    assert done.stdout.count("train: ") == 1
+
+
+def test_killed_training_resumes_to_the_same_bytes(trained, tmp_path):
+    other = copy(trained, tmp_path)
+    process = subprocess.Popen(
+        tiny_training.command(1), cwd=other, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not list(other.glob("work/*/step-00000001")):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (other / "build" / "delta-lokr.safetensors").exists()
+    assert tiny_training.run(other).returncode == 0
+    assert tiny_training.outs(other) == tiny_training.outs(trained[0])
+
+
+def test_pictures_that_were_edited_during_the_training_are_refused_and_the_training_is_kept(trained, tmp_path):
+    other = copy(trained, tmp_path)
+    listed = other / "build" / "inputs.json"
+    content = json.loads(listed.read_text())
+    for entry in content["inputs"]["tars"]:
+        (other / "tars").mkdir(exist_ok=True)
+        entry["path"] = f"../tars/{Path(shutil.copy(listed.parent / entry['path'], other / 'tars')).name}"
+    listed.write_text(json.dumps(content))
+    last = other / "tars" / "data-2000.tar"
+    whole = last.read_bytes()
+    process = subprocess.Popen(
+        tiny_training.command(1), cwd=other, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not list(other.glob("work/*/step-00000001")):
+        time.sleep(0.02)
+    last.write_bytes(whole[:-1] + b"x")
+    said = process.communicate()[1]
+    assert (
+        process.returncode == 1
+        and "data-2000.tar was edited or replaced" in said
+        and not any((other / "build" / name).exists() for name in tiny_training.OUTS)
+    ), said
+    last.write_bytes(whole)
+    steps = len(next(iter(other.glob("work/*/log.csv"))).read_text().splitlines())
+    assert tiny_training.run(other).returncode == 0 and tiny_training.outs(other) == tiny_training.outs(trained[0])
+    assert len(next(iter(other.glob("work/*/log.csv"))).read_text().splitlines()) == steps, "no step was made twice"
+
+
+def test_the_lokr_moved_everywhere_but_in_text_encoder_1s_last_layer(trained):
+    tensors = load_file(trained[0] / "build" / "delta-lokr.safetensors")
+    for name, array in tensors.items():
+        if name.endswith(".lokr_w2"):
+            assert (array == 0).all() == name.startswith("lora_te1_text_model_encoder_layers_2_"), name
+
+
+def test_the_journal_has_a_chained_row_a_step(trained):
+    rows = tiny_training.journal(trained[0]).to_pylist()
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    assert len({row["chain"] for row in rows}) == len({row["weights"] for row in rows}) == len(rows)
+    schedule = parquet.read(trained[0] / "build" / "schedule.parquet").to_pylist()
+    assert [len(row["losses"]) for row in rows] == [
+        sum(each["step"] == step for each in schedule) for step in range(len(rows))
+    ]
+
+
+def test_ranks_that_do_not_divide_the_lanes_are_refused_in_a_sentence(trained, tmp_path):
+    other = copy(trained, tmp_path)
+    done = tiny_training.run(other, ranks=3)
+    assert done.returncode == 1 and "3 ranks cannot share 4 lanes" in done.stderr and "Traceback" not in done.stderr
+    assert not any((other / "build" / name).exists() for name in tiny_training.OUTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_ends_after_the_step_saved_and_is_resumed(trained, tmp_path, ranks):
+    other = copy(trained, tmp_path)
+    process = subprocess.Popen(
+        tiny_training.command(ranks), cwd=other, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not list(other.glob("work/*/step-00000001")):
+        time.sleep(0.02)
+    process.terminate()
+    _, said = process.communicate()
+    if process.returncode:
+        assert "Traceback" not in said and "run the stage again" in said.lower(), said
+    assert tiny_training.run(other).returncode == 0
+    assert tiny_training.outs(other) == tiny_training.outs(trained[0])
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_instants_and_other_ranks_change_nothing(trained, tmp_path):
+    numbers = random.Random(int(os.environ.get("KILL_SEED", "1")))
+    other = copy(trained, tmp_path)
+    for _ in range(20):
+        process = subprocess.Popen(
+            tiny_training.command(numbers.choice([1, 2, 4])),
+            cwd=other,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            process.wait(numbers.uniform(8, 30))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if (other / "build" / "delta-lokr.safetensors").exists():
+            assert tiny_training.outs(other) == tiny_training.outs(trained[0])
+            shutil.rmtree(other / "work")
+            for name in tiny_training.OUTS:
+                (other / "build" / name).unlink(missing_ok=True)
+    assert tiny_training.run(other, ranks=4).returncode == 0
+    assert tiny_training.outs(other) == tiny_training.outs(trained[0])

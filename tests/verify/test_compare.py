@@ -1,0 +1,136 @@
+"""kohaku-delta compare: equal rebuilds say so in one line; others are told by the first post, caption, micro-batch,
+step and tensor where they part.
+"""
+
+import json
+import shutil
+
+import pytest
+
+import rebuild_factory
+from kohaku_delta.training import journal
+from tampering import ask, caption, journaled, picture, post, rehash_everything, truncate_journal, ulp
+
+
+@pytest.fixture(scope="module")
+def untampered_rebuild(tmp_path_factory):
+    return rebuild_factory.write(tmp_path_factory.mktemp("honest") / "recipe")
+
+
+@pytest.fixture
+def copy(untampered_rebuild, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("other") / "recipe"
+    shutil.copytree(untampered_rebuild, folder, symlinks=True)
+    return folder
+
+
+def test_equal_rebuilds_say_so_in_one_line_also_where_one_is_a_bundle(untampered_rebuild, copy):
+    ask("bundle", copy.parent / "b.tar", "--recipe", copy)
+    for other in (copy, copy.parent / "b.tar"):
+        assert ask("compare", untampered_rebuild, other) == (0, "equal: all 30 outs of 12 stages, byte for byte\n")
+
+
+def test_what_differed_on_the_hosts_is_told_of_equal_ones_too(untampered_rebuild, copy):
+    rebuild_factory.records(copy, host={"processor": "another"}, container="sha256:" + "1" * 64)
+    code, said = ask("compare", untampered_rebuild, copy)
+    assert (
+        code == 0
+        and said.count("\n") == 1
+        and "processor: one | another" in said
+        and "container: none | sha256:111" in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "stage", "lines"),
+    [
+        (caption, "caption", ["caption      captions.parquet: post ", "general: "]),
+        (
+            post,
+            "filter",
+            [
+                "post         posts.parquet: post ",
+                "is only in the second (30 | 31 rows; 0 posts only in the first, 1 only in the second)",
+            ],
+        ),
+        (
+            ulp("kohaku-xl-delta.safetensors"),
+            "bake",
+            ["tensor       build/kohaku-xl-delta.safetensors: model.c; 1 of 3 tensors differ"],
+        ),
+        (
+            journaled(truncate_journal, True),
+            "train",
+            ["step         step 3: schedule.parquet has other posts or visits in this step"],
+        ),
+        (
+            journaled(lambda rows: rows[5].update(lanes=[6, 99]), True),
+            "train",
+            ["step         step 5: lane 1: all losses are equal and the gradient is not"],
+        ),
+        (
+            journaled(lambda rows: rows[2].update(weights=7, tensors=bytes(6)), True),
+            "train",
+            ["step 2: all lanes and the update are equal; lora_te1_"],
+        ),
+    ],
+)
+def test_where_two_rebuilds_part_is_told_by_its_place(untampered_rebuild, copy, change, stage, lines):
+    change(copy)
+    rehash_everything(copy)
+    code, said = ask("compare", untampered_rebuild, copy)
+    assert code == 1 and f"different from the stage {stage} on" in said and all(line in said for line in lines), said
+
+
+def test_a_flipped_pixel_is_told_by_its_input_and_its_step_lane_and_posts(untampered_rebuild, copy):
+    """What a rebuild leaves whose data has one other pixel: another tar, and from its step on another journal."""
+    picture(copy)
+    content = json.loads((copy / "build" / "inputs.json").read_text())
+    content["inputs"]["tars"][0]["sha256"] = rebuild_factory.sha256((copy / "mirror" / "data-0004.tar").read_bytes())
+    (copy / "build" / "inputs.json").write_text(json.dumps(content))
+    journaled(lambda rows: rows[3].update(losses=[rows[3]["losses"][0], 0.75], lanes=[4, 77]), True)(copy)
+    rehash_everything(copy)
+    code, said = ask("compare", untampered_rebuild, copy)
+    posts = next(
+        row
+        for row in rebuild_factory.parquet.read(copy / "build" / "schedule.parquet").to_pylist()
+        if (row["step"], row["place"]) == (3, 1)
+    )["posts"]
+    assert code == 1 and "different from the stage download on: build/inputs.json" in said
+    assert (
+        "input        tars, data-0004.tar: " in said
+        and f"step 3: lane 1, place 1: the loss of posts {posts[0]}, {posts[1]} is 0.5" in said
+        and "the second says 0.75" in said
+    )
+    assert said.index("input ") < said.index("step ")
+
+
+def test_other_parameters_are_told_by_name(untampered_rebuild, copy):
+    params = copy / "params.yaml"
+    params.write_text(params.read_text().replace("tag_dropout: 0.1", "tag_dropout: 0.2"))
+    rebuild_factory.lock(copy)
+    code, said = ask("compare", untampered_rebuild, copy)
+    assert code == 0 and "byte for byte" in said, "what came out is equal"
+    journaled(lambda rows: rows[0].update(scale=2.0), True)(copy)
+    rebuild_factory.lock(copy)
+    code, said = ask("compare", untampered_rebuild, copy)
+    assert code == 1 and "parameter    train.tag_dropout: 0.1 | 0.2" in said
+
+
+def test_what_cannot_be_compared_ends_with_2(untampered_rebuild, copy, tmp_path):
+    assert ask("compare", untampered_rebuild, tmp_path / "nowhere")[0] == 2
+    (copy / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    code, said = ask("compare", untampered_rebuild, copy)
+    assert code == 2 and "have no finished stage in common" in said
+
+
+def test_a_journal_whose_header_differs_is_told_by_its_base(untampered_rebuild, copy):
+    path = copy / "build" / "journal.parquet"
+    said = journal.read_journal(path)
+    other = journal.Journal(said.header | {"base": "0" * 64}, lokr=said.lokr)
+    for row in said.rows:
+        other.append({key: value for key, value in row.items() if key != "chain"})
+    other.write(path)
+    rehash_everything(copy)
+    code, told = ask("compare", untampered_rebuild, copy)
+    assert code == 1 and "the journals begin with other bases" in told

@@ -1,0 +1,207 @@
+"""Each way to hand out a rebuild that is not what it says is found by the check that is meant to find it, by name; and
+an honest one raises no alarm.
+"""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+
+import rebuild_factory
+from kohaku_delta.verify import recompute_stages
+from tampering import (
+    ask,
+    audit,
+    caption,
+    exchanged,
+    fabricate_output_hash,
+    failed,
+    foreign_state,
+    input_changed_during_run,
+    journaled,
+    other_code,
+    other_command,
+    other_norm,
+    other_params,
+    other_weights,
+    param_changed_during_run,
+    picture,
+    pin,
+    post,
+    post_everywhere,
+    record_of_another_run,
+    rehash_everything,
+    renamed_state,
+    repeated,
+    stage_cut,
+    swapped,
+    swapped_in_the_lock,
+    truncate_journal,
+    ulp,
+    undeclared,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory):
+    return rebuild_factory.write(tmp_path_factory.mktemp("honest") / "recipe")
+
+
+@pytest.fixture
+def copy(honest, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attack") / "recipe"  # as deep as the honest one: its root is a relative path
+    shutil.copytree(honest, folder, symlinks=True)
+    return folder
+
+
+ATTACKS = {
+    "an out's hash fabricated in dvc.lock": (fabricate_output_hash, False, "lock/outs", "build/kohaku-xl-delta.safetensors (of bake) has md5"),
+    "outs swapped between two stages": (swapped, False, "lock/outs", "build/selection.parquet (of select) has md5"),
+    "outs swapped, and dvc.lock with them": (swapped_in_the_lock, False, "lock/records", "the record of select is of another run: it wrote build/sel"),
+    "outs swapped, everything hashed anew": (swapped, True, "chain/dataset", "is trained on or dropped, and not selected"),
+    "one caption changed": (caption, False, "lock/outs", "build/captions.parquet (of caption) has md5"),
+    "one post added": (post, False, "lock/outs", "build/posts.parquet (of filter) has md5"),
+    "one post added, everything hashed anew": (post, True, "chain/dataset", "is trained on or dropped, and not selected"),
+    "one post added to every table, everything hashed anew": (post_everywhere, True, "chain/order", "schedule.parquet is not what posts.parquet gives"),
+    "the final model changed by an ulp": (ulp("kohaku-xl-delta.safetensors"), False, "lock/outs", "build/kohaku-xl-delta.safetensors (of bake) has md5"),
+    "the LoKr changed by an ulp, everything hashed anew": (ulp("delta-lokr.safetensors"), True, "chain/lokr", "the journal ends with the LoKr"),
+    "the base changed by an ulp, everything hashed anew": (ulp("delta-base.safetensors"), True, "chain/base", "the journal begins with the base"),
+    "a step cut out of the journal": (journaled(truncate_journal, False), True, "chain/journal", "the chain breaks at row 3"),
+    "a step of the journal repeated": (journaled(repeated, False), True, "chain/journal", "the chain breaks at row 4"),
+    "a step cut out, chained anew": (journaled(truncate_journal, True), True, "chain/visits", "the journal has 7 steps, the schedule 8"),
+    "a step repeated, chained anew": (journaled(repeated, True), True, "chain/visits", "the journal has 9 steps, the schedule 8"),
+    "two steps exchanged, chained anew": (journaled(exchanged, True), True, "chain/visits", "step 2 of the journal visited other posts"),
+    "the last weights forged, chained anew": (journaled(other_weights, True), True, "lock/work", "the state after step 7 is not on the way"),
+    "a step forged, chained anew": (journaled(other_norm, True), True, "lock/work", "is not on the way of this journal"),
+    "a record from another run": (record_of_another_run, False, "lock/records", "the record of schedule is of another run: it wrote build/schedule.parquet"),
+    "code changed during a run": (input_changed_during_run, False, "lock/during", "training/training_loop.py was changed while train ran"),
+    "params.yaml changed during a run": (param_changed_during_run, False, "lock/during", "train in params.yaml was changed while train ran"),
+    "other code than was run": (other_code, False, "lock/code", "src/kohaku_delta/cli/stage_command.py"),
+    "other parameters": (other_params, False, "lock/parameters", "train: train in params.yaml is not what dvc.lock says"),
+    "other parameters, everything hashed anew": (other_params, True, "chain/trained", "another train.tag_dropout"),
+    "an input that is not the pinned one": (pin, True, "lock/pins", "has another size or sha256 than params.yaml pins"),
+    "one bit of one picture": (picture, False, "lock/data", "data-0004.tar is not what the download stage verified"),
+    "an input left out of dvc.lock": (undeclared, False, "lock/pipeline", "caption: dvc.lock and dvc.yaml name other inputs"),
+    "another command": (other_command, False, "lock/pipeline", "merge: dvc.lock ran “python elsewhere.py”"),
+    "a stage cut out of dvc.lock": (stage_cut, False, "lock/pipeline", "build/preview.png lies there and dvc.lock has no stage preview"),
+    "a saved state of another training": (foreign_state, False, "lock/work", "the state after step 3 is not on the way of this journal"),
+    "a work folder under another name": (renamed_state, False, "lock/work", "its name does not follow from its depends.json"),
+}  # fmt: skip
+
+
+def test_an_honest_rebuild_raises_no_alarm_and_what_was_not_looked_at_is_skipped(honest):
+    code, found = audit(honest, "--data")
+    assert code == 0 and not failed(found)
+    assert {name for name, (status, _) in found.items() if status == "SKIP"} == {
+        "lock/provenance",
+        "release/release",
+        "replay/steps",
+    }
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack_is_found_by_its_check(copy, attack):
+    change, careful, check, said = ATTACKS[attack]
+    change(copy)
+    if careful:
+        rehash_everything(copy)
+    code, found = audit(copy, *(["--data"] if check == "lock/data" else []))
+    assert code == 1 and check in failed(found) and said in failed(found)[check], failed(found)
+    print(f"{attack} → {check}: {failed(found)[check]}")
+
+
+def test_an_out_that_is_not_there_is_never_passed(copy):
+    for name in ("journal.parquet", "schedule.parquet", "posts.parquet", "delta-lokr.safetensors", "inputs.json"):
+        (copy / "build" / name).unlink()
+    code, found = audit(copy)
+    assert code == 1 and "is not there" in found["lock/outs"][1]
+    looked_at = {
+        "chain/dataset",
+        "chain/order",
+        "chain/journal",
+        "chain/weights",
+        "lock/work",
+        "lock/pins",
+        "lock/data",
+        "fidelity/untouched",
+    }
+    assert {found[name][0] for name in looked_at} == {"SKIP"}
+
+
+def test_a_stage_without_a_record_is_skipped_by_name(copy):
+    next((copy / "build" / "records").glob("merge-*.json")).unlink()
+    code, found = audit(copy)
+    assert code == 0 and found["lock/unrecorded"] == (
+        "SKIP",
+        "no record of merge: restored from DVC's cache, or run elsewhere",
+    )
+    shutil.rmtree(copy / "build" / "records")
+    code, found = audit(copy)
+    assert (
+        code == 0
+        and "lock/records" not in found
+        and {found[name][0] for name in ("lock/during", "chain/stages")} == {"SKIP"}
+    )
+
+
+def test_a_changed_caption_is_found_by_captioning_anew_although_everything_was_hashed_anew(copy, monkeypatch):
+    monkeypatch.setattr(
+        recompute_stages, "STAGES", {name: recompute_stages.STAGES[name] for name in ("caption", "schedule")}
+    )
+    code, found = audit(copy, "--stages")
+    assert (
+        code == 1
+        and "artists-kxl-delta.json" in failed(found)["replay/caption"]
+        and "captions.parquet" not in failed(found)["replay/caption"]
+    )
+    assert found["replay/schedule"][0] == "PASS"
+    caption(copy)
+    rehash_everything(copy)
+    code, found = audit(copy, "--stages")
+    assert code == 1 and "captions.parquet" in failed(found)["replay/caption"], found
+
+
+def test_a_span_of_files_is_pinned_by_its_list(copy):
+    path = copy / "params.yaml"
+    tar = copy / "mirror" / "data-0004.tar"
+    rows = f"file,bytes,sha256\ndata-0004.tar,{tar.stat().st_size},{rebuild_factory.sha256(tar.read_bytes())}\n"
+    content = rebuild_factory.loaded(path)
+    content["download"]["inputs"]["tars"] = [
+        {
+            "url": "file://mirror/data-{0000..2000}.tar",
+            "bytes": len(rows),
+            "sha256": rebuild_factory.sha256(rows.encode()),
+        }
+    ]
+    rebuild_factory.dump(path, content)
+    rehash_everything(copy)
+    assert "pins-tars.csv is not there" in failed(audit(copy)[1])["lock/pins"]
+    (copy / "pins-tars.csv").write_text(rows)
+    assert not failed(audit(copy)[1])
+    code, _ = ask("bundle", copy / "x.tar", "--recipe", copy)
+    assert code == 0 and not failed(audit(copy / "x.tar")[1])
+    (copy / "pins-tars.csv").write_text(rows.replace("data-0004.tar,5", "data-0004.tar,6"))
+    assert "not the list that params.yaml pins" in failed(audit(copy)[1])["lock/pins"]
+    content["download"]["inputs"]["tars"] = [
+        {"url": "file://mirror/data-{0000..2000}.tar", "bytes": None, "sha256": None}
+    ]
+    rebuild_factory.dump(path, content)
+    rehash_everything(copy)
+    assert "1 others as the first download recorded them" in audit(copy)[1]["lock/pins"][1]
+
+
+def test_of_the_states_of_other_trainings_the_nearest_is_named_first(copy):
+    caption(copy)
+    rehash_everything(copy)
+    (near,) = (copy / "work").glob("*/depends.json")
+    content = json.loads(near.read_text())
+    for number in range(100):  # until its name comes first
+        listed = content["depends"] | dict.fromkeys(("base", "posts", "schedule"), str(number))
+        name = hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()[:16]
+        if name < near.parent.name:
+            break
+    (copy / "work" / name).mkdir()
+    (copy / "work" / name / "depends.json").write_text(json.dumps(content | {"depends": listed}))
+    said = audit(copy)[1]["lock/work"][1]
+    assert name < near.parent.name and f"of other runs: {near.parent.name} (captions differs), {name} (" in said, said

@@ -1,0 +1,140 @@
+import hashlib
+import json
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny_sdxl
+from kohaku_delta.errors import UserError
+from kohaku_delta.sdxl import model_loading
+from kohaku_delta.weights import export_diffusers
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A CLIP tokenizer of 1000 tokens: printable characters, and fillers."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    singles = ["!", *(c for c in string.printable if c not in "!" + string.whitespace)]
+    words = singles + [c + "</w>" for c in singles]
+    words += [f"filler{i}" for i in range(998 - len(words))] + [export_diffusers.BEGIN, export_diffusers.END]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return folder / "vocab.json", folder / "merges.txt"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_sdxl.write(folder / "model.safetensors", 9)
+    export_diffusers.export(
+        folder / "model.safetensors",
+        {"tokenizer": tokenizer, "tokenizer_2": tokenizer},
+        tiny_sdxl.MODEL,
+        folder / "diffusers",
+    )
+    return folder
+
+
+def test_pipeline_loads_offline_with_the_single_files_numbers_and_sdxls_scaling_factor(exported, monkeypatch):
+    from diffusers import StableDiffusionXLPipeline
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        exported / "diffusers", local_files_only=True, dtype=torch.float32
+    )
+    assert pipeline.vae.config.scaling_factor == 0.13025 and pipeline.unet.config.sample_size == 16
+    models = model_loading.load(exported / "model.safetensors", tiny_sdxl.MODEL)
+    for part, theirs in (
+        ("unet", pipeline.unet),
+        ("te1", pipeline.text_encoder),
+        ("te2", pipeline.text_encoder_2),
+        ("vae", pipeline.vae),
+    ):
+        ours = models[part].state_dict()
+        assert ours.keys() == theirs.state_dict().keys()
+        assert all(torch.equal(value, theirs.state_dict()[path]) for path, value in ours.items())
+        if part.startswith("te"):
+            assert (
+                theirs.config.eos_token_id == 999 and theirs.config.hidden_act == tiny_sdxl.CONFIGS[part]["hidden_act"]
+            )
+    assert (
+        pipeline.tokenizer_2.pad_token_id == 0
+        and pipeline.tokenizer.pad_token_id == 999
+        and pipeline.tokenizer.model_max_length == 77
+    )
+    image = pipeline(
+        "1girl",
+        negative_prompt="bad",
+        num_inference_steps=2,
+        output_type="np",
+        generator=torch.Generator().manual_seed(1),
+    ).images
+    assert image.shape == (1, 128, 128, 3)
+
+
+def test_folder_is_the_same_bytes_again(exported, tokenizer, tmp_path):
+    export_diffusers.export(
+        exported / "model.safetensors",
+        {"tokenizer": tokenizer, "tokenizer_2": tokenizer},
+        tiny_sdxl.MODEL,
+        tmp_path / "again",
+    )
+
+    def digests(folder):
+        return {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+
+    assert digests(tmp_path / "again") == digests(exported / "diffusers")
+    assert len(digests(tmp_path / "again")) == 18
+
+
+def test_a_checkpoint_that_is_not_whole_leaves_nothing(exported, tokenizer, tmp_path):
+    tensors = load_file(exported / "model.safetensors")
+    del tensors["first_stage_model.decoder.conv_out.bias"]
+    tensors["model.diffusion_model.out.2.weight"] = torch.zeros(4, 24, 1, 1).half()
+    save_file(tensors, tmp_path / "bad.safetensors")
+    with pytest.raises(UserError, match="missing: first_stage_model.decoder.conv_out.bias") as refusal:
+        export_diffusers.export(
+            tmp_path / "bad.safetensors",
+            {"tokenizer": tokenizer, "tokenizer_2": tokenizer},
+            tiny_sdxl.MODEL,
+            tmp_path / "out",
+        )
+    assert "other shape: model.diffusion_model.out.2.weight" in refusal.value.message
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
+
+
+def test_a_tokenizer_of_another_model_is_refused(exported, tokenizer, tmp_path):
+    words = json.loads(tokenizer[0].read_text()) | {"one more": 1000}
+    (tmp_path / "vocab.json").write_text(json.dumps(words))
+    with pytest.raises(UserError, match="has 1001 tokens"):
+        export_diffusers.export(
+            exported / "model.safetensors",
+            {"tokenizer": (tmp_path / "vocab.json", tokenizer[1]), "tokenizer_2": tokenizer},
+            tiny_sdxl.MODEL,
+            tmp_path / "out",
+        )
+    with pytest.raises(UserError, match="nowhere.json is not there"):
+        export_diffusers.export(
+            exported / "model.safetensors",
+            {"tokenizer": (tmp_path / "nowhere.json", tokenizer[1]), "tokenizer_2": tokenizer},
+            tiny_sdxl.MODEL,
+            tmp_path / "out",
+        )
+
+
+def test_merge_and_bake_never_load_torch():
+    code = "import sys; sys.path.insert(0, 'src'); import kohaku_delta.weights.bake, kohaku_delta.weights.merge; print('torch' in sys.modules)"
+    root = Path(__file__).resolve().parents[2]
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+        == "False\n"
+    )

@@ -1,0 +1,14 @@
+"""Invariant: the fast half of data/ (database, tars, tokenizers) is written whole, in seconds, from the posts alone."""
+
+from pathlib import Path
+
+from make_miniature import database, tars, tokenizer
+from make_miniature.posts import posts
+
+
+def write(out: Path) -> None:
+    """danbooru2023.db, images/data-XXXX.tar, tokenizer/ and tokenizer_2/ into `out`."""
+    everything = posts()
+    sizes = tars.write(everything, out / "images")
+    database.write(everything, sizes, out / "danbooru2023.db")
+    tokenizer.write(everything, [out / "tokenizer", out / "tokenizer_2"])

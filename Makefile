@@ -2,6 +2,7 @@
 
 PYTHON ?= python3.11
 VENV ?= .venv
+LINT_VENV ?= .venv-lint
 REPRO ?=
 RECIPE ?= miniature
 BENCH ?=
@@ -10,7 +11,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 # --quiet leaves the stages' own lines, without DVC's progress bars and hints; it hides DVC's errors too, so a failure names the command that shows them.
 failed = { echo "Error: DVC failed. If no line above says why, this shows it: $(1)" >&2; exit 1; }
 
-.PHONY: repro begin report test test-slow miniature-data bench-dataset bench-checkpoint bench-train bench-audit image image-check wheels environment lock
+.PHONY: repro begin report test test-slow lint miniature-data bench-dataset bench-checkpoint bench-train bench-audit image image-check wheels environment lock
 
 repro: $(VENV)/requirements.txt
 	@dvc pull --quiet --remote embedded data.dvc || $(call failed,dvc pull --remote embedded data.dvc)
@@ -35,6 +36,12 @@ test-slow: $(VENV)/requirements.txt
 	@dvc pull --quiet --remote embedded data.dvc || $(call failed,dvc pull --remote embedded data.dvc)
 	@python -m pytest -q -n auto --dist loadfile -m slow
 
+# Format, lint and types. The tools have a lock and a virtual environment of their own; mypy reads the libraries of $(VENV).
+lint: $(VENV)/requirements.txt $(LINT_VENV)/requirements.txt
+	@$(LINT_VENV)/bin/ruff format --check --quiet .
+	@$(LINT_VENV)/bin/ruff check --quiet .
+	@$(LINT_VENV)/bin/mypy --no-error-summary --python-executable $(VENV)/bin/python
+
 # Draws the dataset, writes the tokenizers, trains the three tiny checkpoints, and writes their pins into miniature/params.yaml.
 miniature-data: $(VENV)/requirements.txt
 	python tools/make_miniature
@@ -50,7 +57,7 @@ bench-checkpoint: $(VENV)/requirements.txt
 bench-train: $(VENV)/requirements.txt
 	python benchmarks/train.py $(BENCH)
 
-# How fast outs are hashed anew, against sha256sum. Needs 14 GB of disk; BENCH="--gib 1" for less.
+# How fast outputs are hashed, compared with sha256sum. Needs 14 GB of disk; BENCH="--gib 1" for less.
 bench-audit: $(VENV)/requirements.txt
 	python benchmarks/digests.py $(BENCH)
 
@@ -65,11 +72,12 @@ image-check:
 wheels: $(VENV)/requirements.txt
 	@VENV="$(VENV)" LOCK=$(or $(LOCK),cuda) tools/download_wheels.sh
 
-# The locks of requirements/recipe.in, with hashes: one for the CPU build of torch, one for its CUDA build; and the lock of uv itself. Needs uv.
+# The locks of requirements/recipe.in, with hashes: one for the CPU build of torch, one for its CUDA build; and the locks of uv and of the lint tools. Needs uv.
 lock:
 	uv pip compile requirements/recipe.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate --quiet --override requirements/cpu.override --output-file requirements/cpu.txt
 	uv pip compile requirements/recipe.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate --quiet --output-file requirements/cuda.txt
 	uv pip compile requirements/uv.in --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet --output-file requirements/uv.txt
+	uv pip compile requirements/lint.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate --quiet --output-file requirements/lint.txt
 
 # The virtual environment of one lock (LOCK=cpu or cuda; WHEELS=folder: without a network). The script says how.
 environment:
@@ -78,3 +86,8 @@ environment:
 
 $(VENV)/requirements.txt: requirements/cpu.txt pyproject.toml
 	@VENV="$(VENV)" PYTHON="$(PYTHON)" LOCK=cpu WHEELS="$(WHEELS)" tools/setup_environment.sh
+
+$(LINT_VENV)/requirements.txt: requirements/lint.txt | $(VENV)/requirements.txt
+	@"$(VENV)/bin/python" -m venv --clear "$(LINT_VENV)"
+	@"$(LINT_VENV)/bin/pip" install --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes -r requirements/lint.txt
+	@cp requirements/lint.txt "$@"

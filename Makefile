@@ -8,7 +8,7 @@ RECIPE ?= miniature
 BENCH ?=
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-# --quiet leaves the stages' own lines, without DVC's progress bars and hints; it hides DVC's errors too, so a failure names the command that shows them.
+# --quiet shows only the stages' own lines; it hides DVC's errors too, so a failure names the command that shows them.
 failed = { echo "Error: DVC failed. If no line above says why, this shows it: $(1)" >&2; exit 1; }
 
 .PHONY: repro begin report test test-slow lint miniature-data bench-dataset bench-checkpoint bench-train bench-audit image image-check wheels environment lock
@@ -18,12 +18,12 @@ repro: $(VENV)/requirements.txt
 	@cd miniature && dvc repro --quiet $(REPRO) || $(call failed,cd miniature && dvc repro)
 	@python miniature/verdict.py
 
-# Before the first `dvc repro` of the release: DVC reads the dvc.yaml of this folder from now on. Commit the change together with dvc.lock.
+# Once, before the first `dvc repro` of the release: DVC reads the dvc.yaml of this folder from now on. Commit the change together with dvc.lock.
 begin:
 	@sed -i '\,^/dvc\.yaml$$,d' .dvcignore
 	@echo "DVC reads dvc.yaml of this folder from now on (.dvcignore): \`dvc repro\` makes the release."
 
-# The build as one page, miniature/build/report.html, and its model card beside it. RECIPE=. for the release's.
+# The build as one page, miniature/build/report.html, and its model card. RECIPE=. for the release's.
 report: $(VENV)/requirements.txt
 	@kohaku-delta card $(RECIPE)
 	@kohaku-delta report $(RECIPE)
@@ -42,7 +42,7 @@ lint: $(VENV)/requirements.txt $(LINT_VENV)/requirements.txt
 	@$(LINT_VENV)/bin/ruff check --quiet .
 	@$(LINT_VENV)/bin/mypy --no-error-summary --python-executable $(VENV)/bin/python
 
-# Draws the dataset, writes the tokenizers, trains the three tiny checkpoints, and writes their pins into miniature/params.yaml.
+# Draws the dataset, writes the tokenizers, trains the three tiny checkpoints, and pins them in miniature/params.yaml.
 miniature-data: $(VENV)/requirements.txt
 	python tools/make_miniature
 
@@ -61,14 +61,14 @@ bench-train: $(VENV)/requirements.txt
 bench-audit: $(VENV)/requirements.txt
 	python benchmarks/digests.py $(BENCH)
 
-# The container image of HEAD (LOCK=cuda or cpu), and whether it holds what docs/container.md promises (STOP=1: `docker stop` amid the training too).
+# The container image of HEAD (LOCK=cuda or cpu), and a test of what docs/container.md promises (STOP=1: also stops it during training).
 image:
 	@container/build.sh
 
 image-check:
 	@container/check.sh
 
-# Every archive of a lock in one folder, with uv's: for the setup (WHEELS=build/wheels-cpu) and for the image (WHEELS=build/wheels-cuda) without a network.
+# Downloads every archive of a lock, and uv's: for setup (WHEELS=build/wheels-cpu) and image (WHEELS=build/wheels-cuda) without a network.
 wheels: $(VENV)/requirements.txt
 	@VENV="$(VENV)" LOCK=$(or $(LOCK),cuda) tools/download_wheels.sh
 
@@ -79,7 +79,7 @@ lock:
 	uv pip compile requirements/uv.in --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet --output-file requirements/uv.txt
 	uv pip compile requirements/lint.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate --quiet --output-file requirements/lint.txt
 
-# The virtual environment of one lock (LOCK=cpu or cuda; WHEELS=folder: without a network). The script says how.
+# The virtual environment of one lock (LOCK=cpu or cuda; WHEELS=folder: without a network).
 environment:
 	@rm -f $(VENV)/requirements.txt
 	@VENV="$(VENV)" PYTHON="$(PYTHON)" LOCK=$(or $(LOCK),cpu) WHEELS="$(WHEELS)" tools/setup_environment.sh

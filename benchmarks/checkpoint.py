@@ -77,7 +77,8 @@ def sha256(path: Path) -> str:
 
 def equal(ours: Path, theirs: Path) -> str:
     found = compare_tensors.compare_files(ours, theirs)
-    return f"{found.tensors - len(found.differences) - len(found.other_shape):,} of {found.tensors:,} tensors equal, bit for bit"
+    equal = found.tensors - len(found.differences) - len(found.other_shape)
+    return f"{equal:,} of {found.tensors:,} tensors equal, bit for bit"
 
 
 @click.command()
@@ -103,7 +104,8 @@ def main(scale: float, rounds: int, others: bool, seed: int, work: Path) -> None
         work.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(work).free) < needed:
             raise click.ClickException(
-                f"{needed >> 20:,} MiB are needed in {work}; {free >> 20:,} MiB are free. Ask for a smaller --scale, or name another place with --work."
+                f"{needed >> 20:,} MiB are needed in {work}; {free >> 20:,} MiB are free. "
+                "Use a smaller --scale, or another folder (--work)."
             )
         click.echo(f"making {needed * 22 // 36 >> 30} GiB of files in {folder} …")
         subprocess.run(

@@ -127,7 +127,8 @@ def main(sizes: tuple[int, ...], largest: int, spare_files: bool, seed: int, wor
             free = shutil.disk_usage(work).free
             if free < size * BYTES_A_POST:
                 raise click.ClickException(
-                    f"A collection of {size:,} posts needs {size * BYTES_A_POST >> 20:,} MiB in {work}; {free >> 20:,} MiB are free. Ask for fewer posts."
+                    f"A collection of {size:,} posts needs {size * BYTES_A_POST >> 20:,} MiB in {work}; "
+                    f"{free >> 20:,} MiB are free. Ask for fewer posts."
                 )
             pairs = synthetic_danbooru.write(folder, size, seed, later=False)
             made.write_text(json.dumps({"pairs": pairs}))
@@ -147,7 +148,8 @@ def main(sizes: tuple[int, ...], largest: int, spare_files: bool, seed: int, wor
         captions = pq.read_metadata(out / "captions.parquet").num_rows
         each = ", ".join(f"{seconds:.2f}" for seconds, _ in took)
         click.echo(
-            f"{size:>9,} posts, {pairs:>11,} tag pairs: ours {seconds:8.2f} s (median of {each}), {peak:6,.0f} MiB, {captions:,} captions"
+            f"{size:>9,} posts, {pairs:>11,} tag pairs: ours {seconds:8.2f} s (median of {each}), "
+            f"{peak:6,.0f} MiB, {captions:,} captions"
         )
         if python is None or size != opposed:
             continue
@@ -171,7 +173,8 @@ def main(sizes: tuple[int, ...], largest: int, spare_files: bool, seed: int, wor
         values = (round(slow / seconds, 1), round(peak), round(much), size, count, equal, round(slow, 2))
         figures |= dict(zip(keys, values, strict=True))
         click.echo(
-            f"{'':9} HakuBooru: {slow:.2f} s, {much:,.0f} MiB; ratio {slow / seconds:.1f}; {count:,} ids and captions {'equal' if equal else 'NOT equal'}"
+            f"{'':9} HakuBooru: {slow:.2f} s, {much:,.0f} MiB; ratio {slow / seconds:.1f}; "
+            f"{count:,} ids and captions {'equal' if equal else 'NOT equal'}"
         )
     if figures["posts"] is None:
         figures |= {"posts": max(sizes), "peak_mib": figures[f"peak_mib_{max(sizes)}"]}

@@ -66,14 +66,16 @@ def configs(scale: float) -> dict[str, dict]:
     }
     return clip | {
         "unet": {
-            "sample_size": 128, "in_channels": 4, "out_channels": 4, "down_block_types": TRANSFORMERS[0], "up_block_types": TRANSFORMERS[1],
-            "block_out_channels": tuple(HEAD * count for count in levels), "layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10),
-            "attention_head_dim": tuple(levels), "cross_attention_dim": HEAD * (te1 + te2), "use_linear_projection": True, "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": HEAD * te2 + 6 * 256,
+            "sample_size": 128, "in_channels": 4, "out_channels": 4, "down_block_types": TRANSFORMERS[0],
+            "up_block_types": TRANSFORMERS[1], "block_out_channels": tuple(HEAD * count for count in levels),
+            "layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": tuple(levels),
+            "cross_attention_dim": HEAD * (te1 + te2), "use_linear_projection": True,
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": HEAD * te2 + 6 * 256,
         },
         "vae": {
-            "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (128, 256, 512, 512),
-            "layers_per_block": 2, "latent_channels": 4,
+            "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
         },
     }  # fmt: skip
 

@@ -17,8 +17,9 @@ yaml.default_flow_style = False
 yaml.representer.ignore_aliases = lambda _: True  # DVC writes none
 
 DATASET = {
-    "drawn": 12, "selected": 11, "trained": 9, "dropped": {"deleted": 1, "hidden": 1}, "despite": {}, "micro_batches": 3, "steps": 5, "buckets": 2,
-    "ratings": {"safe": 5, "nsfw": 4}, "quality": {"masterpiece": 9}, "tokens": {"median": 5, "longest": 9, "over_225": 0},
+    "drawn": 12, "selected": 11, "trained": 9, "dropped": {"deleted": 1, "hidden": 1}, "despite": {},
+    "micro_batches": 3, "steps": 5, "buckets": 2, "ratings": {"safe": 5, "nsfw": 4}, "quality": {"masterpiece": 9},
+    "tokens": {"median": 5, "longest": 9, "over_225": 0},
     "published": "not compared: this recipe has no published figures",
 }  # fmt: skip
 
@@ -108,8 +109,9 @@ def inputs(params: dict) -> dict:
         )
 
     return {
-        name: [entry(each) for pin in pins for each in some(pin)] if isinstance(pins, list) else entry(pins) for name, pins in params["download"]["inputs"].items()
-    }  # fmt: skip
+        name: [entry(each) for pin in pins for each in some(pin)] if isinstance(pins, list) else entry(pins)
+        for name, pins in params["download"]["inputs"].items()
+    }
 
 
 def lock(place: Path, params: dict, leave_out: tuple[str, ...] = ()) -> None:

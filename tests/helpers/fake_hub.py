@@ -9,7 +9,7 @@ import hashlib
 import json
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -175,10 +175,8 @@ class HubHandler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def handle(self):
-        try:
+        with suppress(ConnectionError, ValueError):
             super().handle()
-        except (ConnectionError, ValueError):
-            pass
 
 
 class Storage(HubHandler):

@@ -167,8 +167,9 @@ def _train(folder: Path, recipe, rows: pa.Table, base: str) -> None:
                 weights[name] += (step + 1) * (number + 1) / 1000
         found = tensor_fingerprints.fingerprints(weights)
         row = {
-            "step": step, "visits": journal.visits_digest(batches), "losses": [0.5 + step / 100] * len(batches), "lanes": [step + 1, step + 2],
-            "gradient_norm": 1.0 + step, "learning_rate_unet": 0.5, "learning_rate_text": 0.25, "scale": 1.0, "weights": tensor_fingerprints.combine(found),
+            "step": step, "visits": journal.visits_digest(batches), "losses": [0.5 + step / 100] * len(batches),
+            "lanes": [step + 1, step + 2], "gradient_norm": 1.0 + step, "learning_rate_unet": 0.5,
+            "learning_rate_text": 0.25, "scale": 1.0, "weights": tensor_fingerprints.combine(found),
             "optimizer": tensor_fingerprints.combine({}), "tensors": tensor_fingerprints.short_fingerprints(found),
         }  # fmt: skip
         said.append(row)
@@ -230,7 +231,8 @@ def hashed(path: Path) -> dict:
     )
     shas = {place: sha256(data) for place, data in files.items()}
     return {
-        "md5": hashlib.md5(listing.encode()).hexdigest() + ".dir", "size": sum(map(len, files.values())), "nfiles": len(files),
+        "md5": hashlib.md5(listing.encode()).hexdigest() + ".dir", "size": sum(map(len, files.values())),
+        "nfiles": len(files),
         "sha256": sha256("".join(f"{each}  {place}\n" for place, each in sorted(shas.items())).encode()), "files": shas,
     }  # fmt: skip
 
@@ -281,9 +283,11 @@ def records(folder: Path, **changed) -> None:
             }
         told = stage["params"]["params.yaml"]
         content = {
-            "format": "kohaku-delta record 1", "stage": name, "command": stage["cmd"], "inputs": inputs, "outputs": outputs,
-            "parameters": told, "parameters_after": told, "revision": None, "libraries": {"click": "8.5.1"}, "container": None,
-            "numerics": {"device": "cpu"} if name == "train" else None, "confined": None, "changed_code": [], "host": {"processor": "one"},
+            "format": "kohaku-delta record 1", "stage": name, "command": stage["cmd"], "inputs": inputs,
+            "outputs": outputs, "parameters": told, "parameters_after": told, "revision": None,
+            "libraries": {"click": "8.5.1"}, "container": None,
+            "numerics": {"device": "cpu"} if name == "train" else None, "confined": None, "changed_code": [],
+            "host": {"processor": "one"},
             "times": {"began": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:00:01+00:00", "seconds": 1.0},
         }  # fmt: skip
         key = sha256(

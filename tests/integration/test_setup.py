@@ -57,7 +57,11 @@ def setup(folder: Path, **environment: str) -> subprocess.CompletedProcess:
 UV = """case "$*" in
     *--help*) echo --torch-backend ;;
     --version) echo "uv 0" ;;
-    venv*) for last; do :; done; mkdir -p "$last/bin"; printf '#!/bin/sh\\necho Python 3.11' > "$last/bin/python"; chmod +x "$last/bin/python" ;;
+    venv*)
+        for last; do :; done
+        mkdir -p "$last/bin"
+        printf '#!/bin/sh\\necho Python 3.11' > "$last/bin/python"
+        chmod +x "$last/bin/python" ;;
 esac"""
 
 

@@ -1,9 +1,9 @@
-"""Invariant: whatever bytes stand in a file, reading it ends with tensors that safetensors reads too, or with a
-Refusal; never with a crash, nor with much memory.
+"""Fuzzing of the safetensors and LoKr readers: whatever bytes a file has, reading it ends with tensors that
+safetensors reads too, or with a UserError; never with a crash or with much memory.
 
-Run: `python benchmarks/fuzz.py --seconds 300`. Two targets take turns: `header`, mutated safetensors files; `lokr`,
-well-formed files of odd LoKr entries, planned and prepared for a bake. The seed and the count repeat a run; a case that
-breaks the promise is kept in the folder of --work and named.
+Run `python benchmarks/fuzz.py --seconds 300`. Two targets take turns: `header`, mutated safetensors files; `lokr`,
+well-formed files of odd LoKr entries, planned and prepared for a bake. Seed and count repeat a run; a failing case is
+kept in the folder of --work and named.
 """
 
 import json

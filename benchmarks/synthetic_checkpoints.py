@@ -1,9 +1,9 @@
-"""Invariant: (scale, seed) name one file: SDXL's real tensor names, and at scale 1 its real shapes, 6.9 GB of fp16; the
-same on every host.
+"""Checkpoints and a LoKr file of any size, determined by (scale, seed) on every host: SDXL's real tensor names, and at
+scale 1 its real shapes, 6.9 GB of fp16.
 
-Run: `python benchmarks/synthetic_checkpoints.py work/bench/files`. Numbers are drawn once, a block of them, and laid
-over the tensors again and again: a file is written at the disk's speed. Below scale 1 the widths shrink, in steps of
-one attention head; names, depths and the preset's targets stay.
+Run `python benchmarks/synthetic_checkpoints.py work/bench/files`. One block of numbers is drawn and repeated over the
+tensors, so a file is written at the disk's speed. Below scale 1 the widths shrink in steps of one attention head;
+names, depths and the preset's targets stay.
 """
 
 import logging

@@ -1,10 +1,11 @@
-"""Invariant: (posts, seed) name one collection: a database in danbooru2023's schema and its tars, of any size, the same
-on every host.
+"""A collection of any size, determined by (posts, seed) on every host: a database in danbooru2023's schema and its
+tars.
 
-Run: `python benchmarks/synthetic_danbooru.py work/bench/200000 --posts 200000`. A million posts (35 million tag pairs)
-take about two minutes: numpy draws, Arrow builds the texts, ADBC writes rows in C. Tags are Zipf-like, about 35 a post.
-Two posts in a hundred are odd in one of the ways of ODD, and some tag names are: what the release's tool can read, and
-what it can read but not caption. Tars hold real webp files of one colour: right sizes in about a hundred bytes.
+Run `python benchmarks/synthetic_danbooru.py work/bench/200000 --posts 200000`. A million posts (35 million tag pairs)
+take about two minutes: numpy draws, Arrow builds the strings, ADBC writes rows in C. Tags are Zipf-like, about 35 per
+post. Two posts in a hundred are odd in one of the ways of ODD, and so are some tag names: the release's tool can read
+them, but cannot caption all of them. Tars hold real webp files of one colour, with correct sizes in about a hundred
+bytes.
 """
 
 import io
@@ -21,9 +22,9 @@ from PIL import Image
 from tqdm import tqdm
 
 CHUNK = 1 << 17  # posts
-LAST = 7_120_000  # ids lie below
+LAST = 7_120_000  # all ids are below this
 RECENT, ADDED = 6_000_000, 7_100_000  # the first ids of the recent tars and of the add-on tar
-LATE = 50  # of a chunk's pairs one in so many is written after all others, as tags that were added later are
+LATE = 50  # one pair in 50 is written after all others, like tags that were added later
 
 POST = {
     "id": "INTEGER NOT NULL PRIMARY KEY", "created_at": "VARCHAR(255)", "uploader_id": "INTEGER",

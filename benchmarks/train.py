@@ -1,11 +1,11 @@
-"""Invariant: what is compared runs on the same micro-batches, turn by turn in one process, and a figure that was not
-measured is null.
+"""Speed and memory of a training step: what is compared runs on the same micro-batches, alternating in one process; a
+figure that was not measured is null.
 
-Run: `make bench-train` after `make repro`. On any machine: the miniature's forward and backward with the LoKr computed
+Run `make bench-train` after `make repro`. On any machine: the miniature's forward and backward with the LoKr computed
 from its factors (ours), by LyCORIS's default and by its bypass form; deterministic against not; the loop against bare
-forward and backward; what the journal costs; what workers gain; and the memory that a full-size step needs, planned
-with fake tensors (benchmarks/memory_plan.py). On a CUDA card also one micro-batch of SDXL at full size, with random
-weights. Figures: work/bench/train.json.
+forward and backward; the cost of the journal; the gain from workers; and the memory of a full-size step, planned with
+fake tensors (memory_plan.py). On a CUDA card also one micro-batch of SDXL at full size, with random weights. Figures:
+work/bench/train.json.
 """
 
 import json

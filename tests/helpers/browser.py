@@ -1,5 +1,5 @@
-"""A headless Chromium that says what a page asks of the network, how wide it is, and how it looks: DevTools' protocol
-over two pipes.
+"""A headless Chromium that tells which URLs a page requests, how wide it is, and how it looks; DevTools protocol over
+two pipes.
 """
 
 import base64

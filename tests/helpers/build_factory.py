@@ -1,5 +1,5 @@
-"""A finished build in a few kilobytes: the miniature's recipe, with outs that were never computed and the lock that DVC
-would have written of them.
+"""A finished build in a few kilobytes: the miniature's recipe, outputs that were never computed, and the lock that DVC
+would have written for them.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def png(width: int, height: int) -> bytes:
 
 
 def make(place: Path, params: dict | None = None, dataset: dict = DATASET, texts: dict[str, str] | None = None) -> Path:
-    """A recipe's folder with its build. `params`: another recipe; `texts`: outs of build/ with another content."""
+    """A recipe's folder with its build. `params`: another recipe; `texts`: outputs in build/ with other content."""
     build = place / "build"
     params = params or recipe()
     (build / "statistics").mkdir(parents=True)
@@ -115,7 +115,7 @@ def inputs(params: dict) -> dict:
 
 
 def lock(place: Path, params: dict, leave_out: tuple[str, ...] = ()) -> None:
-    """Writes dvc.lock as DVC would, of the files that are there; without the stages of `leave_out`."""
+    """Writes dvc.lock as DVC would, for the files that exist; without the stages of `leave_out`."""
     stages = {}
     for name, stage in yaml.load((place / "dvc.yaml").read_text())["stages"].items():
         values = {}

@@ -1,5 +1,5 @@
-"""Databases and tars in danbooru2023's layout for the tests, and what the release's tool makes of them, said slowly and
-obviously.
+"""Databases and tars in danbooru2023's layout for the tests, and a slow, obvious reference of the release's selection
+and captions.
 
 The reference asks SQLite for one post at a time and joins strings in Python; it shares no code with kohaku_delta.
 """

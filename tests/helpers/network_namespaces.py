@@ -1,5 +1,5 @@
-"""Two machines on one: network namespaces joined by a virtual cable, each with its own addresses and nothing else to
-reach. Linux, root.
+"""Two machines on one: network namespaces joined by a virtual cable, each with its own addresses and no other network.
+Linux, root.
 """
 
 import os
@@ -21,7 +21,7 @@ def _ip(*arguments: str) -> None:
 
 @contextmanager
 def two():
-    """The names of two namespaces. OSError where this host does not permit them."""
+    """The names of two namespaces. Raises OSError if this host does not permit them."""
     if not shutil.which("ip"):
         raise OSError("the command `ip` is not there (iproute2)")
     names = [f"kohaku-{os.getpid()}-{number}" for number in (0, 1)]

@@ -1,4 +1,4 @@
-"""A toy SDXL for the tests of checkpoint/: the miniature's dimensions, seeded weights, real key layout."""
+"""A toy SDXL for the tests: the miniature's dimensions, seeded weights, real tensor names."""
 
 import torch
 

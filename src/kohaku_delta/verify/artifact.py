@@ -24,6 +24,7 @@ from kohaku_delta.provenance.dvc_lock import LockedStage
 from kohaku_delta.provenance.dvc_yaml import StageDeclaration
 from kohaku_delta.provenance.import_closure import StageCode
 from kohaku_delta.provenance.stage_record import Record
+from kohaku_delta.yaml_file import read_yaml
 
 ROOT = Path(__file__).resolve().parents[3]  # the code at hand
 
@@ -55,7 +56,7 @@ class Artifact:
     @cached_property
     def values(self) -> dict:
         """The content of params.yaml, as DVC sees it."""
-        return dvc_yaml.read_pipeline(self.folder / dvc_yaml.PARAMS)
+        return read_yaml(self.folder / dvc_yaml.PARAMS)
 
     @cached_property
     def tensors(self) -> bundles.Tensors:

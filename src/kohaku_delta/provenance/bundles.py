@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from kohaku_delta import strict_model
 from kohaku_delta.errors import UserError
-from kohaku_delta.formats import path_digests, safetensors_io
+from kohaku_delta.formats import hashing, safetensors_io
 from kohaku_delta.formats.safetensors_header import TensorSpec, content_digest
 from kohaku_delta.parallel import ordered_map
 from kohaku_delta.provenance.stage_record import Count, Sha256
@@ -152,7 +152,7 @@ def _unpack(tar: tarfile.TarFile, folder: Path, path: Path) -> None:
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(target, "xb") as file, tar.extractfile(member) as source:
-            while piece := source.read(path_digests.PIECE):
+            while piece := source.read(hashing.PIECE):
                 file.write(piece)
         if target.stat().st_size != member.size:
             raise UserError(f"{path} is cut short in {member.name}. Fetch it again.")
@@ -173,7 +173,7 @@ def pack_bundle(folder: Path, out) -> None:
 def bundle_manifest(folder: Path, left_out: dict[str, int]) -> None:
     """Writes the bundle.json of a folder that holds everything else."""
     files = {
-        path.relative_to(folder).as_posix(): path_digests.digest_path(path, md5=False).sha256
+        path.relative_to(folder).as_posix(): hashing.digest_path(path, md5=False).sha256
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }

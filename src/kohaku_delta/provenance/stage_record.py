@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 
 from kohaku_delta import atomic_files, process_facts, strict_model
 from kohaku_delta.errors import UserError
-from kohaku_delta.formats import path_digests
+from kohaku_delta.formats import hashing
 from kohaku_delta.provenance import dvc_yaml, environment, import_closure
 from kohaku_delta.provenance.import_closure import StageCode
 from kohaku_delta.strict_model import StrictModel
@@ -138,7 +138,7 @@ def _begin(context: click.Context):
         "container": environment.container_facts(),
         "host": environment.host_facts(),
     }
-    before = [digest.sha256 for digest in path_digests.digest_paths(map(Path, stage.deps), md5=False)]
+    before = [digest.sha256 for digest in hashing.digest_paths(map(Path, stage.deps), md5=False)]
     device = (
         facts["parameters"].get("train", {}).get("device", "cpu")
     )  # a stage that is not told it computes on the processor
@@ -163,11 +163,11 @@ def _end(
         return
     inputs = {
         path: Input(before=was, after=now.sha256, md5=now.md5, bytes=now.bytes)
-        for path, was, now in zip(stage.deps, before, path_digests.digest_paths(map(Path, stage.deps)))
+        for path, was, now in zip(stage.deps, before, hashing.digest_paths(map(Path, stage.deps)))
     }
     outputs = {
         path: Output(sha256=each.sha256, md5=each.md5, bytes=each.bytes, files=each.files)
-        for path, each in zip(stage.outs, path_digests.digest_paths(map(Path, stage.outs)))
+        for path, each in zip(stage.outs, hashing.digest_paths(map(Path, stage.outs)))
     }
     after = dvc_yaml.parameters(read_yaml(Path(dvc_yaml.PARAMS)), stage.params)
     times = Times(

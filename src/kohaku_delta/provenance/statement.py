@@ -15,7 +15,7 @@ from pydantic import Field
 
 from kohaku_delta import strict_model
 from kohaku_delta.errors import UserError
-from kohaku_delta.formats import path_digests
+from kohaku_delta.formats import hashing
 from kohaku_delta.provenance import dvc_yaml, stage_record
 from kohaku_delta.provenance.stage_record import Sha256
 from kohaku_delta.strict_model import StrictModel
@@ -126,7 +126,7 @@ def build_statement(rebuild: Artifact) -> dict:
             "runDetails": {
                 "builder": {"id": BUILDER.format(_builder(recorded))},
                 "metadata": {
-                    "invocationId": path_digests.digest_path(rebuild.folder / dvc_yaml.LOCK).sha256,
+                    "invocationId": hashing.digest_path(rebuild.folder / dvc_yaml.LOCK).sha256,
                     "startedOn": began,
                     "finishedOn": ended,
                 },
@@ -186,9 +186,7 @@ def _byproducts(rebuild: Artifact) -> list[dict]:
         f"{stage_record.FOLDER}/{stage_record.record_filename(name, rebuild.lock[name].key())}"
         for name in rebuild.records
     )
-    return [
-        _resource(place, path_digests.digest_path(rebuild.folder / Path(place), md5=False).sha256) for place in places
-    ]
+    return [_resource(place, hashing.digest_path(rebuild.folder / Path(place), md5=False).sha256) for place in places]
 
 
 def first_difference(signed: dict, ours: dict, place: str = "") -> str | None:

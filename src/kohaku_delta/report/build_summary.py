@@ -2,12 +2,12 @@
 disagree, that is told.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from kohaku_delta import params as recipes
 from kohaku_delta import strict_model
+from kohaku_delta.formats.hashing import hash_file
 from kohaku_delta.hub import pins
 from kohaku_delta.params import Pin, Recipe
 from kohaku_delta.provenance import dvc_yaml
@@ -165,8 +165,6 @@ def _weights(folder: Path, recipe: Recipe) -> list[WeightFile]:
     for name, file in WEIGHTS.items():
         path = folder / file
         if path.is_file():
-            with open(path, "rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
             published = getattr(recipe.published, name).sha256 if recipe.published else None
-            found.append(WeightFile(name, file, path.stat().st_size, digest, published))
+            found.append(WeightFile(name, file, path.stat().st_size, hash_file(path), published))
     return found

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import click
 
-from kohaku_delta.formats import path_digests
+from kohaku_delta.formats import hashing
 
 
 def timed(function) -> float:
@@ -37,11 +37,11 @@ def main(gib: float, rounds: int, folder: Path) -> None:
     ways = {
         "sha256sum": lambda: subprocess.run(["sha256sum", paths[0]], check=True, capture_output=True),
         "md5sum": lambda: subprocess.run(["md5sum", paths[0]], check=True, capture_output=True),
-        "ours, sha256": lambda: path_digests.digest_path(paths[0], md5=False),
-        "ours, sha256 and md5": lambda: path_digests.digest_path(paths[0]),
+        "ours, sha256": lambda: hashing.digest_path(paths[0], md5=False),
+        "ours, sha256 and md5": lambda: hashing.digest_path(paths[0]),
         "sha256sum of both": lambda: subprocess.run(["sha256sum", *paths], check=True, capture_output=True),
-        "ours, sha256 of both": lambda: path_digests.digest_paths(paths, md5=False),
-        "ours, sha256 and md5 of both": lambda: path_digests.digest_paths(paths),
+        "ours, sha256 of both": lambda: hashing.digest_paths(paths, md5=False),
+        "ours, sha256 and md5 of both": lambda: hashing.digest_paths(paths),
     }
     seconds = {name: [] for name in ways}
     try:

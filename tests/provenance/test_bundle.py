@@ -229,7 +229,7 @@ def test_the_provenance_is_what_the_standards_say_and_unknown_fields_are_refused
         inner["trusted"] = True
         place.write_text(envelope(json.dumps(changed).encode(), keys / "ours"))
         sealed(folder)
-        assert f"field {name} is not known" in failed(audit(folder, "--key", keys / "ours.pub")[1])["lock/provenance"]
+        assert f"key {name} is not known" in failed(audit(folder, "--key", keys / "ours.pub")[1])["lock/provenance"]
     place.write_text(envelope(payload, keys / "ours", trusted=True))
     sealed(folder)
     assert (
@@ -275,8 +275,8 @@ def test_hostile_members_of_a_bundle_are_refused_by_name(bundle, tmp_path, name,
         ("dvc.lock", "a: &a [x, x]\nb: [*a, *a]\n", "uses YAML's aliases"),
         ("dvc.lock", "schema: '2.0'\nstages: {}\nextra: 1\n", "extra is not known"),
         ("dvc.lock", "[" * 5000, "is not YAML that can be read"),
-        ("bundle.json", "{}", "bundle.json is no bundle's list"),
-        ("tensors.json", "[]", "tensors.json is no list of tensors"),
+        ("bundle.json", "{}", "bundle.json: the key format is missing"),
+        ("tensors.json", "[]", "tensors.json: the file's content is []"),
         ("params.yaml", "root: .\n", "is missing"),
     ],
 )

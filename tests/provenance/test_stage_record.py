@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import rebuild_factory
 from kohaku_delta.errors import UserError
-from kohaku_delta.formats import path_digests
+from kohaku_delta.formats import hashing
 from kohaku_delta.provenance import dvc_yaml, stage_record
 from kohaku_delta.training import schedule as schedules
 from kohaku_delta.verify import artifact, check_records
@@ -131,13 +131,13 @@ def test_a_record_that_cannot_be_written_does_not_spoil_the_stage(folder):
 
 
 def test_digests_are_those_of_the_bytes_whatever_the_length(tmp_path, monkeypatch):
-    monkeypatch.setattr(path_digests, "PIECE", 16)
+    monkeypatch.setattr(hashing, "PIECE", 16)
     for length in (0, 1, 15, 16, 17, 32, 33, 100):
         (tmp_path / "file").write_bytes(bytes(range(100))[:length])
         expected = rebuild_factory.hashed(tmp_path / "file")
-        found = path_digests.digest_path(tmp_path / "file")
+        found = hashing.digest_path(tmp_path / "file")
         assert (found.md5, found.sha256, found.bytes) == (expected["md5"], expected["sha256"], length)
-        assert path_digests.digest_path(tmp_path / "file", md5=False).sha256 == expected["sha256"]
+        assert hashing.digest_path(tmp_path / "file", md5=False).sha256 == expected["sha256"]
 
 
 def test_a_folders_md5_is_dvcs(tmp_path):
@@ -151,13 +151,13 @@ def test_a_folders_md5_is_dvcs(tmp_path):
     filesystem = LocalFileSystem()
     _, _, tree = build(HashFileDB(filesystem, str(tmp_path / "cache")), str(tmp_path / "out"), filesystem, "md5")
     assert (
-        path_digests.digest_path(tmp_path / "out").md5
+        hashing.digest_path(tmp_path / "out").md5
         == tree.hash_info.value
         == rebuild_factory.hashed(tmp_path / "out")["md5"]
     )
     (tmp_path / "out" / "link").symlink_to(tmp_path)
     with pytest.raises(UserError, match="link"):
-        path_digests.digest_path(tmp_path / "out")
+        hashing.digest_path(tmp_path / "out")
 
 
 def test_a_record_with_unknown_or_missing_keys_is_refused_by_name(folder):
@@ -166,7 +166,7 @@ def test_a_record_with_unknown_or_missing_keys_is_refused_by_name(folder):
     content = json.loads(path.read_text())
     for changed, said in (
         (content | {"trusted": 1}, "trusted is not known"),
-        ({key: value for key, value in content.items() if key != "host"}, "host is wrong"),
+        ({key: value for key, value in content.items() if key != "host"}, "the key host is missing"),
     ):
         path.write_text(json.dumps(changed))
         with pytest.raises(UserError, match=said):

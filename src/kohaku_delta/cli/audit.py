@@ -11,7 +11,7 @@ from tqdm import tqdm
 from kohaku_delta import numerics
 from kohaku_delta.cli.exit_codes import ComparisonCommand
 from kohaku_delta.errors import UserError
-from kohaku_delta.formats import path_digests
+from kohaku_delta.formats import hashing
 from kohaku_delta.provenance import dvc_yaml
 from kohaku_delta.verify import artifact, findings
 from kohaku_delta.verify.artifact import Artifact
@@ -70,7 +70,7 @@ def command(
                 click.echo(
                     f"{click.style(finding.status, fg=COLOURS[finding.status])}  {finding.group + '/' + finding.name:18} {finding.said}"
                 )
-        lock = path_digests.digest_path(found.folder / dvc_yaml.LOCK, md5=False).sha256
+        lock = hashing.digest_path(found.folder / dvc_yaml.LOCK, md5=False).sha256
     code, said = findings.summarize(made)
     if as_json:
         listed = [{"group": each.group, "name": each.name, "status": each.status, "said": each.said} for each in made]

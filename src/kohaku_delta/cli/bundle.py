@@ -9,7 +9,7 @@ import click
 from kohaku_delta import atomic_files
 from kohaku_delta.cli.stage_command import StageCommand
 from kohaku_delta.errors import UserError
-from kohaku_delta.formats import path_digests
+from kohaku_delta.formats import hashing
 from kohaku_delta.provenance import bundles, dvc_yaml, signature, stage_record
 from kohaku_delta.provenance import statement as statements
 from kohaku_delta.verify import artifact
@@ -77,7 +77,7 @@ def _bundle(found: artifact.Artifact, to: Path) -> dict[str, int]:
         take(place)
     libraries = next((dep for stage in found.stages.values() for dep in stage.deps if found.libraries(dep)), None)
     if libraries and (found.folder / libraries).is_dir():
-        for name in path_digests.digest_path(found.folder / libraries, md5=False).files:
+        for name in hashing.digest_path(found.folder / libraries, md5=False).files:
             take(f"{libraries}/{name}", f"{bundles.LIBRARIES}/{name}")
     for name in found.records:
         take(f"{stage_record.FOLDER}/{stage_record.record_filename(name, found.lock[name].key())}")

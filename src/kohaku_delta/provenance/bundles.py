@@ -15,13 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel
 
+from kohaku_delta import strict_model
 from kohaku_delta.errors import UserError
-from kohaku_delta.formats import path_digests, safetensors_io
+from kohaku_delta.formats import hashing, safetensors_io
 from kohaku_delta.formats.safetensors_header import TensorSpec, content_digest
 from kohaku_delta.parallel import ordered_map
 from kohaku_delta.provenance.stage_record import Count, Sha256
+from kohaku_delta.strict_model import StrictModel
 
 MANIFEST, TENSORS, LIBRARIES, PROVENANCE = "bundle.json", "tensors.json", "requirements", "provenance.json"
 WEIGHTS = ".safetensors"
@@ -30,10 +32,6 @@ MEMBER = re.compile(
 )
 MOST, DEAREST = 10_000, 16 << 30  # members; bytes of one: the release's captions take about 1 GB
 JSON_MOST = 64 << 20
-
-
-class StrictModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Bundle(StrictModel):
@@ -60,19 +58,6 @@ class WeightsDigest(StrictModel):
 Tensors = dict[str, WeightsDigest]
 
 
-def _parse(path: Path, kind, what: str):
-    if path.stat().st_size > JSON_MOST:
-        raise UserError(f"{path.name} has {path.stat().st_size:,} bytes, more than {what} may have.")
-    try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "its content"
-        raise UserError(
-            f"{path.name} is no {what}: {place} {'is not known' if first['type'] == 'extra_forbidden' else 'is wrong (' + first['msg'] + ')'}."
-        ) from None
-
-
 def read_manifest(folder: Path) -> Bundle:
     """The bundle.json of a bundle's folder. Refuses a folder that holds what no bundle holds."""
     for path in sorted(folder.rglob("*")):
@@ -84,14 +69,16 @@ def read_manifest(folder: Path) -> Bundle:
             raise UserError(
                 f"{path.relative_to(folder)} is nothing that a bundle holds (a plain file of the recipe). The bundle was not written by kohaku-delta."
             )
-    return _parse(folder / MANIFEST, Bundle, "bundle's list")
+    return strict_model.read_json(
+        folder / MANIFEST, Bundle, JSON_MOST, "`kohaku-delta bundle` did not write this list."
+    )
 
 
 def read_tensor_digests(path: Path) -> Tensors:
     """A tensors.json whose digests follow from its tensors. Refuses one that contradicts itself."""
     if not path.is_file():
         return {}
-    found = _parse(path, Tensors, "list of tensors")
+    found = strict_model.read_json(path, Tensors, JSON_MOST, "`kohaku-delta bundle` did not write this list.")
     for out, weights in found.items():
         specs = {name: TensorSpec(each.dtype, tuple(each.shape)) for name, each in weights.tensors.items()}
         if content_digest(specs, {name: each.sha256 for name, each in weights.tensors.items()}) != weights.digest:
@@ -165,7 +152,7 @@ def _unpack(tar: tarfile.TarFile, folder: Path, path: Path) -> None:
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(target, "xb") as file, tar.extractfile(member) as source:
-            while piece := source.read(path_digests.PIECE):
+            while piece := source.read(hashing.PIECE):
                 file.write(piece)
         if target.stat().st_size != member.size:
             raise UserError(f"{path} is cut short in {member.name}. Fetch it again.")
@@ -186,7 +173,7 @@ def pack_bundle(folder: Path, out) -> None:
 def bundle_manifest(folder: Path, left_out: dict[str, int]) -> None:
     """Writes the bundle.json of a folder that holds everything else."""
     files = {
-        path.relative_to(folder).as_posix(): path_digests.digest_path(path, md5=False).sha256
+        path.relative_to(folder).as_posix(): hashing.digest_path(path, md5=False).sha256
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }

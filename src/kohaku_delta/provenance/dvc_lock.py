@@ -4,14 +4,11 @@ import posixpath
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from kohaku_delta.errors import UserError
+from kohaku_delta import strict_model, yaml_file
 from kohaku_delta.provenance import dvc_yaml, stage_record
-
-
-class StrictModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+from kohaku_delta.strict_model import StrictModel
 
 
 class LockedPath(StrictModel):
@@ -47,10 +44,4 @@ class Lock(StrictModel):
 
 def read_lock(path: Path) -> dict[str, LockedStage]:
     """The stages of a dvc.lock, by name."""
-    try:
-        return Lock.model_validate(dvc_yaml.read_pipeline(path)).stages
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "its content"
-        reason = "is not known" if first["type"] == "extra_forbidden" else f"is wrong ({first['msg']})"
-        raise UserError(f"{path} is no dvc.lock: {place} {reason}. It was not written by DVC.") from None
+    return strict_model.validate(path, Lock, yaml_file.read_yaml(path), "DVC did not write this dvc.lock.").stages

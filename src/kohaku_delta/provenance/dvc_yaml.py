@@ -8,17 +8,12 @@ dvc.lock.
 import posixpath
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-from ruamel.yaml import YAML, YAMLError
-from ruamel.yaml.composer import Composer
-from ruamel.yaml.events import AliasEvent
-
 from kohaku_delta.errors import UserError
+from kohaku_delta.yaml_file import read_yaml
 
 PIPELINE, LOCK, PARAMS = "dvc.yaml", "dvc.lock", "params.yaml"
-MOST = 8 << 20  # bytes of a YAML file; the release's lock has 0.1 MB
 FIELD = re.compile(r"\$\{(\w+)\}")
 
 
@@ -33,44 +28,10 @@ class StageDeclaration:
     outs: tuple[str, ...]
 
 
-class NoAliasComposer(Composer):
-    """Refuses aliases, which DVC never writes: a few of them can stand for billions of values."""
-
-    def compose_node(self, parent, index):
-        if self.parser.check_event(AliasEvent):
-            raise YAMLError("it uses YAML's aliases, which DVC never writes")
-        return super().compose_node(parent, index)
-
-
-@lru_cache(maxsize=8)
-def _parse(text: str):
-    yaml = YAML(typ="safe", pure=True)
-    yaml.Composer = NoAliasComposer
-    return yaml.load(text)
-
-
-def read_pipeline(path: Path):
-    """The content of a YAML file, which is only read: two askers get one. Refuses what is missing, too large, no YAML,
-    or uses aliases.
-    """
-    try:
-        if path.stat().st_size > MOST:
-            raise UserError(
-                f"{path} has {path.stat().st_size:,} bytes; a file of its kind has a few thousand. It is not what it is said to be."
-            )
-        return _parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is not there. Name a recipe's folder (with dvc.yaml, params.yaml and dvc.lock), or a bundle."
-        ) from None
-    except (YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not YAML that can be read: {' '.join(str(error).split())[:200]}") from None
-
-
 def stage_declarations(folder: Path) -> dict[str, StageDeclaration]:
     """The stages of the recipe in `folder`, in the order of dvc.yaml."""
-    values = read_pipeline(folder / PARAMS)
-    content = read_pipeline(folder / PIPELINE)
+    values = read_yaml(folder / PARAMS)
+    content = read_yaml(folder / PIPELINE)
     if not isinstance(values, dict) or not isinstance(content, dict) or not isinstance(content.get("stages"), dict):
         raise UserError(
             f"{folder / PIPELINE} has no stages, or {folder / PARAMS} no keys: {folder} is no recipe's folder."

@@ -19,27 +19,24 @@ from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from kohaku_delta import strict_model
 from kohaku_delta.errors import UserError
+from kohaku_delta.strict_model import StrictModel
 
 PACKAGE, FOLDER = "kohaku_delta", "build/code"
 MOST = 1 << 20  # bytes of such a file; that of train has 20 kB
 
 
-class Library(BaseModel):
+class Library(StrictModel):
     """A distribution of the lock: its version, and one digest of the hashes that the lock allows."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     version: str
     hashes: str
 
 
-class StageCode(BaseModel):
+class StageCode(StrictModel):
     """files: path in the repository → sha256 of the syntax tree, or of the bytes; libraries by canonical name."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     stage: str
     files: dict[str, str]
@@ -224,13 +221,5 @@ def dumps(code: StageCode) -> str:
 
 
 def load(path: Path) -> StageCode:
-    """A build/code/<stage>.json, whole, or a sentence."""
-    try:
-        if path.stat().st_size > MOST:
-            raise UserError(f"{path} has {path.stat().st_size:,} bytes, more than a stage's code may have.")
-        return TypeAdapter(StageCode).validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(
-            f"{path} does not describe a stage's code: {'.'.join(map(str, first['loc'])) or 'its content'}: {first['msg']}. Run `dvc repro code`."
-        ) from None
+    """The content of a build/code/<stage>.json. Raises UserError for one that the stage `code` did not write."""
+    return strict_model.read_json(path, StageCode, MOST, "Run `dvc repro code`.")

@@ -16,23 +16,21 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import click
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field
 
-from kohaku_delta import atomic_files, process_facts
+from kohaku_delta import atomic_files, process_facts, strict_model
 from kohaku_delta.errors import UserError
-from kohaku_delta.formats import path_digests
+from kohaku_delta.formats import hashing
 from kohaku_delta.provenance import dvc_yaml, environment, import_closure
 from kohaku_delta.provenance.import_closure import StageCode
+from kohaku_delta.strict_model import StrictModel
+from kohaku_delta.yaml_file import read_yaml
 
 FOLDER = "build/records"
 MOST = 4 << 20  # bytes of a record; that of train has 40 kB
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Md5 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}(\.dir)?$")]
 Count = Annotated[int, Field(ge=0)]
-
-
-class StrictModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Input(StrictModel):
@@ -93,16 +91,8 @@ def record_filename(stage: str, of: str) -> str:
 
 
 def read_record(path: Path) -> Record:
-    """A record, whole, or a sentence that names the key at fault."""
-    try:
-        if path.stat().st_size > MOST:
-            raise UserError(f"{path} has {path.stat().st_size:,} bytes, more than a record may have.")
-        return Record.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "its content"
-        reason = "is not known" if first["type"] == "extra_forbidden" else f"is wrong ({first['msg']})"
-        raise UserError(f"{path} is no record of a stage: {place} {reason}.") from None
+    """The record in the file `path`. Raises UserError for one that no stage wrote."""
+    return strict_model.read_json(path, Record, MOST, "No stage writes such a record.")
 
 
 @contextmanager
@@ -130,10 +120,7 @@ def _begin(context: click.Context):
     if any(context.get_parameter_source(option) is not click.core.ParameterSource.DEFAULT for option in paths):
         return None
     try:
-        stage, values = (
-            dvc_yaml.stage_declarations(Path()).get(script.stem),
-            dvc_yaml.read_pipeline(Path(dvc_yaml.PARAMS)),
-        )
+        stage, values = (dvc_yaml.stage_declarations(Path()).get(script.stem), read_yaml(Path(dvc_yaml.PARAMS)))
     except UserError:  # the stage says itself what is wrong
         return None
     if not stage or not all(Path(path).exists() for path in stage.deps):
@@ -151,7 +138,7 @@ def _begin(context: click.Context):
         "container": environment.container_facts(),
         "host": environment.host_facts(),
     }
-    before = [digest.sha256 for digest in path_digests.digest_paths(map(Path, stage.deps), md5=False)]
+    before = [digest.sha256 for digest in hashing.digest_paths(map(Path, stage.deps), md5=False)]
     device = (
         facts["parameters"].get("train", {}).get("device", "cpu")
     )  # a stage that is not told it computes on the processor
@@ -176,13 +163,13 @@ def _end(
         return
     inputs = {
         path: Input(before=was, after=now.sha256, md5=now.md5, bytes=now.bytes)
-        for path, was, now in zip(stage.deps, before, path_digests.digest_paths(map(Path, stage.deps)))
+        for path, was, now in zip(stage.deps, before, hashing.digest_paths(map(Path, stage.deps)))
     }
     outputs = {
         path: Output(sha256=each.sha256, md5=each.md5, bytes=each.bytes, files=each.files)
-        for path, each in zip(stage.outs, path_digests.digest_paths(map(Path, stage.outs)))
+        for path, each in zip(stage.outs, hashing.digest_paths(map(Path, stage.outs)))
     }
-    after = dvc_yaml.parameters(dvc_yaml.read_pipeline(Path(dvc_yaml.PARAMS)), stage.params)
+    after = dvc_yaml.parameters(read_yaml(Path(dvc_yaml.PARAMS)), stage.params)
     times = Times(
         began=began.isoformat(timespec="seconds"), ended=ended.isoformat(timespec="seconds"), seconds=round(seconds, 3)
     )

@@ -11,20 +11,18 @@ import posixpath
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
+from kohaku_delta import strict_model
 from kohaku_delta.errors import UserError
-from kohaku_delta.formats import path_digests
+from kohaku_delta.formats import hashing
 from kohaku_delta.provenance import dvc_yaml, stage_record
 from kohaku_delta.provenance.stage_record import Sha256
+from kohaku_delta.strict_model import StrictModel
 from kohaku_delta.verify.artifact import Artifact, commit, verified_inputs
 
 STATEMENT, PREDICATE = "https://in-toto.io/Statement/v1", "https://slsa.dev/provenance/v1"
 BUILD_TYPE, BUILDER = "urn:kohaku-delta:dvc-recipe:v1", "urn:kohaku-delta:builder:{}"
-
-
-class StrictModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Digest(StrictModel):
@@ -94,13 +92,7 @@ class Statement(StrictModel):
 
 def read_statement(payload: bytes, told: str) -> dict:
     """A statement whose every field is known. Call it with a payload whose signature was verified."""
-    try:
-        Statement.model_validate_json(payload)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "its content"
-        reason = "is not known" if first["type"] == "extra_forbidden" else f"is wrong: {first['msg']}"
-        raise UserError(f"{told}: the provenance's field {place} {reason}. Nothing in it is believed.") from None
+    strict_model.parse_json(told, Statement, payload, "Nothing in this provenance is believed.")
     return json.loads(payload)
 
 
@@ -134,7 +126,7 @@ def build_statement(rebuild: Artifact) -> dict:
             "runDetails": {
                 "builder": {"id": BUILDER.format(_builder(recorded))},
                 "metadata": {
-                    "invocationId": path_digests.digest_path(rebuild.folder / dvc_yaml.LOCK).sha256,
+                    "invocationId": hashing.digest_path(rebuild.folder / dvc_yaml.LOCK).sha256,
                     "startedOn": began,
                     "finishedOn": ended,
                 },
@@ -194,9 +186,7 @@ def _byproducts(rebuild: Artifact) -> list[dict]:
         f"{stage_record.FOLDER}/{stage_record.record_filename(name, rebuild.lock[name].key())}"
         for name in rebuild.records
     )
-    return [
-        _resource(place, path_digests.digest_path(rebuild.folder / Path(place), md5=False).sha256) for place in places
-    ]
+    return [_resource(place, hashing.digest_path(rebuild.folder / Path(place), md5=False).sha256) for place in places]
 
 
 def first_difference(signed: dict, ours: dict, place: str = "") -> str | None:

@@ -16,14 +16,15 @@ from pathlib import Path
 
 from kohaku_delta import params as recipes
 from kohaku_delta.errors import UserError
-from kohaku_delta.formats import path_digests
-from kohaku_delta.formats.path_digests import Digest
+from kohaku_delta.formats import hashing
+from kohaku_delta.formats.hashing import Digest
 from kohaku_delta.params import Recipe
 from kohaku_delta.provenance import bundles, dvc_lock, dvc_yaml, import_closure, stage_record
 from kohaku_delta.provenance.dvc_lock import LockedStage
 from kohaku_delta.provenance.dvc_yaml import StageDeclaration
 from kohaku_delta.provenance.import_closure import StageCode
 from kohaku_delta.provenance.stage_record import Record
+from kohaku_delta.yaml_file import read_yaml
 
 ROOT = Path(__file__).resolve().parents[3]  # the code at hand
 
@@ -45,7 +46,7 @@ class Artifact:
     def digests(self) -> dict[str, Digest]:
         """Of every out that is there, by its path; hashed once, on all processors."""
         there = [out for stage in self.stages.values() for out in stage.outs if (self.folder / out).exists()]
-        return dict(zip(there, path_digests.digest_paths(self.folder / out for out in there)))
+        return dict(zip(there, hashing.digest_paths(self.folder / out for out in there)))
 
     @cached_property
     def writers(self) -> dict[str, str]:
@@ -55,7 +56,7 @@ class Artifact:
     @cached_property
     def values(self) -> dict:
         """The content of params.yaml, as DVC sees it."""
-        return dvc_yaml.read_pipeline(self.folder / dvc_yaml.PARAMS)
+        return read_yaml(self.folder / dvc_yaml.PARAMS)
 
     @cached_property
     def tensors(self) -> bundles.Tensors:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from kohaku_delta.errors import UserError
-from kohaku_delta.formats import path_digests
+from kohaku_delta.formats import hashing
 from kohaku_delta.parallel import ordered_map
 from kohaku_delta.provenance import bundles, dvc_yaml, git_blobs, import_closure
 from kohaku_delta.verify.artifact import ROOT, Artifact, commit, verified_inputs
@@ -28,7 +28,7 @@ def check_bundle(rebuild: Artifact) -> Finding:
     faults = [f"{place} is not in the bundle, whose list names it" for place in sorted(listed.keys() - there)]
     faults += [f"{place} is in the bundle and its list does not name it" for place in sorted(there - listed.keys())]
     shared = sorted(there & listed.keys())
-    for place, digest in zip(shared, path_digests.digest_paths((folder / place for place in shared), md5=False)):
+    for place, digest in zip(shared, hashing.digest_paths((folder / place for place in shared), md5=False)):
         if digest.sha256 != listed[place]:
             faults.append(f"{place} was changed after it was packed")
     return pass_or_fail(GROUP, "bundle", faults, f"its {len(listed)} files are those that were packed")
@@ -250,7 +250,7 @@ def check_libraries(rebuild: Artifact) -> Finding:
     file = there / f"{rebuild.recipe.requirements}.txt"
     if not file.is_file():
         return Finding(GROUP, "libraries", FAIL, f"{path} is not there")
-    if path_digests.digest_path(there).md5 != md5:
+    if hashing.digest_path(there).md5 != md5:
         return Finding(GROUP, "libraries", FAIL, f"{folder} is not the one that dvc.lock says the stages ran under")
     locked = import_closure.locked_libraries(file)
     faults = [
@@ -332,7 +332,7 @@ def _rows(rebuild: Artifact, name: str, pin) -> tuple[dict | None, str | None]:
     path = rebuild.folder / f"pins-{name}.csv"
     if not pin.sha256:
         return {}, None
-    if not path.is_file() or path_digests.digest_path(path, md5=False).sha256 != pin.sha256:
+    if not path.is_file() or hashing.digest_path(path, md5=False).sha256 != pin.sha256:
         return {}, f"{path.name} is {'not the list that params.yaml pins' if path.is_file() else 'not there'}"
     try:
         with open(path, encoding="utf-8", newline="") as file:
@@ -374,7 +374,7 @@ def check_data(rebuild: Artifact, hashed: bool) -> Finding:
         )
     if hashed:
         known = [(place, each["sha256"]) for place, each in there if len(each["sha256"]) == 64]
-        found = ordered_map(lambda item: path_digests.digest_path(item[0], md5=False).sha256, known)
+        found = ordered_map(lambda item: hashing.digest_path(item[0], md5=False).sha256, known)
         faults += [
             f"{place} is not what the download stage verified"
             for (place, said), sha256 in zip(known, found)

@@ -4,7 +4,7 @@ without one is a SKIP by name.
 
 import posixpath
 
-from kohaku_delta.formats import path_digests
+from kohaku_delta.formats import hashing
 from kohaku_delta.provenance import stage_record
 from kohaku_delta.provenance.stage_record import Record
 from kohaku_delta.verify.artifact import Artifact
@@ -73,7 +73,7 @@ def _faults(rebuild: Artifact, name: str, said: Record) -> list[str]:
     ):
         faults.append(f"the record of {name} is of another run: its parameters are not those of dvc.lock")
     for path, each in said.outputs.items():
-        if each.files is not None and path_digests.folder_digest(each.files) != each.sha256:
+        if each.files is not None and hashing.folder_digest(each.files) != each.sha256:
             faults.append(
                 f"the record of {name} contradicts itself: the sha256 of {path} does not follow from its files"
             )

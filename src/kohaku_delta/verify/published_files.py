@@ -2,14 +2,12 @@
 shorter.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from kohaku_delta.errors import UserError
+from kohaku_delta.formats.hashing import hash_file
 from kohaku_delta.params import Recipe
-
-PIECE = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -48,11 +46,7 @@ def sha256(path: Path) -> str:
         )
     if not path.is_file():
         raise UserError(f"{path} is not there. Check the path.")
-    whole = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while piece := file.read(PIECE):
-            whole.update(piece)
-    return whole.hexdigest()
+    return hash_file(path)
 
 
 def identify_file(digest: str, files: list[PublishedHash]) -> list[PublishedHash]:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from kohaku_delta.formats import path_digests
+from kohaku_delta.formats import hashing
 from kohaku_delta.verify.artifact import ROOT, Artifact
 from kohaku_delta.verify.findings import FAIL, PASS, SKIP, Finding
 
@@ -73,9 +73,7 @@ def _one(
     )
     if done.returncode:
         return Finding("replay", name, SKIP, f"could not be computed anew: {' '.join(done.stderr.split())[-300:]}")
-    other = [
-        file for file, sha256 in wanted.items() if path_digests.digest_path(folder / file, md5=False).sha256 != sha256
-    ]
+    other = [file for file, sha256 in wanted.items() if hashing.digest_path(folder / file, md5=False).sha256 != sha256]
     said = (
         f"computed anew, {' and '.join(other)} came out with other bytes"
         if other

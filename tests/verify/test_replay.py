@@ -268,10 +268,10 @@ def test_the_journals_header_names_the_base_and_the_parameters_and_nothing_of_th
 def sampled(folder, count, seed=3):
     """What the audit says of a random sample of this lesson's steps."""
     from kohaku_delta import params
-    from kohaku_delta.verify import artifact, sampled_replay
+    from kohaku_delta.provenance.artifact import Artifact
 
-    lessons = artifact.Artifact("lesson", folder, params.load(folder / "params.yaml"), {}, {}, None)
-    return sampled_replay.replay_finding(
+    lessons = Artifact("lesson", folder, params.load(folder / "params.yaml"), {}, {}, None)
+    return audit.check_training(
         lessons, journal.read_journal(folder / "build" / "journal.parquet"), None, count, seed, iter
     )
 
@@ -284,37 +284,31 @@ def test_a_forged_journal_with_an_honest_beginning_and_end_is_found_by_the_sampl
     honest = sampled(trained, steps)
     assert (
         honest.status == "PASS"
-        and f"{steps} steps drawn with seed 3" in honest.said
-        and "with 95 % probability" in honest.said
+        and f"{steps} steps drawn with seed 3" in honest.message
+        and "with 95 % probability" in honest.message
     )
     folder = elsewhere(trained, tmp_path)
     shutil.rmtree(folder / "work")  # a forger hands out no states that give it away
     rewrite(folder, lambda rows: rows[1].update(gradient_norm=rows[1]["gradient_norm"] * 1.5))
     forged = sampled(folder, steps)
-    assert forged.status == "FAIL" and "step 1: all lanes are equal; the gradient's norm is" in forged.said
+    assert forged.status == "FAIL" and "step 1: all lanes are equal; the gradient's norm is" in forged.message
 
 
 def test_on_foreign_hardware_the_sample_is_of_losses_and_says_that_it_is_weaker(trained, tmp_path, monkeypatch):
-    from kohaku_delta.verify import sampled_replay
-
-    monkeypatch.setattr(sampled_replay, "numerics_differences", lambda rebuild: ["gpu", "multiprocessors"])
+    monkeypatch.setattr(audit, "numerics_differences", lambda rebuild: ["gpu", "multiprocessors"])
     found = sampled(trained, 2)
     assert (
         (found.name, found.status) == ("losses", "PASS")
-        and "differs from the trainer's in gpu, multiprocessors" in found.said
-        and "weaker evidence" in found.said
+        and "differs from the trainer's in gpu, multiprocessors" in found.message
+        and "weaker evidence" in found.message
     )
     shutil.rmtree(elsewhere(trained, tmp_path) / "work")
     assert sampled(tmp_path / "elsewhere", 2).status == "SKIP"
 
 
 def test_the_seed_decides_which_steps_are_sampled_and_each_is_as_likely_as_another():
-    from kohaku_delta.verify import sampled_replay
-
-    assert sampled_replay.sample_steps(58, 58, 1) == list(range(58)) and sampled_replay.sample_steps(
+    assert audit.sample_steps(58, 58, 1) == list(range(58)) and audit.sample_steps(58, 5, 1) == audit.sample_steps(
         58, 5, 1
-    ) == sampled_replay.sample_steps(58, 5, 1) != sampled_replay.sample_steps(58, 5, 2)
-    counts = np.bincount(
-        [step for seed in range(2000) for step in sampled_replay.sample_steps(20, 5, seed)], minlength=20
-    )
+    ) != audit.sample_steps(58, 5, 2)
+    counts = np.bincount([step for seed in range(2000) for step in audit.sample_steps(20, 5, seed)], minlength=20)
     assert abs(counts - 500).max() < 5 * math.sqrt(500 * 0.75), "five standard deviations of a fair draw"

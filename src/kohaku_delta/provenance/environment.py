@@ -45,7 +45,7 @@ def container_facts() -> str | None:
 
 def libraries(names: Iterable[str]) -> dict[str, str]:
     """Canonical name → installed version of each distribution ("" if it is not installed)."""
-    installed = {
+    installed: dict[str, str] = {
         canonicalize_name(each.metadata["Name"]): each.version
         for each in metadata.distributions()
         if each.metadata["Name"]

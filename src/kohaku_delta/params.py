@@ -4,14 +4,13 @@
 """
 
 import math
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
-from ruamel.yaml import YAML, YAMLError
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from kohaku_delta.errors import UserError
+from kohaku_delta import strict_model, yaml_file
+from kohaku_delta.strict_model import StrictModel
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -34,10 +33,6 @@ def _numbers(mapping):
         if not key.isascii() or not key.isdecimal():
             raise ValueError(f'the key "{key}" must be a whole number, in quotes')
     return {int(key): value for key, value in mapping.items()}
-
-
-class StrictModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=False)
 
 
 class Pin(StrictModel):
@@ -278,68 +273,7 @@ class Recipe(StrictModel):
     published: Published | None
 
 
-EXPECTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "a text",
-    "list_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-}
-
-
-def _error_messages(file: Path, errors: list[dict]) -> list[str]:
-    wanted: dict[str, list[str]] = {}
-    given: dict[str, object] = {}
-    sentences = []
-    for error in errors:
-        # pydantic names the member of a union in the location; a reader knows only the file's keys
-        parts = [
-            str(part)
-            for part in error["loc"]
-            if part not in ("Pin", "Pins") and not str(part).startswith(("literal[", "constrained-", "int"))
-        ]
-        path = ".".join(parts) or "the file's content"
-        if error["type"] == "extra_forbidden":
-            sentences.append(f"{file}: the key {path} is not known. Remove it, or check its spelling.")
-        elif error["type"] == "missing":
-            sentences.append(f"{file}: the key {path} is missing.")
-        elif error["type"] == "value_error":
-            sentences.append(f"{file}: {path}: {error['ctx']['error']}.")
-        else:
-            at_least = (
-                f"a list with at least {error['ctx']['min_length']} entries" if error["type"] == "too_short" else None
-            )
-            expected = (
-                EXPECTED.get(error["type"])
-                or at_least
-                or error["msg"]
-                .replace("Input should be ", "")
-                .replace("String should match pattern", "a text of the form")
-            )
-            wanted.setdefault(path, []).append(expected)
-            given[path] = error["input"]
-    return sentences + [
-        f"{file}: {path} is {given[path]!r}; it must be {' or '.join(kinds)}." for path, kinds in wanted.items()
-    ]
-
-
-def load(path) -> Recipe:
-    """The recipe of a params.yaml. Refuses a file that is missing, not YAML, or that has wrong or unknown keys."""
+def load(path: Path | str) -> Recipe:
+    """The recipe of a params.yaml. Raises UserError for a file that is missing, not YAML, or has wrong or unknown keys."""
     path = Path(path)
-    try:
-        return _parse(path, path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there. Run in a recipe's folder, or name the file with --params.") from None
-
-
-@lru_cache(maxsize=1)  # a stage and what holds it to its declarations read the same recipe
-def _parse(path: Path, content: bytes) -> Recipe:
-    try:
-        return Recipe.model_validate(YAML(typ="safe", pure=True).load(content.decode("utf-8")))
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML that can be read: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        raise UserError("\n".join(_error_messages(path, error.errors())[:5])) from None
+    return strict_model.validate(path, Recipe, yaml_file.read_yaml(path))

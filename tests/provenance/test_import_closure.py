@@ -30,7 +30,7 @@ def copy(tmp_path):
 
 def described(root: Path, lock: str = "cpu") -> dict[str, str]:
     """stage → what lies in build/code, computed without what was read before."""
-    for each in (import_closure._read, import_closure.locked_libraries):
+    for each in (import_closure._references, import_closure.locked_libraries):
         each.cache_clear()
     return {
         stage: import_closure.dumps(
@@ -205,5 +205,5 @@ def test_a_stage_is_refused_with_code_that_was_changed_since_it_was_described(tm
     ):
         import_closure.verified_code(ROOT / "stages" / "caption.py")
     path.write_text("{}")
-    with pytest.raises(UserError, match="does not describe a stage's code"):
+    with pytest.raises(UserError, match="the key stage is missing"):
         import_closure.verified_code(ROOT / "stages" / "caption.py")

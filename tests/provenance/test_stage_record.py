@@ -165,7 +165,7 @@ def test_a_record_with_unknown_or_missing_keys_is_refused_by_name(folder):
     content = json.loads(path.read_text())
     for changed, said in (
         (content | {"trusted": 1}, "trusted is not known"),
-        ({key: value for key, value in content.items() if key != "host"}, "host is wrong"),
+        ({key: value for key, value in content.items() if key != "host"}, "the key host is missing"),
     ):
         path.write_text(json.dumps(changed))
         with pytest.raises(UserError, match=said):

@@ -49,7 +49,7 @@ def command(out: Path, folder: Path, key: Path | None) -> None:
             signature.sign(statements.build_statement(found), key, gathered / bundles.PROVENANCE)
         elif (found.folder / bundles.PROVENANCE).is_file():
             shutil.copyfile(found.folder / bundles.PROVENANCE, gathered / bundles.PROVENANCE)
-        bundles.bundle_manifest(gathered, left_out)
+        bundles.write_manifest(gathered, left_out)
         if out.suffix == ".tar":
             with atomic_files.atomic_write(out) as file:
                 bundles.pack_bundle(gathered, file)

@@ -25,6 +25,7 @@ from kohaku_delta.provenance.dvc_lock import LockedStage
 from kohaku_delta.provenance.dvc_yaml import StageDeclaration
 from kohaku_delta.provenance.import_closure import StageCode
 from kohaku_delta.provenance.stage_record import Record
+from kohaku_delta.yaml_file import read_yaml
 
 REPOSITORY = Path(__file__).resolve().parents[3]  # of the code that runs now
 
@@ -56,7 +57,7 @@ class Artifact:
     @cached_property
     def values(self) -> dict[str, Any]:
         """The content of params.yaml, as DVC reads it."""
-        return dvc_yaml.read_pipeline(self.folder / dvc_yaml.PARAMS)
+        return read_yaml(self.folder / dvc_yaml.PARAMS)
 
     @cached_property
     def tensors(self) -> bundles.Tensors:

@@ -1,17 +1,14 @@
-"""The reader of dvc.lock: a file with any field that DVC does not write is refused."""
+"""The reader of dvc.lock. A file with any field that DVC does not write is refused."""
 
 import posixpath
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field
 
-from kohaku_delta.errors import UserError
+from kohaku_delta import strict_model, yaml_file
 from kohaku_delta.provenance import dvc_yaml, stage_record
-
-
-class StrictModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+from kohaku_delta.strict_model import StrictModel
 
 
 class LockedPath(StrictModel):
@@ -28,11 +25,11 @@ class LockedPath(StrictModel):
 class LockedStage(StrictModel):
     cmd: str
     deps: list[LockedPath] = []
-    params: dict[str, dict] = {}
+    params: dict[str, dict[str, Any]] = {}
     outs: list[LockedPath] = []
 
     @property
-    def parameters(self) -> dict:
+    def parameters(self) -> dict[str, Any]:
         return self.params.get(dvc_yaml.PARAMS, {})
 
     def key(self) -> str:
@@ -47,10 +44,4 @@ class Lock(StrictModel):
 
 def read_lock(path: Path) -> dict[str, LockedStage]:
     """The stages of a dvc.lock, by name. Raises UserError and names the field at fault."""
-    try:
-        return Lock.model_validate(dvc_yaml.read_pipeline(path)).stages
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "its content"
-        reason = "is not known" if first["type"] == "extra_forbidden" else f"is wrong ({first['msg']})"
-        raise UserError(f"{path} is not a dvc.lock: {place} {reason}. DVC did not write it.") from None
+    return strict_model.validate(path, Lock, yaml_file.read_yaml(path), "DVC did not write this dvc.lock.").stages

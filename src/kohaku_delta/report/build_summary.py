@@ -6,15 +6,14 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from kohaku_delta import params as recipes
-from kohaku_delta.errors import UserError
+from kohaku_delta import strict_model
 from kohaku_delta.hub import pins
 from kohaku_delta.params import Pin, Recipe
 from kohaku_delta.provenance import dvc_yaml
 from kohaku_delta.report import external_evidence, stage_outputs
 from kohaku_delta.report import stage_status as locks
+from kohaku_delta.yaml_file import read_yaml
 
 FOLDER = "build"
 WEIGHTS = {"base": "delta-base.safetensors", "lokr": "delta-lokr.safetensors", "final": "kohaku-xl-delta.safetensors"}
@@ -80,7 +79,7 @@ def read_build(place: Path) -> Build:
     stages = locks.read_stages(place)
     today = recipes.load(place / dvc_yaml.PARAMS)
     found, torn = locks.merged_parameters(stages)
-    recipe = _recipe(dvc_yaml.read_pipeline(place / dvc_yaml.PARAMS) | found, lock)
+    recipe = _recipe(read_yaml(place / dvc_yaml.PARAMS) | found, lock)
     listed = stage_outputs.read_output(folder / "inputs.json", stage_outputs.Inputs)
     return Build(
         recipe=recipe,
@@ -106,15 +105,9 @@ def read_build(place: Path) -> Build:
 
 
 def _recipe(sections: dict, lock: Path) -> Recipe:
-    try:
-        return Recipe.model_validate(sections)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        remedy = "Run `dvc repro`, or use the code that the build was made with."
-        raise UserError(
-            f"{lock}: the parameter {key} is none that this code knows ({first['msg']}). {remedy}"
-        ) from None
+    return strict_model.validate(
+        lock, Recipe, sections, "Run `dvc repro`, or use the code that the build was made with."
+    )
 
 
 def _differences(a, b, path: str = "") -> list[str]:

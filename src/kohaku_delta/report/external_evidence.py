@@ -6,29 +6,28 @@ build/records/ (what each stage's run left), provenance.json beside dvc.lock and
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from kohaku_delta.errors import UserError
+from kohaku_delta import strict_model
 from kohaku_delta.report.stage_status import StageStatus
+from kohaku_delta.strict_model import PartialModel
 
+MAX_BYTES = 64 << 20  # of a JSON file
 RECORDS, PROVENANCE, AUDIT = "records", "provenance.json", "audit.json"
 
 
-class Finding(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True)
+class Finding(PartialModel):
     group: str
     name: str
     status: Literal["PASS", "FAIL", "SKIP"]
     said: str
 
 
-class Audit(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True)
+class Audit(PartialModel):
     lock: str | None = None  # sha256 of the dvc.lock that was audited
     findings: list[Finding] = Field(min_length=1)
 
@@ -39,23 +38,22 @@ class Audit(BaseModel):
         return "FAIL" if "FAIL" in found else "PASS" if "PASS" in found else "SKIP"
 
 
-class Output(BaseModel):
+class Output(PartialModel):
     md5: str
 
 
-class Revision(BaseModel):
+class Revision(PartialModel):
     commit: str
     dirty: bool
 
 
-class Times(BaseModel):
+class Times(PartialModel):
     seconds: float = Field(ge=0, allow_inf_nan=False)
 
 
-class Record(BaseModel):
+class Record(PartialModel):
     """What is shown of the record that a stage's run left; the audit reads more of it."""
 
-    model_config = ConfigDict(strict=True, frozen=True)
     stage: str
     outputs: dict[str, Output]
     times: Times
@@ -91,15 +89,6 @@ def read_evidence(folder: Path, lock: Path, stages: list[StageStatus]) -> Extern
 
 def _read(path: Path, kind):
     try:
-        return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return strict_model.read_json(path, kind, MAX_BYTES, "Delete it, or run the command again that writes it.")
     except FileNotFoundError:
         return None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(
-            f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}. Delete it, or have the command that writes it write it again."
-        ) from None
-    except (ValueError, RecursionError):
-        raise UserError(
-            f"{path} is not JSON that can be read. Delete it, or have the command that writes it write it again."
-        ) from None

@@ -6,52 +6,50 @@ left alone.
 """
 
 import csv
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field
 
+from kohaku_delta import strict_model
 from kohaku_delta.dataset import dataset_statistics
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import Schedule
+from kohaku_delta.strict_model import PartialModel
 
 Count = Annotated[int, Field(ge=0)]
+MAX_BYTES = 64 << 20  # of a JSON file
 CURVES = ("step", "loss", "gradient_norm", "learning_rate_unet", "learning_rate_text")
 
 
-class OutputModel(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True)
-
-
-class Input(OutputModel):
+class Input(PartialModel):
     url: str
     bytes: Count
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class Inputs(OutputModel):
+class Inputs(PartialModel):
     inputs: dict[str, Input | list[Input]]
 
 
-class Compared(OutputModel):
+class Compared(PartialModel):
     published: int
     rebuilt: int
     difference: int
 
 
-class ComparedBuckets(OutputModel):
+class ComparedBuckets(PartialModel):
     published: int
     equal: int
 
 
-class Comparison(OutputModel):
+class Comparison(PartialModel):
     posts: Compared
     steps: Compared
     buckets: ComparedBuckets
 
 
-class Dataset(OutputModel):
+class Dataset(PartialModel):
     drawn: Count
     selected: Count
     trained: Count
@@ -66,22 +64,22 @@ class Dataset(OutputModel):
     published: Comparison | str
 
 
-class Forms(OutputModel):
+class Forms(PartialModel):
     sdxl: float
     training: float
 
 
-class Loss(OutputModel):
+class Loss(PartialModel):
     loss: Forms
 
 
-class HeldOut(OutputModel):
+class HeldOut(PartialModel):
     posts: Annotated[int, Field(ge=1)]
     base: Loss
     final: Loss
 
 
-class NothingHeldOut(OutputModel):
+class NothingHeldOut(PartialModel):
     """Of a recipe that trains its whole collection. `reason`: why there is no post to measure on."""
 
     posts: Literal[0]
@@ -90,17 +88,10 @@ class NothingHeldOut(OutputModel):
 
 def read_output(path: Path, kind):
     """The JSON file at `path` as `kind` (a class above); None where it is not there."""
-    text = _text(path)
-    if text is None:
-        return None
     try:
-        return TypeAdapter(kind).validate_python(json.loads(text))
-    except (ValueError, RecursionError) as error:
-        where = ""
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            where = f" (at {'.'.join(map(str, first['loc'])) or 'its top'}: {first['msg']})"
-        raise UserError(f"{path} is not what its stage writes{where}. Delete it and run `dvc repro`.") from None
+        return strict_model.read_json(path, kind, MAX_BYTES, "Delete it and run `dvc repro`.")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def curves(path: Path) -> dict[str, list[float]] | None:

@@ -21,7 +21,8 @@ import tiny_training
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
 from kohaku_delta.training import journal, tensor_fingerprints
-from kohaku_delta.verify import replay_training as audit
+from kohaku_delta.verify import replay as replay_checks
+from kohaku_delta.verify import replay_training
 
 
 @pytest.fixture(scope="module")
@@ -183,22 +184,22 @@ def test_a_row_that_differs_in_one_thing_is_told_by_that_thing(key, value, told)
         "weights": 1, "optimizer": 2, "tensors": b"ab", "chain": "one",
     }  # fmt: skip
     batches = [{"lane": 0, "posts": [1]}, {"lane": 1, "posts": [2]}]
-    assert audit.first_step_difference(row, row, batches, ["x", "y"]) is None
+    assert replay_training.first_step_difference(row, row, batches, ["x", "y"]) is None
     assert (
-        audit.first_step_difference(
+        replay_training.first_step_difference(
             row | {"gradient_norm": math.nan}, row | {"gradient_norm": math.nan}, batches, ["x", "y"]
         )
         is None
     ), "a step that overflowed equals itself"
-    assert told in audit.first_step_difference(row | {key: value}, row, batches, ["x", "y"])
+    assert told in replay_training.first_step_difference(row | {key: value}, row, batches, ["x", "y"])
 
 
 def test_what_a_sample_proves_is_the_rule_of_three():
     """n samples without a find bound a share by about 3/n with 95 % (ln 0.05 = -2.996)."""
-    assert "a journal with 5.0 % of its steps false" in audit.confidence(
+    assert "a journal with 5.0 % of its steps false" in replay_training.confidence(
         59, 28_638
-    ) and "among all with 0.2 %" in audit.confidence(59, 28_638)
-    assert "a journal with 1.0 % of its steps false" in audit.confidence(299, 28_638)
+    ) and "among all with 0.2 %" in replay_training.confidence(59, 28_638)
+    assert "a journal with 1.0 % of its steps false" in replay_training.confidence(299, 28_638)
 
 
 def test_worker_processes_change_no_byte(trained, tmp_path):
@@ -271,7 +272,7 @@ def sampled(folder, count, seed=3):
     from kohaku_delta.provenance.artifact import Artifact
 
     lessons = Artifact("lesson", folder, params.load(folder / "params.yaml"), {}, {}, None)
-    return audit.check_training(
+    return replay_checks.check_training(
         lessons, journal.read_journal(folder / "build" / "journal.parquet"), None, count, seed, iter
     )
 
@@ -295,7 +296,7 @@ def test_a_forged_journal_with_an_honest_beginning_and_end_is_found_by_the_sampl
 
 
 def test_on_foreign_hardware_the_sample_is_of_losses_and_says_that_it_is_weaker(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(audit, "numerics_differences", lambda rebuild: ["gpu", "multiprocessors"])
+    monkeypatch.setattr(replay_checks, "numerics_differences", lambda rebuild: ["gpu", "multiprocessors"])
     found = sampled(trained, 2)
     assert (
         (found.name, found.status) == ("losses", "PASS")
@@ -307,8 +308,10 @@ def test_on_foreign_hardware_the_sample_is_of_losses_and_says_that_it_is_weaker(
 
 
 def test_the_seed_decides_which_steps_are_sampled_and_each_is_as_likely_as_another():
-    assert audit.sample_steps(58, 58, 1) == list(range(58)) and audit.sample_steps(58, 5, 1) == audit.sample_steps(
+    assert replay_training.sample_steps(58, 58, 1) == list(range(58)) and replay_training.sample_steps(
         58, 5, 1
-    ) != audit.sample_steps(58, 5, 2)
-    counts = np.bincount([step for seed in range(2000) for step in audit.sample_steps(20, 5, seed)], minlength=20)
+    ) == replay_training.sample_steps(58, 5, 1) != replay_training.sample_steps(58, 5, 2)
+    counts = np.bincount(
+        [step for seed in range(2000) for step in replay_training.sample_steps(20, 5, seed)], minlength=20
+    )
     assert abs(counts - 500).max() < 5 * math.sqrt(500 * 0.75), "five standard deviations of a fair draw"

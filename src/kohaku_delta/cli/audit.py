@@ -51,7 +51,7 @@ def command(target: Path, as_json: bool, **options) -> None:
     progress = lambda steps: tqdm(steps, desc="replay", unit="step", disable=None, file=sys.stderr)  # noqa: E731
     made = []
     with open_artifact(target) as rebuild:
-        for finding in audit.audit(rebuild, audit.Options(**options | {"seed": options["seed"] or 0}), progress):
+        for finding in audit.audit(rebuild, **options, progress=progress):
             made.append(finding)
             if not as_json:
                 status = click.style(finding.status, fg=COLOURS[finding.status])

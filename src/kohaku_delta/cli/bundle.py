@@ -77,7 +77,7 @@ def _bundle(found: Artifact, to: Path) -> dict[str, int]:
         take(place)
     libraries = next((dep for stage in found.stages.values() for dep in stage.deps if is_library_locks(dep)), None)
     if libraries and (found.folder / libraries).is_dir():
-        for name in path_digests.digest_path(found.folder / libraries, md5=False).files:
+        for name in path_digests.digest_path(found.folder / libraries, md5=False).files or {}:
             take(f"{libraries}/{name}", f"{bundles.LIBRARIES}/{name}")
     for name in found.records:
         take(f"{stage_record.FOLDER}/{stage_record.record_filename(name, found.lock[name].key())}")

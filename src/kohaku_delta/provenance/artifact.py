@@ -47,7 +47,7 @@ class Artifact:
     def digests(self) -> dict[str, Digest]:
         """Output path → digests, of every output that exists; hashed once, on all cores."""
         outs = [out for out in self.writers if (self.folder / out).exists()]
-        return dict(zip(outs, path_digests.digest_paths(self.folder / out for out in outs)))
+        return dict(zip(outs, path_digests.digest_paths(self.folder / out for out in outs), strict=True))
 
     @cached_property
     def writers(self) -> dict[str, str]:
@@ -61,7 +61,7 @@ class Artifact:
 
     @cached_property
     def tensors(self) -> bundles.Tensors:
-        """Digests of the tensors of each safetensors output: of the file, or as the bundle's tensors.json lists them."""
+        """Digests of the tensors of each safetensors output: computed, or those of the bundle's tensors.json."""
         if self.bundle:
             return bundles.read_tensor_digests(self.folder / bundles.TENSORS)
         weights = [out for out in self.writers if out.endswith(bundles.WEIGHTS) and (self.folder / out).is_file()]
@@ -77,7 +77,7 @@ class Artifact:
 
     @cached_property
     def inputs(self) -> list[dict[str, Any]]:
-        """The entries of build/inputs.json, each with the name of its input; empty if the file is missing or malformed."""
+        """The entries of build/inputs.json, each with its input's name; empty if the file is missing or malformed."""
         path = self.output("inputs.json")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))["inputs"] if path else {}
@@ -114,7 +114,7 @@ def is_library_locks(dep: str) -> bool:
 
 @contextmanager
 def open_artifact(path: Path) -> Iterator[Artifact]:
-    """Opens a recipe's folder (or its build/), a bundle's folder, or a bundle's tar. Raises UserError for anything else."""
+    """Opens a recipe's folder (or its build/), or a bundle's folder or tar. Raises UserError for anything else."""
     name = str(path)
     if path.is_file():
         with bundles.unpack_bundle(path) as folder:

@@ -122,8 +122,7 @@ def unpack_bundle(path: Path) -> Iterator[Path]:
 
 
 def _unpack(tar: tarfile.TarFile, folder: Path, path: Path) -> None:
-    unpacked = 0
-    for member in tar:
+    for unpacked, member in enumerate(tar):
         target = folder / member.name
         if not member.isreg() or member.issparse():
             fault = "is not a plain file"
@@ -139,7 +138,6 @@ def _unpack(tar: tarfile.TarFile, folder: Path, path: Path) -> None:
             fault = ""
         if fault:
             raise UserError(f"{path}: the member {member.name!r:.120} {fault}. {FOREIGN}")
-        unpacked += 1
         target.parent.mkdir(parents=True, exist_ok=True)
         source = tar.extractfile(member)
         with open(target, "xb") as file:

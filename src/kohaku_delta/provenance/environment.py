@@ -52,7 +52,7 @@ def libraries(names: Iterable[str]) -> dict[str, str]:
 
 
 def revision(root: Path, files: list[Path]) -> dict[str, Any] | None:
-    """{"commit": the current commit, "dirty": whether any of `files` differs from it}. None without git or repository."""
+    """{"commit": the current commit, "dirty": whether any of `files` differs}. None without git or repository."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]

@@ -86,7 +86,7 @@ def _module_file(source: Path, module: str) -> Path | None:
 
 
 def closure_files(script: Path) -> list[Path]:
-    """Every file of the repository that `script` (stages/<stage>.py) may run or read as code, itself included, sorted."""
+    """Every file that `script` (stages/<stage>.py) may run or read as code, itself included, sorted."""
     source = script.resolve().parents[1] / "src"
     files, waiting = {script.resolve()}, [script.resolve()]
     while waiting:
@@ -109,8 +109,8 @@ def _distributions() -> Mapping[str, list[str]]:
 
 
 def closure_libraries(files: Iterable[Path], lock: Path) -> dict[str, Library]:
-    """The distributions that these files import, and those that they require, as the lock has them. Raises UserError for
-    one that the lock lacks.
+    """The distributions that these files import, and those that they require, as the lock has them. Raises UserError
+    for one that the lock lacks.
     """
     imported = {module.split(".")[0] for file in files if file.suffix == ".py" for module in _references(file)[0]}
     modules = imported - {PACKAGE} - sys.stdlib_module_names
@@ -121,7 +121,8 @@ def closure_libraries(files: Iterable[Path], lock: Path) -> dict[str, Library]:
         if name not in libraries:
             if name not in locked:
                 raise UserError(
-                    f"{name} is imported and {lock} does not lock it. Add it to requirements/recipe.in and run `make lock`."
+                    f"{name} is imported and {lock} does not lock it. Add it to requirements/recipe.in and run "
+                    "`make lock`."
                 )
             libraries[name] = locked[name]
             waiting += _requirements(name)
@@ -198,8 +199,8 @@ def verified_code(script: Path) -> StageCode | None:
     if differing:
         names = ", ".join(differing[:3]) + (" …" if len(differing) > 3 else "")
         raise UserError(
-            f"{path} describes other code than that at hand: {names} differs. Run `dvc repro`, which describes the code "
-            "first."
+            f"{path} describes other code than that at hand: {names} differs. Run `dvc repro`, which describes the "
+            "code first."
         )
     return described
 

@@ -17,8 +17,8 @@ ENVELOPE_FIELDS, SIGNATURE_FIELDS = {"payload", "payloadType", "signatures"}, {"
 
 
 def sign(statement: dict[str, Any], key: Path, out: Path) -> str:
-    """Writes the signed envelope to `out`; returns the key's id. Raises UserError if `key` is not an unencrypted private
-    key in PEM form.
+    """Writes the signed envelope to `out`; returns the key's id. Raises UserError if `key` is not an unencrypted
+    private key in PEM form.
     """
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -58,8 +58,8 @@ def verify_signature(path: Path, key: Path) -> bytes:
         public = SSlibKey.from_crypto(load_pem_public_key(key.read_bytes()))
     except FileNotFoundError:
         raise UserError(
-            f"{key} does not exist. Name the signer's public key; `openssl pkey -in key.pem -pubout` gives the one of a "
-            "private key."
+            f"{key} does not exist. Name the signer's public key; `openssl pkey -in key.pem -pubout` gives the one of "
+            "a private key."
         ) from None
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise UserError(

@@ -125,7 +125,7 @@ def first_difference(signed: Any, computed: Any, path: str = "") -> str | None:
         if missing := [key for key in pairs if key not in signed or key not in computed]:
             return f"{path}{missing[0]}"
     elif isinstance(signed, list) and isinstance(computed, list) and len(signed) == len(computed):
-        pairs = {number: pair for number, pair in enumerate(zip(signed, computed))}
+        pairs = dict(enumerate(zip(signed, computed, strict=True)))
     else:
         return None if type(signed) is type(computed) and signed == computed else path.rstrip(".") or "the statement"
     for key, (one, other) in pairs.items():

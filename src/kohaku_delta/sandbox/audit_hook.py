@@ -19,8 +19,8 @@ from kohaku_delta.errors import UserError
 from kohaku_delta.sandbox.policy import StagePolicy, canonical_path
 
 CODE_REMEDY = (
-    "Run `dvc repro`: its first stage, `code`, lists in build/code what each stage's imports reach. Code that is loaded "
-    "in another way than by an import is closed."
+    "Run `dvc repro`: its first stage, `code`, lists in build/code what each stage's imports reach. Code that is "
+    "loaded in another way than by an import is closed."
 )
 _policy: StagePolicy
 _installed = False
@@ -30,8 +30,8 @@ _allowed: set[str] = set()  # absolute paths, as they were spelled, that were fo
 
 
 def install_hook(policy: StagePolicy | None, with_landlock: bool = False) -> None:
-    """From now on this process opens only what `policy` allows. Raises UserError for a module that is loaded already and
-    not declared.
+    """From now on this process opens only what `policy` allows. Raises UserError for a module that is loaded already
+    and not declared.
     """
     global _policy, _installed, _with_landlock
     if policy is None:
@@ -90,8 +90,8 @@ def _is_declared(path, flags: int) -> bool:
         remedy = (
             CODE_REMEDY
             if path.endswith(".py")
-            else "Add it to its deps or outs in dvc.yaml (an input: to download.inputs in params.yaml), or name it by an "
-            "option."
+            else "Add it to its deps or outs in dvc.yaml (an input: to download.inputs in params.yaml), or name it by "
+            "an option."
         )
         _refuse(f"opened {path}, which it does not declare. {remedy}")
     return False

@@ -54,7 +54,7 @@ class StagePolicy:
 
 
 def canonical_path(path) -> str:
-    """The path by which a policy knows a file: of an unfinished output, the output; of a compiled module, its source."""
+    """The path by which a policy knows a file: an unfinished output as the output, a compiled module as its source."""
     path = os.path.realpath(path)
     if path.endswith(".aside") or ".aside/" in path:
         path = UNFINISHED.sub(r"/\1", path)
@@ -145,8 +145,8 @@ def _real_paths(paths: Iterable[str | Path]) -> frozenset[str]:
 
 
 def _code(script: Path, deps: list[str]) -> list[str]:
-    """The files of the stage's code: those of build/code/<stage>.json, or those of its imports if dvc.yaml does not name
-    that file, or it does not exist yet.
+    """The files of the stage's code: those of build/code/<stage>.json, or those of its imports if dvc.yaml does not
+    name that file, or it does not exist yet.
     """
     description = Path(import_closure.FOLDER) / f"{script.stem}.json"
     is_described = str(description) in deps and description.is_file()
@@ -155,7 +155,7 @@ def _code(script: Path, deps: list[str]) -> list[str]:
 
 
 def _inputs(options: dict[str, Any]) -> tuple[list[str], set[str]]:
-    """The verified inputs that the stage has an option for, which was not given by hand; and the folders of all inputs."""
+    """The verified inputs that the stage has an unused option for, and the folders of all inputs."""
     if "inputs" not in options:
         return [], set()
     try:

@@ -8,7 +8,6 @@ what it should be) is a fault.
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Concatenate, ParamSpec
 
 from kohaku_delta.errors import UserError
 from kohaku_delta.provenance.artifact import Artifact
@@ -16,7 +15,6 @@ from kohaku_delta.provenance.artifact import Artifact
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 SHOWN = 3  # faults and names listed; the others are counted
 
-P = ParamSpec("P")
 Check = Generator[str, None, str]
 
 
@@ -34,16 +32,16 @@ class Finding:
     message: str
 
 
-def check(
-    name: str,
-) -> Callable[[Callable[Concatenate[Artifact, P], Check]], Callable[Concatenate[Artifact, P], Finding]]:
-    """Turns a generator of faults into a function that returns a Finding. name: group/name."""
+def check(name: str) -> Callable[[Callable[..., Check]], Callable[..., Finding]]:
+    """Turns a generator of faults, whose first argument is the Artifact, into a function that returns a Finding. name:
+    group/name.
+    """
     group, _, short_name = name.partition("/")
 
-    def decorate(find_faults: Callable[Concatenate[Artifact, P], Check]) -> Callable[Concatenate[Artifact, P], Finding]:
+    def decorate(find_faults: Callable[..., Check]) -> Callable[..., Finding]:
         @wraps(find_faults)
-        def run(rebuild: Artifact, *args: P.args, **kwargs: P.kwargs) -> Finding:
-            remaining, faults = find_faults(rebuild, *args, **kwargs), []
+        def run(rebuild: Artifact, *arguments) -> Finding:
+            remaining, faults = find_faults(rebuild, *arguments), []
             status, message = PASS, ""
             try:
                 while True:

@@ -1,14 +1,13 @@
-"""Training computed again from a saved state and compared with the journal, and the checks replay/steps and losses.
+"""Training computed again from a saved state and compared with the journal.
 
 A state serves if the journal continues its rows, which the chain shows; it does not matter whose work folder it is
-from. The checks draw the steps with the auditor's seed, which nobody could foresee when the journal was handed over.
-`losses` needs no state and no GPU: from a milestone's LoKr file it computes, forward only and in float32, the losses
-of some micro-batches of the step that follows.
+from. `losses` needs no state and no GPU: from a milestone's LoKr file it computes, forward only and in float32, the
+losses of some micro-batches of the step that follows.
 
 torch is imported inside functions, after numerics.enforce() has fixed the environment.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,12 +18,10 @@ from kohaku_delta import numerics
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import safetensors_io
 from kohaku_delta.params import Recipe
-from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.training import journal as journals
 from kohaku_delta.training import trainer
 from kohaku_delta.training.journal import Journal
-from kohaku_delta.verify.chain import require_journal
-from kohaku_delta.verify.findings import Check, Finding, Skip, check, format_some
+from kohaku_delta.verify.findings import format_some
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -241,114 +238,3 @@ def _load_lokr(path: Path, weights: "dict[str, Tensor]", steps: int) -> int:
 def rms_relative_error(pairs: list[LossPair]) -> float:
     """The root mean square of the relative differences of losses."""
     return float(np.sqrt(np.mean([(pair.ours / pair.journal - 1) ** 2 for pair in pairs])))
-
-
-def check_training(
-    rebuild: Artifact,
-    journal: Journal | None,
-    own: Path | None,
-    count: int | None,
-    seed: int,
-    progress: Callable[[Iterable[Step]], Iterable[Step]],
-) -> Finding:
-    """replay/steps: `count` steps, drawn by `seed`, computed again; or replay/losses on hardware that cannot give the
-    same bits. own: a recipe's folder with inputs, base and states; progress: wraps the steps to show progress.
-    """
-    if journal and count and (folder := own or (None if rebuild.bundle else rebuild.folder)):
-        sampled = min(count, len(journal.rows))
-        if differing := numerics_differences(rebuild):
-            return check("replay/losses")(_check_losses)(rebuild, folder, sampled, seed, differing)
-        return check("replay/steps")(_check_steps)(rebuild, journal, folder, sampled, seed, progress)
-    return check("replay/steps")(_nothing_replayed)(rebuild, journal, count)
-
-
-def _nothing_replayed(rebuild: Artifact, journal: Journal | None, count: int | None) -> Check:
-    yield from ()
-    if not count:
-        raise Skip("no step was computed again: --replay N --seed S draws N of them")
-    require_journal(journal)
-    raise Skip(
-        "a bundle holds no weights and no images: name a recipe's folder of yours, with inputs and base, by --own"
-    )
-
-
-def numerics_differences(rebuild: Artifact) -> list[str]:
-    """The facts of the numerics contract in which this host differs from what the train stage recorded."""
-    device = rebuild.recipe.train.device
-    try:
-        numerics.enforce(device)
-        here = numerics.describe(device)
-    except UserError:
-        return ["device"]
-    record = rebuild.records.get("train")
-    recorded = (record.numerics or {}) if record else {}
-    return sorted(key for key, value in recorded.items() if here.get(key) != value)
-
-
-def _files(rebuild: Artifact, own: Path) -> Files:
-    """What a replay reads: the rebuild's dataset, schedule and journal; inputs and base of the folder `own`."""
-    names = ("posts", "captions", "schedule", "journal")
-    files: Files = {name: rebuild.folder / "build" / f"{name}.parquet" for name in names}
-    files |= {"inputs": own / "build" / "inputs.json", "base": own / "build" / "delta-base.safetensors"}
-    return files | {"tars": None, "tokenizer": None, "tokenizer_2": None}
-
-
-def _check_steps(
-    rebuild: Artifact,
-    journal: Journal,
-    own: Path,
-    count: int,
-    seed: int,
-    progress: Callable[[Iterable[Step]], Iterable[Step]],
-) -> Check:
-    computed = 0
-    try:
-        for step, difference in progress(
-            _replay_sample(rebuild, journal, own, sample_steps(len(journal.rows), count, seed))
-        ):
-            computed += 1
-            if difference:
-                yield f"step {step}: {difference}"
-                return ""
-    except UserError as error:
-        raise Skip(f"could not be computed: {error.message}") from None
-    return (
-        f"{count} steps drawn with seed {seed} and the {computed - count} on the way to them were computed again: bit "
-        f"for bit. {confidence(count, len(journal.rows))}"
-    )
-
-
-def _replay_sample(rebuild: Artifact, journal: Journal, own: Path, sample: list[int]) -> Iterator[Step]:
-    """Every step that is computed to reach the sampled ones, until one differs. Steps after one state are computed in
-    one go.
-    """
-    work = own / rebuild.recipe.execution.work
-    by_state: dict[tuple[Path, int], list[int]] = {}
-    for step in sample:
-        by_state.setdefault(nearest_state(work, journal, step), []).append(step)
-    for steps in by_state.values():
-        for step, difference in replay_steps(rebuild.recipe, _files(rebuild, own), work, steps[0], steps[-1]):
-            yield step, difference
-            if difference:
-                return
-
-
-def _check_losses(rebuild: Artifact, own: Path, count: int, seed: int, differing: list[str]) -> Check:
-    """Losses alone, after one milestone that the seed picks: the weaker evidence."""
-    reason = f"this host differs from the trainer's in {', '.join(differing)}, so bits cannot be compared"
-    milestones = sorted((own / rebuild.recipe.execution.work).glob("*/delta-lokr-step*.safetensors"))
-    if not milestones:
-        raise Skip(f"{reason}; and there is no milestone's LoKr file to compute losses from")
-    milestone = milestones[sample_steps(len(milestones), 1, seed)[0]]
-    try:
-        step, pairs = losses(rebuild.recipe, _files(rebuild, own), milestone, "cpu", count, seed)
-    except UserError as error:
-        raise Skip(f"could not be computed: {error.message}") from None
-    distance = rms_relative_error(pairs)
-    sentence = (
-        f"{reason}; losses alone, which is weaker evidence (that these weights give these losses, not how they came "
-        f"about): {len(pairs)} of step {step} are {distance:.1e} off, relative"
-    )
-    if distance > TOLERANCE:
-        yield sentence
-    return sentence

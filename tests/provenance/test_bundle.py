@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import rebuild_factory
-from kohaku_delta.verify import check_lock as code_of
+from kohaku_delta.verify import lock_inputs
 from tampering import ask, audit, caption, fabricate_output_hash, failed, locked, other_code
 
 
@@ -123,7 +123,7 @@ def test_an_edited_bundle_is_found_however_carefully_it_was_edited(bundle, tmp_p
     sealed(folder)
     found = failed(audit(folder, "--key", keys / "ours.pub")[1])
     assert "build/captions.parquet" in found["lock/records"] or "of another run" in found["lock/records"], found
-    assert "was signed otherwise than it lies here" in found["lock/provenance"]
+    assert "was signed with another value than the files here give" in found["lock/provenance"]
 
 
 @pytest.mark.parametrize("name", ["cpu.txt", "uv.txt"])
@@ -133,7 +133,7 @@ def test_another_lock_of_the_libraries_in_a_bundle_is_found(bundle, tmp_path, na
     with open(folder / "requirements" / name, "a") as file:
         file.write("# another\n")
     sealed(folder)
-    assert "is not the one that dvc.lock says the stages ran under" in failed(audit(folder)[1])["lock/libraries"]
+    assert "is not the one that dvc.lock says the stages ran with" in failed(audit(folder)[1])["lock/libraries"]
 
 
 def test_weights_that_are_not_in_a_bundle_are_held_by_the_records(bundle, tmp_path):
@@ -165,7 +165,7 @@ def test_a_wrong_key_is_refused_and_an_unnamed_one_believes_nothing(bundle, keys
         and "no signature of" in failed(found)["lock/provenance"]
         and "Nothing in it is believed" in failed(found)["lock/provenance"]
     )
-    assert audit(bundle)[1]["lock/provenance"] == ("SKIP", "signed, and no --key was named: nothing in it is believed")
+    assert audit(bundle)[1]["lock/provenance"] == ("SKIP", "signed, but without --key nothing in it is believed")
     code, said = ask("provenance", bundle, "--verify", keys / "ours.pub")
     assert code == 0 and "verified: 12 stages" in said
     assert ask("provenance", bundle, "--verify", keys / "ours")[0] == 2, "a private key is no public one"
@@ -229,7 +229,10 @@ def test_the_provenance_is_what_the_standards_say_and_unknown_fields_are_refused
         inner["trusted"] = True
         place.write_text(envelope(json.dumps(changed).encode(), keys / "ours"))
         sealed(folder)
-        assert f"key {name} is not known" in failed(audit(folder, "--key", keys / "ours.pub")[1])["lock/provenance"]
+        assert (
+            f"provenance.json: {name} was signed with another value"
+            in failed(audit(folder, "--key", keys / "ours.pub")[1])["lock/provenance"]
+        )
     place.write_text(envelope(payload, keys / "ours", trusted=True))
     sealed(folder)
     assert (
@@ -249,8 +252,8 @@ def test_the_provenance_is_what_the_standards_say_and_unknown_fields_are_refused
         ("../outside", {}, "is nothing that a bundle holds"),
         ("/etc/outside", {}, "is nothing that a bundle holds"),
         ("build/a/../../../outside", {}, "is nothing that a bundle holds"),
-        ("build/link.json", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "is no plain file"),
-        ("build/pipe", {"type": tarfile.FIFOTYPE}, "is no plain file"),
+        ("build/link.json", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "is not a plain file"),
+        ("build/pipe", {"type": tarfile.FIFOTYPE}, "is not a plain file"),
         ("dvc.lock", {}, "comes twice"),
         ("dvc.lock/inside", {}, "is nothing that a bundle holds"),
         ("build/journal.parquet/inside", {}, "is a file and a folder at once"),
@@ -317,7 +320,7 @@ def test_other_code_than_that_at_hand_is_judged_by_the_commit_that_the_records_n
     git("commit", "-qm", "then")
     commit = git("rev-parse", "HEAD")
     (tmp_path / "code" / "src" / "kohaku_delta" / "errors.py").write_text("# now\n")
-    monkeypatch.setattr(code_of, "ROOT", tmp_path / "code")
+    monkeypatch.setattr(lock_inputs, "REPOSITORY", tmp_path / "code")
 
     def code(change, **said):
         rebuild_factory.lock(copy)

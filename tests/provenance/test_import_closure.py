@@ -30,7 +30,7 @@ def copy(tmp_path):
 
 def described(root: Path, lock: str = "cpu") -> dict[str, str]:
     """stage → what lies in build/code, computed without what was read before."""
-    for each in (import_closure._read, import_closure.locked_libraries):
+    for each in (import_closure._references, import_closure.locked_libraries):
         each.cache_clear()
     return {
         stage: import_closure.dumps(

@@ -9,7 +9,7 @@ import pytest
 import rebuild_factory
 from kohaku_delta import params
 from kohaku_delta.formats import parquet
-from kohaku_delta.verify import quirks
+from kohaku_delta.verify.fidelity import quirks
 from tampering import audit, failed, rehash_everything, ulp
 
 FILES = {"base": "delta-base.safetensors", "lokr": "delta-lokr.safetensors", "final": "kohaku-xl-delta.safetensors"}
@@ -96,7 +96,7 @@ def test_what_the_recipe_copies_and_repairs_is_read_from_it(copy):
 
 
 def test_every_key_of_the_fidelity_table_is_told():
-    told = {*quirks.quirks(params.load("params.yaml")), "train.warmup_steps"}
+    told = {*quirks(params.load("params.yaml")), "train.warmup_steps"}
     rows = [
         line.split("|")
         for line in (rebuild_factory.ROOT / "docs" / "fidelity.md").read_text().splitlines()
@@ -105,7 +105,7 @@ def test_every_key_of_the_fidelity_table_is_told():
     keys = {cells[3].strip(" `").partition(":")[0]: cells[2] for cells in rows}
     copied = {key for key, said in keys.items() if said.strip().startswith("copied")} - {"–"}
     assert copied <= told <= keys.keys()
-    values = quirks.quirks(params.load("params.yaml"))
+    values = quirks(params.load("params.yaml"))
     assert {key for key, value in values.items() if value} | {"train.warmup_steps"} == copied, (
         "the release's recipe copies what the table says"
     )

@@ -159,7 +159,7 @@ def test_lokr_files_are_compared_by_their_product_not_by_their_factors(trained, 
     name = "lora_unet_input_blocks_1_0_in_layers_2"
     other[f"{name}.lokr_w2"] = other[f"{name}.lokr_w2"] + np.float32(0.25)
     lokr_format.write_lokr(tmp_path / "b.safetensors", other, RECIPE, "base")
-    found = compare_tensors.compare_files(tmp_path / "a.safetensors", tmp_path / "b.safetensors", numbers=1000)
+    found = compare_tensors.compare_files(tmp_path / "a.safetensors", tmp_path / "b.safetensors", piece=1000)
     assert [each.name for each in found.differences] == [f"{name}.weight"] and found.by_product
     a, b = (load_file(tmp_path / f"{which}.safetensors") for which in "ab")
     a, b = (

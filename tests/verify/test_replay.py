@@ -21,7 +21,8 @@ import tiny_training
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
 from kohaku_delta.training import journal, tensor_fingerprints
-from kohaku_delta.verify import replay_training as audit
+from kohaku_delta.verify import replay as replay_checks
+from kohaku_delta.verify import replay_training
 
 
 @pytest.fixture(scope="module")
@@ -183,22 +184,22 @@ def test_a_row_that_differs_in_one_thing_is_told_by_that_thing(key, value, told)
         "weights": 1, "optimizer": 2, "tensors": b"ab", "chain": "one",
     }  # fmt: skip
     batches = [{"lane": 0, "posts": [1]}, {"lane": 1, "posts": [2]}]
-    assert audit.first_step_difference(row, row, batches, ["x", "y"]) is None
+    assert replay_training.first_step_difference(row, row, batches, ["x", "y"]) is None
     assert (
-        audit.first_step_difference(
+        replay_training.first_step_difference(
             row | {"gradient_norm": math.nan}, row | {"gradient_norm": math.nan}, batches, ["x", "y"]
         )
         is None
     ), "a step that overflowed equals itself"
-    assert told in audit.first_step_difference(row | {key: value}, row, batches, ["x", "y"])
+    assert told in replay_training.first_step_difference(row | {key: value}, row, batches, ["x", "y"])
 
 
 def test_what_a_sample_proves_is_the_rule_of_three():
     """n samples without a find bound a share by about 3/n with 95 % (ln 0.05 = -2.996)."""
-    assert "a journal with 5.0 % of its steps false" in audit.confidence(
+    assert "a journal with 5.0 % of its steps false" in replay_training.confidence(
         59, 28_638
-    ) and "among all with 0.2 %" in audit.confidence(59, 28_638)
-    assert "a journal with 1.0 % of its steps false" in audit.confidence(299, 28_638)
+    ) and "among all with 0.2 %" in replay_training.confidence(59, 28_638)
+    assert "a journal with 1.0 % of its steps false" in replay_training.confidence(299, 28_638)
 
 
 def test_worker_processes_change_no_byte(trained, tmp_path):
@@ -268,10 +269,10 @@ def test_the_journals_header_names_the_base_and_the_parameters_and_nothing_of_th
 def sampled(folder, count, seed=3):
     """What the audit says of a random sample of this lesson's steps."""
     from kohaku_delta import params
-    from kohaku_delta.verify import artifact, sampled_replay
+    from kohaku_delta.provenance.artifact import Artifact
 
-    lessons = artifact.Artifact("lesson", folder, params.load(folder / "params.yaml"), {}, {}, None)
-    return sampled_replay.replay_finding(
+    lessons = Artifact("lesson", folder, params.load(folder / "params.yaml"), {}, {}, None)
+    return replay_checks.check_training(
         lessons, journal.read_journal(folder / "build" / "journal.parquet"), None, count, seed, iter
     )
 
@@ -284,37 +285,33 @@ def test_a_forged_journal_with_an_honest_beginning_and_end_is_found_by_the_sampl
     honest = sampled(trained, steps)
     assert (
         honest.status == "PASS"
-        and f"{steps} steps drawn with seed 3" in honest.said
-        and "with 95 % probability" in honest.said
+        and f"{steps} steps drawn with seed 3" in honest.message
+        and "with 95 % probability" in honest.message
     )
     folder = elsewhere(trained, tmp_path)
     shutil.rmtree(folder / "work")  # a forger hands out no states that give it away
     rewrite(folder, lambda rows: rows[1].update(gradient_norm=rows[1]["gradient_norm"] * 1.5))
     forged = sampled(folder, steps)
-    assert forged.status == "FAIL" and "step 1: all lanes are equal; the gradient's norm is" in forged.said
+    assert forged.status == "FAIL" and "step 1: all lanes are equal; the gradient's norm is" in forged.message
 
 
 def test_on_foreign_hardware_the_sample_is_of_losses_and_says_that_it_is_weaker(trained, tmp_path, monkeypatch):
-    from kohaku_delta.verify import sampled_replay
-
-    monkeypatch.setattr(sampled_replay, "numerics_differences", lambda rebuild: ["gpu", "multiprocessors"])
+    monkeypatch.setattr(replay_checks, "numerics_differences", lambda rebuild: ["gpu", "multiprocessors"])
     found = sampled(trained, 2)
     assert (
         (found.name, found.status) == ("losses", "PASS")
-        and "differs from the trainer's in gpu, multiprocessors" in found.said
-        and "weaker evidence" in found.said
+        and "differs from the trainer's in gpu, multiprocessors" in found.message
+        and "weaker evidence" in found.message
     )
     shutil.rmtree(elsewhere(trained, tmp_path) / "work")
     assert sampled(tmp_path / "elsewhere", 2).status == "SKIP"
 
 
 def test_the_seed_decides_which_steps_are_sampled_and_each_is_as_likely_as_another():
-    from kohaku_delta.verify import sampled_replay
-
-    assert sampled_replay.sample_steps(58, 58, 1) == list(range(58)) and sampled_replay.sample_steps(
+    assert replay_training.sample_steps(58, 58, 1) == list(range(58)) and replay_training.sample_steps(
         58, 5, 1
-    ) == sampled_replay.sample_steps(58, 5, 1) != sampled_replay.sample_steps(58, 5, 2)
+    ) == replay_training.sample_steps(58, 5, 1) != replay_training.sample_steps(58, 5, 2)
     counts = np.bincount(
-        [step for seed in range(2000) for step in sampled_replay.sample_steps(20, 5, seed)], minlength=20
+        [step for seed in range(2000) for step in replay_training.sample_steps(20, 5, seed)], minlength=20
     )
     assert abs(counts - 500).max() < 5 * math.sqrt(500 * 0.75), "five standard deviations of a fair draw"

@@ -12,7 +12,7 @@ from kohaku_delta.errors import UserError
 from kohaku_delta.formats import hashing
 from kohaku_delta.provenance import bundles, dvc_yaml, signature, stage_record
 from kohaku_delta.provenance import statement as statements
-from kohaku_delta.verify import artifact
+from kohaku_delta.provenance.artifact import Artifact, is_library_locks, open_artifact
 
 FILE = click.Path(path_type=Path)
 SMALL = 16 << 20  # bytes of an out that is no table
@@ -39,7 +39,7 @@ def command(out: Path, folder: Path, key: Path | None) -> None:
 
     The bytes depend on those of the rebuild only.
     """
-    with artifact.open_artifact(folder) as found, tempfile.TemporaryDirectory(prefix="kohaku-delta-") as temporary:
+    with open_artifact(folder) as found, tempfile.TemporaryDirectory(prefix="kohaku-delta-") as temporary:
         if found.bundle:
             raise UserError(f"{folder} is a bundle already.")
         gathered = Path(temporary) / "bundle"
@@ -49,7 +49,7 @@ def command(out: Path, folder: Path, key: Path | None) -> None:
             signature.sign(statements.build_statement(found), key, gathered / bundles.PROVENANCE)
         elif (found.folder / bundles.PROVENANCE).is_file():
             shutil.copyfile(found.folder / bundles.PROVENANCE, gathered / bundles.PROVENANCE)
-        bundles.bundle_manifest(gathered, left_out)
+        bundles.write_manifest(gathered, left_out)
         if out.suffix == ".tar":
             with atomic_files.atomic_write(out) as file:
                 bundles.pack_bundle(gathered, file)
@@ -60,7 +60,7 @@ def command(out: Path, folder: Path, key: Path | None) -> None:
     click.echo(f"{len(files)} files, {sum(left_out.values()):,} bytes of weights left out → {out}")
 
 
-def _bundle(found: artifact.Artifact, to: Path) -> dict[str, int]:
+def _bundle(found: Artifact, to: Path) -> dict[str, int]:
     """Copies what a bundle holds; returns the bytes of each out that it does not."""
 
     def take(place: str, name: str | None = None) -> None:
@@ -75,9 +75,9 @@ def _bundle(found: artifact.Artifact, to: Path) -> dict[str, int]:
         *(path.name for path in found.folder.glob("pins-*.csv")),
     ):
         take(place)
-    libraries = next((dep for stage in found.stages.values() for dep in stage.deps if found.libraries(dep)), None)
+    libraries = next((dep for stage in found.stages.values() for dep in stage.deps if is_library_locks(dep)), None)
     if libraries and (found.folder / libraries).is_dir():
-        for name in hashing.digest_path(found.folder / libraries, md5=False).files:
+        for name in hashing.digest_path(found.folder / libraries, md5=False).files or {}:
             take(f"{libraries}/{name}", f"{bundles.LIBRARIES}/{name}")
     for name in found.records:
         take(f"{stage_record.FOLDER}/{stage_record.record_filename(name, found.lock[name].key())}")

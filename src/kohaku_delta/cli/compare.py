@@ -5,7 +5,8 @@ from pathlib import Path
 import click
 
 from kohaku_delta.cli.exit_codes import ComparisonCommand
-from kohaku_delta.verify import artifact, diff_rebuilds
+from kohaku_delta.provenance.artifact import open_artifact
+from kohaku_delta.verify import compare_rebuilds
 
 FILE = click.Path(path_type=Path)
 
@@ -20,10 +21,10 @@ def command(a: Path, b: Path) -> None:
     What stands before “|” is A's. Exit code 0: every out of every stage is equal; 1: they part; 2: they cannot be
     compared.
     """
-    with artifact.open_artifact(a) as one, artifact.open_artifact(b) as other:
-        found = diff_rebuilds.differing_outputs(one, other)
+    with open_artifact(a) as one, open_artifact(b) as other:
+        found = compare_rebuilds.differing_outputs(one, other)
         unequal = {name: outs for name, outs in found.items() if outs}
-        alone, hosts = diff_rebuilds.stages_in_one_only(one, other), diff_rebuilds.host_differences(one, other)
+        alone, hosts = compare_rebuilds.stages_in_one_only(one, other), compare_rebuilds.host_differences(one, other)
         if not unequal and not alone:
             count = sum(len(one.stages[name].outs) for name in found)
             click.echo(
@@ -34,7 +35,7 @@ def command(a: Path, b: Path) -> None:
         if unequal:
             first = next(iter(unequal))
             click.echo(f"different from the stage {first} on: {', '.join(unequal[first])}")
-            for kind, said in diff_rebuilds.stage_differences(one, other):
+            for kind, said in compare_rebuilds.stage_differences(one, other):
                 click.echo(f"  {kind:12} {said}")
             equal = ", ".join(name for name in found if name not in unequal) or "no stage"
             click.echo(

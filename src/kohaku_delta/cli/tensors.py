@@ -9,7 +9,7 @@ import click
 from kohaku_delta import params as recipes
 from kohaku_delta.cli.exit_codes import ComparisonCommand
 from kohaku_delta.verify import compare_tensors as audit
-from kohaku_delta.verify import published_files as pins
+from kohaku_delta.verify import release
 from kohaku_delta.verify.compare_tensors import Comparison
 
 LISTED = 10
@@ -48,10 +48,10 @@ def tensors(a: Path, b: Path | None, published: bool, params: Path, worst: int) 
 
 
 def _published(path: Path, params: Path) -> bool:
-    files = pins.published_hashes(recipes.load(params))
-    digest = pins.sha256(path)
+    files = release.published_hashes(recipes.load(params))
+    digest = release.file_sha256(path)
     click.echo(f"{path}: {path.stat().st_size:,} bytes, sha256 {digest}")
-    found = pins.identify_file(digest, files)
+    found = release.identify_file(digest, files)
     for file in found:
         click.echo(
             f"is {file.name} of {params}"

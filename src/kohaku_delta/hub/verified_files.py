@@ -18,6 +18,7 @@ from pathlib import Path
 from kohaku_delta import atomic_files
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats.hashing import hash_file
+from kohaku_delta.paths import stamps_path
 
 TICK = 0.02  # s; Linux's file systems take their times from a clock that ticks every 1 to 10 ms
 
@@ -56,11 +57,6 @@ def hash_with_stamp(path: Path, advance: Callable[[int], object] = lambda count:
     if stamp(path) != before:
         raise UserError(f"{path} was changed while it was hashed. Run this again when no other program writes it.")
     return VerifiedFile(sha256, before)
-
-
-def stamps_path(listed: Path) -> Path:
-    """Where the stamps of a list of inputs are kept."""
-    return listed.with_name(f"{listed.stem}.verified.json")
 
 
 def read_stamps(listed: Path) -> dict[str, VerifiedFile]:

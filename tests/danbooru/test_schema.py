@@ -49,9 +49,9 @@ REFUSED = {
     "a column of the posts is missing": (("ALTER TABLE post RENAME COLUMN fav_count TO favs",), "has no column fav_count in its table post; it has id"),
     "a column that only filter reads is missing": (("ALTER TABLE post RENAME COLUMN file_url TO url",), "has no column file_url in its table post"),
     "a table is missing": (("DROP TABLE posttagrelation",), "has no table posttagrelation"),
-    "no post": (("DELETE FROM post",), "has no row in its table post"),
-    "no tag": (("DELETE FROM tag",), "has no row in its table tag"),
-    "no post has a tag": (("DELETE FROM posttagrelation",), "has no row in its table posttagrelation"),
+    "no post": (("DELETE FROM post",), "its table post has no row"),
+    "no tag": (("DELETE FROM tag",), "its table tag has no row"),
+    "no post has a tag": (("DELETE FROM posttagrelation",), "its table posttagrelation has no row"),
     "ratings are letters": (("UPDATE post SET rating = substr('gsqe', id % 4 + 1, 1)",), "post.rating holds the text 's'; a whole number belongs there .0 general, 1 sensitive"),
     "types are words": (("UPDATE tag SET type = 'general'",), "tag.type holds the text 'general'; a whole number belongs there .0 general, 1 artist, 2 character"),
     "pairs name tags by their names": (("UPDATE posttagrelation SET tag_id = 'long_hair'",), "posttagrelation.tag_id holds the text 'long_hair'"),
@@ -67,7 +67,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_would_be_misread_is_refused_with_what_is_expected(path, case):
+def test_a_database_that_would_be_misread_is_refused_with_what_is_expected(path, case):
     statements, sentence = REFUSED[case]
     with pytest.raises(UserError, match=sentence):
         schema.check_schema(change(path, *statements))
@@ -87,11 +87,11 @@ def test_the_remedy_for_danboorus_types_makes_the_database_readable(path):
     ]
 
 
-def test_type_4_without_a_character_or_a_known_meta_tag_is_a_doubt_that_is_said(path):
+def test_type_4_without_a_character_or_a_known_meta_tag_is_reported_as_doubtful(path):
     doubts = schema.check_schema(
         change(path, "DELETE FROM tag WHERE type IN (2, 4)", "INSERT INTO tag VALUES (7, 'marumi', 4, 1)")
     )
-    assert len(doubts) == 1 and "1 of type 4 (meta), marumi for one" in doubts[0]
+    assert len(doubts) == 1 and "1 of type 4 (meta), for example marumi" in doubts[0]
     assert schema.check_schema(change(path, "INSERT INTO tag VALUES (8, 'highres', 4, 1)")) == []
 
 
@@ -112,7 +112,7 @@ ACCEPTED = {
 
 
 @pytest.mark.parametrize("case", ACCEPTED)
-def test_what_the_stages_can_read_is_accepted(path, case):
+def test_a_database_that_the_stages_can_read_is_accepted(path, case):
     assert schema.check_schema(change(path, *ACCEPTED[case])) == []
 
 

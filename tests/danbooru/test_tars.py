@@ -1,4 +1,6 @@
+import os
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -51,7 +53,7 @@ def test_an_archive_without_members_is_sound(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "cut, said",
+    "cut, message",
     [
         (0, "is empty"),
         (100, "is not a tar"),
@@ -62,17 +64,17 @@ def test_an_archive_without_members_is_sound(tmp_path):
         (4096, "truncated"),
     ],
 )
-def test_a_truncated_tar_is_refused_by_name(tmp_path, cut, said):
+def test_a_truncated_tar_is_refused_by_name(tmp_path, cut, message):
     path = write_tar(tmp_path / "data-0001.tar", [("1.webp", b"a" * 1000), ("1001.webp", b"b" * 2000)])
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(UserError, match=f"data-0001.tar .*{said}.*Download it again"):
+    with pytest.raises(UserError, match=f"data-0001.tar .*{message}.*Download it again"):
         tar_index.members_of(path)
 
 
 @pytest.mark.parametrize(
     "data", [b"not a tar at all, but long enough to hold a header " * 20, b"\x1f\x8b" + b"\7" * 2000, b"\xff" * 1024]
 )
-def test_what_is_no_tar_is_refused_by_name(tmp_path, data):
+def test_a_file_that_is_no_tar_is_refused_by_name(tmp_path, data):
     path = tmp_path / "data-0001.tar"
     path.write_bytes(data)
     with pytest.raises(UserError, match="data-0001.tar is not a tar.*Download it again"):
@@ -99,8 +101,51 @@ def test_numbers_come_from_names(tmp_path):
     (tmp_path / "data-0.tar").touch()
     with pytest.raises(UserError, match="same number"):
         tars.tars_in(tmp_path)
-    with pytest.raises(UserError, match="not there"):
+    with pytest.raises(UserError, match="does not exist"):
         tars.tars_in(tmp_path / "none")
+
+
+def header(name, size, kind=tarfile.REGTYPE):
+    """A header that claims `size` bytes, with the right checksum."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+HOSTILE = {
+    "a long extension": (header("x", 1 << 30, tarfile.XHDTYPE), 2 << 30, "extension header claims 1,073,741,824 bytes"),
+    "a long name": (header("x", 1 << 30, tarfile.GNUTYPE_LONGNAME), 2 << 30, "extension header claims"),
+    "a member longer than the tar": (header("1.webp", 1 << 40), 4096, "is truncated"),
+    "a negative size": (header("1.webp", -1024), 4096, "negative size"),
+    "an extension of a negative size": (header("x", -1024, tarfile.XHDTYPE), 4096, "negative size"),
+    "a record of length 0": (header("x", 8, tarfile.XHDTYPE) + b"0 path=a".ljust(512, b"\0"), 4096, "cannot be read"),
+    "a record that ends nowhere": (header("x", 8, tarfile.XHDTYPE) + b"9999999999".ljust(512), 4096, "cannot be read"),
+    "a thousand extensions": (
+        (header("x", 4, tarfile.GNUTYPE_LONGNAME) + b"name".ljust(512, b"\0")) * 5000 + header("y", 9**9), 0, "truncated"
+    ),
+    "a size in an extension": (
+        header("x", 24, tarfile.XHDTYPE) + b"24 size=99999999999999\n".ljust(512, b"\0") + header("1.webp", 1), 0, "truncated",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_header_is_refused_before_what_it_claims_is_read(tmp_path, case):
+    data, length, message = HOSTILE[case]
+    path = tmp_path / "data-0001.tar"
+    path.write_bytes(data)
+    os.truncate(path, max(length, len(data)))
+    with pytest.raises(UserError, match=f"data-0001.tar .*{message}"):
+        tar_index.members_of(path)
+
+
+def test_two_hundred_thousand_records_of_an_extension_header_take_no_time(tmp_path):
+    records = b"5 a=\n" * 200_000
+    data = header("x", len(records), tarfile.XHDTYPE) + records.ljust(-(-len(records) // 512) * 512, b"\0")
+    path = tmp_path / "data-0001.tar"
+    path.write_bytes(data + header("7.webp", 0) + bytes(1024))
+    started = time.process_time()
+    assert contents(path) == {7: ("webp", b"")} and time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

@@ -87,9 +87,9 @@ def test_the_change_is_shown_and_written_only_after_a_yes(hub, params):
         "-    one: {url",
         f"+      - url: hf://datasets/owner/name@{REVISION}/images",
         "+data-0003.tar,1000,",
-        "1 of 5 files are not there",
+        "1 of 5 files do not exist",
         "no sha256 of vocab.json",
-        "nobody knows which revision",
+        "the revision that the release used is not known",
     ):
         assert word in declined.output
     assert "gamma" in declined.output and "prefix 38942904e9" in declined.output
@@ -135,7 +135,7 @@ def test_a_filled_recipe_downloads_and_says_how_each_file_was_known(hub, params)
 @pytest.mark.parametrize(
     "damage, sentence",
     [
-        (lambda path: path.unlink(), "is not there"),
+        (lambda path: path.unlink(), "does not exist"),
         (lambda path: path.write_bytes(path.read_bytes().replace(b"1000", b"1001", 1)), "params.yaml pins"),
     ],
 )

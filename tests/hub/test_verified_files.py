@@ -210,7 +210,8 @@ def test_a_stage_that_had_to_hash_an_input_again_keeps_its_stamp(miniature):
     time.sleep(verified_files.TICK)
     database, listed = miniature / "data" / "danbooru2023.db", miniature / "miniature" / "build" / "inputs.json"
     database.touch()
-    assert verified_files.read_stamps(listed)["../../data/danbooru2023.db"].stamp != verified_files.stamp(database)
+    old = verified_files.read_stamps(listed).get("../../data/danbooru2023.db")  # none if DVC restored inputs.json
+    assert old is None or old.stamp != verified_files.stamp(database)
     before = (miniature / "miniature" / "build" / "selection.parquet").read_bytes()
     done = subprocess.run(
         [sys.executable, str(ROOT / "stages" / "select.py")],

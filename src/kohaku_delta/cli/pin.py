@@ -27,18 +27,18 @@ def pin(params: Path, yes: bool) -> None:
     The hub's list of files at the pinned revision is asked; nothing is downloaded. The change is shown before it is
     written.
     """
-    change = fill_pins.fill_pins(params, recipes.load(params))
-    for path, content in reversed(change.files.items()):
+    edit = fill_pins.fill_pins(params, recipes.load(params))
+    for path, content in reversed(edit.files.items()):
         lines = fill_pins.unified_diff(path, content)
         click.echo(
             "\n".join(lines[:SHOWN] + ([f"… and {len(lines) - SHOWN:,} more lines"] if len(lines) > SHOWN else []))
         )
-    for sentence in change.said:
-        click.echo(sentence)
-    if not change.files:
+    for remark in edit.remarks:
+        click.echo(remark)
+    if not edit.files:
         click.echo(f"{params}: no pin of a file on the hub leaves anything open")
     elif yes or click.confirm("Write this?"):
-        for path, content in change.files.items():  # the lists first: params.yaml names their digests
+        for path, content in edit.files.items():  # the lists first: params.yaml names their digests
             with atomic_files.atomic_write(path) as file:
                 file.write(content)
             click.echo(f"written: {path}")

@@ -1,4 +1,4 @@
-"""Invariant: published figures are compared with and reported; nothing is ever made to fit them."""
+"""Compares counts of the dataset with the published ones. Nothing is ever made to fit them."""
 
 from kohaku_delta.params import PublishedDataset
 

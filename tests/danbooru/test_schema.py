@@ -146,7 +146,6 @@ def test_the_first_stage_and_preflight_refuse_it_and_write_nothing(path, tmp_pat
     download = recipe.download.model_copy(
         update={"inputs": {"database": Pin(url=f"file://{path}", bytes=None, sha256=None)}}
     )
-    line = host_checks._database(
-        host_facts.Host(database=host_facts._database(recipe.model_copy(update={"download": download}), tmp_path))
-    )
-    assert not line.good and "Danbooru's own numbers" in line.says and "docs/recipe.md" in line.remedy
+    error = host_facts.database_error(recipe.model_copy(update={"download": download}), tmp_path)
+    result = host_checks.check_database(host_facts.Host(locked={}, database=error), recipe)
+    assert not result.ok and "Danbooru's own numbers" in result.what and "docs/recipe.md" in result.remedy

@@ -133,7 +133,9 @@ def test_a_damaged_file_in_the_mirror_is_told_and_fetched_again(hub, tmp_path, c
     gather(tmp_path, tars=[pin()])
     (tmp_path / PLACE).write_bytes(OTHER)
     gather(tmp_path, tars=[pin()])
-    assert (tmp_path / PLACE).read_bytes() == DATA and "It is damaged or another file. It is not used." in capsys.readouterr().err
+    assert (
+        tmp_path / PLACE
+    ).read_bytes() == DATA and "It is damaged or another file. It is not used." in capsys.readouterr().err
 
 
 def test_what_is_there_is_used_without_the_network(hub, tmp_path, monkeypatch):
@@ -252,7 +254,8 @@ def test_several_files_are_fetched_at_once_and_one_failure_does_not_hold_up_the_
 def test_a_disk_that_is_too_small_is_said_before_the_first_byte(hub, tmp_path):
     hub.add(NAME, DATA, claimed=1 << 60)
     with pytest.raises(
-        UserError, match=r"1,152,921,504,606,846,976 bytes are still to be downloaded into .*mirror, and [\d,]+ are free"
+        UserError,
+        match=r"1,152,921,504,606,846,976 bytes are still to be downloaded into .*mirror, and [\d,]+ are free",
     ):
         gather(tmp_path, tars=[pin(bytes=None, sha256=None)])
     assert hub.requests("storage") == [] and listed(tmp_path) == []

@@ -14,10 +14,10 @@ from kohaku_delta.provenance import dvc_yaml
 from kohaku_delta.provenance.artifact import open_artifact
 
 FILE = click.Path(path_type=Path)
-COLOURS = {"PASS": "green", "FAIL": "red", "SKIP": "yellow"}
+COLORS = {"PASS": "green", "FAIL": "red", "SKIP": "yellow"}
 
 
-@click.command("audit", cls=ComparisonCommand)
+@click.command(cls=ComparisonCommand)
 @click.argument("target", type=FILE, default=".")
 @click.option(
     "--key",
@@ -35,7 +35,7 @@ COLOURS = {"PASS": "green", "FAIL": "red", "SKIP": "yellow"}
 )
 @click.option("--published", type=FILE, help="A folder with the release's published files, to compare tensors with.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(target: Path, as_json: bool, **options) -> None:
+def audit(target: Path, as_json: bool, **options) -> None:
     """Check a rebuild: a recipe's folder, or a bundle of one.
 
     Prints one line per check, PASS, FAIL, or SKIP with its reason, then a verdict. Exit code 0: nothing failed; 1:
@@ -46,15 +46,16 @@ def command(target: Path, as_json: bool, **options) -> None:
             "Give --replay and --seed together: a sample only means something if nobody could foresee it."
         )
     numerics.prepare()
-    from kohaku_delta.verify import audit, findings  # here: numpy reads the environment when it is imported
+    from kohaku_delta.verify import audit as checks
+    from kohaku_delta.verify import findings  # here: numpy reads the environment when it is imported
 
     progress = lambda steps: tqdm(steps, desc="replay", unit="step", disable=None, file=sys.stderr)  # noqa: E731
     made = []
     with open_artifact(target) as rebuild:
-        for finding in audit.audit(rebuild, **options, progress=progress):
+        for finding in checks.audit(rebuild, **options, progress=progress):
             made.append(finding)
             if not as_json:
-                status = click.style(finding.status, fg=COLOURS[finding.status])
+                status = click.style(finding.status, fg=COLORS[finding.status])
                 click.echo(f"{status}  {finding.group + '/' + finding.name:18} {finding.message}")
         lock_sha256 = hashing.digest_path(rebuild.folder / dvc_yaml.LOCK, md5=False).sha256
         is_bundle = rebuild.bundle is not None

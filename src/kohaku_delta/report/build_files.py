@@ -4,53 +4,50 @@ A file is absent (None), read whole, or refused by name. Keys that the page does
 """
 
 import csv
-import json
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field
 
+from kohaku_delta import strict_model
 from kohaku_delta.dataset import dataset_statistics
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import Schedule
+from kohaku_delta.strict_model import PartialModel
 
 Count = Annotated[int, Field(ge=0)]
+MAX_BYTES = 64 << 20  # of a JSON file; inputs.json of the release has 1 MB
 CURVES = ("step", "loss", "gradient_norm", "learning_rate_unet", "learning_rate_text")
-Content = TypeVar("Content")
 
 
-class FileModel(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True)
-
-
-class Input(FileModel):
+class Input(PartialModel):
     url: str
     bytes: Count
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class Inputs(FileModel):
+class Inputs(PartialModel):
     inputs: dict[str, Input | list[Input]]
 
 
-class Compared(FileModel):
+class Compared(PartialModel):
     published: int
     rebuilt: int
     difference: int
 
 
-class ComparedBuckets(FileModel):
+class ComparedBuckets(PartialModel):
     published: int
     equal: int
 
 
-class Comparison(FileModel):
+class Comparison(PartialModel):
     posts: Compared
     steps: Compared
     buckets: ComparedBuckets
 
 
-class Dataset(FileModel):
+class Dataset(PartialModel):
     drawn: Count
     selected: Count
     trained: Count
@@ -65,55 +62,48 @@ class Dataset(FileModel):
     published: Comparison | str
 
 
-class Forms(FileModel):
+class Forms(PartialModel):
     sdxl: float
     training: float
 
 
-class Loss(FileModel):
+class Loss(PartialModel):
     loss: Forms
 
 
-class HeldOut(FileModel):
+class HeldOut(PartialModel):
     posts: Annotated[int, Field(ge=1)]
     base: Loss
     final: Loss
 
 
-class NothingHeldOut(FileModel):
+class NothingHeldOut(PartialModel):
     """A recipe that trains its whole collection. `reason`: why there is no post to measure on."""
 
     posts: Literal[0]
     reason: str
 
 
-class Finding(FileModel):
+class Finding(PartialModel):
     group: str
     name: str
     status: Literal["PASS", "FAIL", "SKIP"]
     said: str
 
 
-class Audit(FileModel):
+class Audit(PartialModel):
     """What `kohaku-delta audit --json` printed."""
 
     lock: str | None = None  # sha256 of the dvc.lock that was audited
     findings: list[Finding] = Field(min_length=1)
 
 
-def read_json(path: Path, kind: TypeAdapter[Content], remedy: str) -> Content | None:
+def read_json(path: Path, kind: Any, remedy: str) -> Any:
     """The JSON file at `path` as a model above; None if there is no such file."""
-    text = _text(path, remedy)
-    if text is None:
-        return None
     try:
-        return kind.validate_python(json.loads(text))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the top level"
-        raise UserError(f"{path}: {key}: {first['msg']}. {remedy}") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is not JSON that can be read. {remedy}") from None
+        return strict_model.read_json(path, kind, MAX_BYTES, remedy)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def read_curves(path: Path) -> dict[str, list[float]] | None:

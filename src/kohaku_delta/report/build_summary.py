@@ -4,8 +4,6 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from kohaku_delta import params as recipes
 from kohaku_delta import strict_model
 from kohaku_delta.hub import pins
@@ -93,10 +91,10 @@ def read_build(place: Path) -> Build:
     current = recipes.load(place / dvc_yaml.PARAMS)
     locked, disagreeing = stage_status.merged_parameters(stages)
     recipe = _validate_recipe(read_yaml(place / dvc_yaml.PARAMS) | locked, lock)
-    inputs = build_files.read_json(folder / "inputs.json", TypeAdapter(Inputs), RUN_AGAIN)
+    inputs = build_files.read_json(folder / "inputs.json", Inputs, RUN_AGAIN)
     lock_sha256 = hashlib.sha256(lock.read_bytes()).hexdigest()
     audit = build_files.read_json(
-        folder / "audit.json", TypeAdapter(Audit), "Delete it and run `kohaku-delta audit --json` again."
+        folder / "audit.json", Audit, "Delete it and run `kohaku-delta audit --json` again."
     )
     outs = [out for stage in stages for out in stage.outs.values()]
     return Build(
@@ -109,8 +107,8 @@ def read_build(place: Path) -> Build:
         damaged={out.path: fault for out in outs if (fault := _size_fault(place / out.path, out))},
         sources=_sources(inputs, recipe, place) if inputs else [],
         weights=_weights(folder, recipe),
-        dataset=build_files.read_json(folder / "dataset.json", TypeAdapter(Dataset), RUN_AGAIN),
-        held_out=build_files.read_json(folder / "held-out.json", TypeAdapter(HeldOut | NothingHeldOut), RUN_AGAIN),
+        dataset=build_files.read_json(folder / "dataset.json", Dataset, RUN_AGAIN),
+        held_out=build_files.read_json(folder / "held-out.json", HeldOut | NothingHeldOut, RUN_AGAIN),
         curves=build_files.read_curves(folder / "curves.csv"),
         buckets=build_files.read_buckets(folder / "bucket.txt", recipe.schedule),
         audit=audit if audit and audit.lock == lock_sha256 else None,

@@ -1,8 +1,6 @@
-"""Invariant: results come in the order of their items, whatever the number of threads, and no more than a few wait in
-memory.
+"""A map on several threads that keeps the order of its items, and only a few results in memory.
 
-numpy, Arrow, Pillow, SQLite, hashlib and the file system let go of the interpreter's lock, so threads really share the
-work.
+numpy, Arrow, Pillow, SQLite, hashlib and the file system release the interpreter's lock, so threads share the work.
 """
 
 import os
@@ -13,16 +11,12 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-THREADS = min(
-    8, len(os.sched_getaffinity(0))
-)  # one a processor that this process may use; a disk gives no more to more
+THREADS = min(8, len(os.sched_getaffinity(0)))  # one per processor of this process; a disk gives no more to more
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS) -> Iterator[Result]:
-    """function(item) for every item, in order; up to `threads` at once, `2 · threads` begun or waiting. An item is
-    drawn only when it is due.
-
-    What one of them raises is raised at its place, and the rest is not begun.
+    """function(item) for every item, in order. `threads` run at once, and at most `2 · threads` items have been taken
+    whose results were not yet given back. An exception is raised in its item's place, and later items are cancelled.
     """
     waiting: deque = deque()
     with ThreadPoolExecutor(threads) as pool:

@@ -1,11 +1,10 @@
-"""Invariant: a recipe is read whole or refused: no unknown key, no wrong type, no default that the file does not show.
-
-`load("params.yaml")` gives the recipe as attributes named as the keys. YAML 1.2, as DVC reads it (4e-5 is a number).
+"""The recipe: params.yaml as a model with an attribute per key. No unknown key, no wrong type, no default: the file
+shows every value.
 """
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
@@ -14,21 +13,21 @@ from kohaku_delta.strict_model import StrictModel
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
-Pixels = Annotated[int, Field(gt=0, multiple_of=8)]  # of a side: SDXL's VAE makes one latent of 8 × 8 pixels
+Pixels = Annotated[int, Field(gt=0, multiple_of=8)]  # SDXL's VAE makes one latent of 8 × 8 pixels
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
-def _numbers(mapping):
-    """The mapping with its keys as whole numbers. They are texts in the file: a number as a key makes `dvc params diff`
-    fail for the whole file.
+def _numbers(mapping: Any) -> Any:
+    """The mapping with its keys as whole numbers. In the file they are strings, because `dvc params diff` fails for a
+    file with numbers as keys.
     """
     if not isinstance(mapping, dict):
         return mapping
     for key in mapping:
         if not isinstance(key, str):
             raise ValueError(
-                f'the key {key} needs quotes ("{key}"): DVC compares no params.yaml that has numbers as keys'
+                f'the key {key} needs quotes ("{key}"): DVC cannot compare a params.yaml with numbers as keys'
             )
         if not key.isascii() or not key.isdecimal():
             raise ValueError(f'the key "{key}" must be a whole number, in quotes')
@@ -56,7 +55,7 @@ class Download(StrictModel):
 
 
 class Range(StrictModel):
-    """Posts with from <= id < below (no upper end when null)."""
+    """Posts with from <= id < below (null: no upper end)."""
 
     from_: Count = Field(alias="from")
     below: Positive | None
@@ -102,12 +101,14 @@ class Caption(StrictModel):
             raise ValueError("years is not in ascending order; each year is the last one of its tag")
         if self.quality_above.keys() != self.ratings.keys():
             raise ValueError(
-                f"quality_above has the ratings {list(self.quality_above)}, ratings has {list(self.ratings)}; both need the same"
+                f"quality_above has the ratings {list(self.quality_above)}, ratings has {list(self.ratings)}; both "
+                "need the same"
             )
         for rating, thresholds in self.quality_above.items():
             if len(thresholds) != len(self.quality) - 1 or thresholds != sorted(thresholds, reverse=True):
                 raise ValueError(
-                    f"quality_above.{rating} needs {len(self.quality) - 1} falling thresholds, one between each two of the quality tags"
+                    f"quality_above.{rating} needs {len(self.quality) - 1} falling thresholds, one between each two of "
+                    "the quality tags"
                 )
         return self
 
@@ -165,7 +166,7 @@ class Preset(StrictModel):
 
 class Lokr(StrictModel):
     dim: Positive
-    alpha: Annotated[int, Field(gt=0, lt=65520)]  # as fp16 it would become inf
+    alpha: Annotated[int, Field(gt=0, lt=65520)]  # from 65520 on, fp16 rounds to infinity
     seed: int
     forward: Literal["factors", "delta"]
     dora: bool
@@ -205,7 +206,7 @@ class Train(StrictModel):
 
 
 class Execution(StrictModel):
-    """How the training is run: what decides time and place, and no bits. No stage declares it."""
+    """How the training is run: settings that change time and place but no bits. No stage depends on them."""
 
     ranks: Positive
     workers: Count
@@ -245,7 +246,7 @@ class PublishedDataset(StrictModel):
 
 
 class Published(StrictModel):
-    """What the release published: targets of the audit and of the report, which nothing is made of."""
+    """What the release published: the targets of audit and report. No stage computes with it."""
 
     dataset: PublishedDataset
     base: PublishedFile
@@ -274,6 +275,6 @@ class Recipe(StrictModel):
 
 
 def load(path: Path | str) -> Recipe:
-    """The recipe of a params.yaml. Raises UserError for a file that is missing, not YAML, or has wrong or unknown keys."""
+    """The recipe in a params.yaml. Raises UserError if it is missing, not YAML, or has wrong or unknown keys."""
     path = Path(path)
     return strict_model.validate(path, Recipe, yaml_file.read_yaml(path))

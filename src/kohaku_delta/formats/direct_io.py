@@ -22,7 +22,7 @@ STAGE = 4 << 20  # bytes per write
 def aligned_buffer(size: int) -> memoryview:
     """At least `size` bytes of memory that start at a block boundary."""
     memory = np.empty(size + BLOCK, np.uint8)
-    return memoryview(memory)[-memory.ctypes.data % BLOCK :]
+    return memory.data[-memory.ctypes.data % BLOCK :]
 
 
 class Reader:

@@ -1,7 +1,7 @@
-"""Digests of files and folders, always of the bytes that are on the disk now: sha256 for the records, md5 for dvc.lock.
+"""Digests of files and folders, always of the bytes that are on the disk now: sha256 for records, md5 for dvc.lock.
 
-A folder's sha256 is that of the lines `sha256  path\n` of its files, sorted by path (as `sha256sum` lists them); its md5
-is DVC's `….dir`. Files that .dvcignore excludes from folders of code and inputs do not count.
+A folder's sha256 is that of the lines `sha256  path\n` of its files, sorted by path (as `sha256sum` lists them); its
+md5 is DVC's `….dir`. Files that .dvcignore excludes from folders of code and inputs do not count.
 """
 
 import hashlib

@@ -130,7 +130,7 @@ def write(
             tensor, left = hashlib.sha256(), specs[name].nbytes
             while left:
                 produced, piece = next(pieces, (None, b""))
-                data = memoryview(piece).cast("B")
+                data = (piece.data if isinstance(piece, np.ndarray) else memoryview(piece)).cast("B")
                 left -= len(data)
                 if produced != name or left < 0:
                     raise ValueError(f"{name}: {specs[name].nbytes} bytes were announced; {produced} came")

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from kohaku_delta import atomic_files
-from kohaku_delta.errors import UserError
+from kohaku_delta.errors import UserError, first_lines
 from kohaku_delta.formats import dtypes, safetensors_io
 from kohaku_delta.formats.safetensors_header import TensorSpec
 from kohaku_delta.formats.safetensors_io import SafetensorsFile, WriteResult
@@ -26,7 +26,6 @@ from kohaku_delta.params import Merge
 from kohaku_delta.sdxl.tensor_names import NO_PARAMETER, Layout, TensorNameMap
 
 NUMBERS = 1 << 19  # of a tensor computed at a time; a megabyte of fp16, so that the disk reads in large pieces
-SHOWN = 20
 
 
 def merge(
@@ -46,7 +45,7 @@ def merge(
         raise UserError(f"merge.weights names {', '.join(recipe.weights)}; the parents are {', '.join(parents)}.")
     with ExitStack() as stack:
         base = stack.enter_context(safetensors_io.open_file(donor))
-        files = {name: stack.enter_context(safetensors_io.open_file(parents[name])) for name in recipe.weights}
+        files = [stack.enter_context(safetensors_io.open_file(parents[name])) for name in recipe.weights]
         _check(base, files, recipe)
         specs = {
             name: spec if name in NO_PARAMETER else TensorSpec(dtypes.NAMES[recipe.output_dtype], spec.shape)
@@ -64,7 +63,7 @@ def merge(
             if name in NO_PARAMETER:
                 return name, base.read_bytes(name)
             dtype = specs[name].dtype
-            sources = [base if name in recipe.donor_embeddings else file for file in files.values()]
+            sources = [base if name in recipe.donor_embeddings else file for file in files]
             parts = [values(file, name, start, count) for file in sources]
             stored = dtypes.from_float32(
                 weighted_sum(parts, list(recipe.weights.values()), recipe.compute_dtype), dtype
@@ -123,14 +122,14 @@ def _output_chunks(order: list[str], specs: Mapping[str, TensorSpec], numbers: i
         yield from ((name, start, min(step, count - start)) for start in range(0, count, step))
 
 
-def _check(base: SafetensorsFile, files: Mapping[str, SafetensorsFile], recipe: Merge) -> None:
+def _check(base: SafetensorsFile, files: list[SafetensorsFile], recipe: Merge) -> None:
     try:
         names = TensorNameMap(Layout.of(base.specs))
     except UserError as refusal:
         raise UserError(f"{base.path}: {refusal.message}") from None
     _raise_mismatch(base.path, names.missing(base.specs), names.unknown(base.specs), [])
     parameters = {name: spec for name, spec in base.specs.items() if name not in NO_PARAMETER}
-    for file in (base, *files.values()):
+    for file in (base, *files):
         own = {name: spec for name, spec in file.specs.items() if name not in NO_PARAMETER}
         other = [
             f"{name} is {own[name].dtype} {list(own[name].shape)}, not a float of {list(spec.shape)}"
@@ -147,10 +146,7 @@ def _raise_mismatch(path: Path, missing: list[str], unknown: list[str], other: l
     faults = [f"missing: {name}" for name in missing] + [f"not known: {name}" for name in unknown]
     faults += [f"other: {line}" for line in other]
     if faults:
-        rest = f"\n  … and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise UserError(
-            f"{path} is not a whole SDXL checkpoint of the donor's shapes:\n  " + "\n  ".join(faults[:SHOWN]) + rest
-        )
+        raise UserError(f"{path} is not a whole SDXL checkpoint of the donor's shapes:" + first_lines(faults))
 
 
 def _join(things) -> str:

@@ -118,5 +118,6 @@ def delta_shape(
 
 def _other_shape(file: SafetensorsFile, module: str, found, shape: tuple[int, ...]) -> UserError:
     return UserError(
-        f"{file.path}: {module} has the shape {found}, and the base's tensor takes {list(shape)}: it was trained on a model with another architecture."
+        f"{file.path}: {module} has the shape {found}, and the base's tensor takes {list(shape)}: it was trained on a "
+        "model with another architecture."
     )

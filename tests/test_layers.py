@@ -1,4 +1,4 @@
-"""The rooms of kohaku_delta form layers: no import points to a layer above, and no rooms import each other in a circle."""
+"""The rooms of kohaku_delta form layers: no import points upwards, and no rooms import each other in a circle."""
 
 import ast
 import functools

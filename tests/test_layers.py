@@ -1,4 +1,4 @@
-"""The rooms of kohaku_delta form layers: no import points to a layer above, and no rooms import each other in a circle."""
+"""The rooms of kohaku_delta form layers: no import points upwards, and no rooms import each other in a circle."""
 
 import ast
 import functools
@@ -14,7 +14,18 @@ LAYERS = [  # top to bottom
     {"training", "preview", "dataset"},
     {"weights", "danbooru", "hub"},
     {"sdxl", "formats", "provenance", "sandbox"},
-    {"errors", "params", "numerics", "paths", "atomic_files", "parallel", "process_facts", "strict_model", "yaml_file"},
+    {
+        "errors",
+        "params",
+        "numerics",
+        "paths",
+        "atomic_files",
+        "parallel",
+        "process_facts",
+        "strict_model",
+        "units",
+        "yaml_file",
+    },
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 EXCEPTIONS: set[tuple[str, str]] = set()  # (importing file, imported room) that points upwards: to be emptied

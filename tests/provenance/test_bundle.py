@@ -18,7 +18,7 @@ from tampering import ask, audit, caption, fabricate_output_hash, failed, locked
 
 
 @pytest.fixture(scope="module")
-def untampered_rebuild(tmp_path_factory):
+def honest(tmp_path_factory):
     return rebuild_factory.write(tmp_path_factory.mktemp("honest") / "recipe")
 
 
@@ -40,17 +40,17 @@ def keys(tmp_path_factory):
 
 
 @pytest.fixture
-def copy(untampered_rebuild, tmp_path_factory):
+def copy(honest, tmp_path_factory):
     folder = tmp_path_factory.mktemp("attack") / "recipe"  # as deep as the honest one: its root is a relative path
-    shutil.copytree(untampered_rebuild, folder, symlinks=True)
+    shutil.copytree(honest, folder, symlinks=True)
     return folder
 
 
 @pytest.fixture(scope="module")
-def bundle(untampered_rebuild, keys):
+def bundle(honest, keys):
     path = keys / "honest.tar"
-    code, said = ask("bundle", path, "--recipe", untampered_rebuild, "--key", keys / "ours")
-    assert code == 0, said
+    code, message = ask("bundle", path, "--recipe", honest, "--key", keys / "ours")
+    assert code == 0, message
     return path
 
 
@@ -71,9 +71,7 @@ def sealed(folder) -> None:
     (folder / "bundle.json").write_text(json.dumps(content))
 
 
-def test_a_bundle_is_audited_like_its_folder_and_its_bytes_do_not_depend_on_the_place(
-    untampered_rebuild, bundle, copy, keys
-):
+def test_a_bundle_is_audited_like_its_folder_and_its_bytes_do_not_depend_on_the_place(honest, bundle, copy, keys):
     code, found = audit(bundle, "--key", keys / "ours.pub")
     assert (
         code == 0
@@ -151,10 +149,10 @@ def test_a_digest_of_a_tensor_that_was_edited_is_refused(bundle, tmp_path):
     content = json.loads((folder / "tensors.json").read_text())
     content["build/delta-base.safetensors"]["tensors"]["model.a"]["sha256"] = "5" * 64
     (folder / "tensors.json").write_text(json.dumps(content))
-    code, said = ask("audit", folder)
+    code, message = ask("audit", folder)
     assert (
         code == 2
-        and "tensors.json: the digest of build/delta-base.safetensors does not follow from its tensors" in said
+        and "tensors.json: the digest of build/delta-base.safetensors does not follow from its tensors" in message
     )
 
 
@@ -166,11 +164,11 @@ def test_a_wrong_key_is_refused_and_an_unnamed_one_believes_nothing(bundle, keys
         and "Nothing in it is believed" in failed(found)["lock/provenance"]
     )
     assert audit(bundle)[1]["lock/provenance"] == ("SKIP", "signed, but without --key nothing in it is believed")
-    code, said = ask("provenance", bundle, "--verify", keys / "ours.pub")
-    assert code == 0 and "verified: 12 stages" in said
+    code, message = ask("provenance", bundle, "--verify", keys / "ours.pub")
+    assert code == 0 and "verified: 12 stages" in message
     assert ask("provenance", bundle, "--verify", keys / "ours")[0] == 2, "a private key is no public one"
-    code, said = ask("provenance", bundle, "--key", keys / "ours")
-    assert code == 2 and "signed where it is packed" in said
+    code, message = ask("provenance", bundle, "--key", keys / "ours")
+    assert code == 2 and "signed where it is packed" in message
 
 
 def envelope(payload: bytes, key, **more) -> str:
@@ -247,7 +245,7 @@ def test_the_provenance_is_what_the_standards_say_and_unknown_fields_are_refused
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "said"),
+    ("name", "change", "message"),
     [
         ("../outside", {}, "is nothing that a bundle holds"),
         ("/etc/outside", {}, "is nothing that a bundle holds"),
@@ -259,7 +257,7 @@ def test_the_provenance_is_what_the_standards_say_and_unknown_fields_are_refused
         ("build/journal.parquet/inside", {}, "is a file and a folder at once"),
     ],
 )
-def test_hostile_members_of_a_bundle_are_refused_by_name(bundle, tmp_path, name, change, said):
+def test_hostile_members_of_a_bundle_are_refused_by_name(bundle, tmp_path, name, change, message):
     hostile = tmp_path / "hostile.tar"
     shutil.copyfile(bundle, hostile)
     with tarfile.open(hostile, "a") as tar:
@@ -267,13 +265,13 @@ def test_hostile_members_of_a_bundle_are_refused_by_name(bundle, tmp_path, name,
         for key, value in change.items():
             setattr(member, key, value)
         tar.addfile(member)
-    code, told = ask("audit", hostile)
-    assert code == 2 and said in told and "Traceback" not in told
+    code, output = ask("audit", hostile)
+    assert code == 2 and message in output and "Traceback" not in output
     assert not (tmp_path / "outside").exists()
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "said"),
+    ("file", "content", "message"),
     [
         ("dvc.lock", "a: &a [x, x]\nb: [*a, *a]\n", "uses YAML's aliases"),
         ("dvc.lock", "schema: '2.0'\nstages: {}\nextra: 1\n", "extra is not known"),
@@ -283,21 +281,21 @@ def test_hostile_members_of_a_bundle_are_refused_by_name(bundle, tmp_path, name,
         ("params.yaml", "root: .\n", "is missing"),
     ],
 )
-def test_hostile_files_of_a_bundle_are_refused_in_a_sentence(bundle, tmp_path, file, content, said):
+def test_hostile_files_of_a_bundle_are_refused_in_a_sentence(bundle, tmp_path, file, content, message):
     folder = unpacked(bundle, tmp_path / "bundle")
     (folder / file).write_text(content)
     if file not in ("bundle.json",):
         sealed(folder)
-    code, told = ask("audit", folder)
-    assert code == 2 and said in told and "Traceback" not in told, told
+    code, output = ask("audit", folder)
+    assert code == 2 and message in output and "Traceback" not in output, output
 
 
 def test_a_table_or_journal_that_is_garbage_fails_in_a_sentence(bundle, tmp_path):
     for name in ("journal.parquet", "posts.parquet"):
         folder = unpacked(bundle, tmp_path / name)
         (folder / "build" / name).write_bytes(b"PAR1" + b"\0" * 64 + b"PAR1")
-        code, told = ask("audit", folder)
-        assert code in (1, 2) and name in told and "Traceback" not in told, told
+        code, output = ask("audit", folder)
+        assert code in (1, 2) and name in output and "Traceback" not in output, output
 
 
 def test_other_code_than_that_at_hand_is_judged_by_the_commit_that_the_records_name(copy, tmp_path, monkeypatch):
@@ -322,17 +320,19 @@ def test_other_code_than_that_at_hand_is_judged_by_the_commit_that_the_records_n
     (tmp_path / "code" / "src" / "kohaku_delta" / "errors.py").write_text("# now\n")
     monkeypatch.setattr(lock_inputs, "REPOSITORY", tmp_path / "code")
 
-    def code(change, **said):
+    def code(change, **facts):
         rebuild_factory.lock(copy)
-        rebuild_factory.records(copy, **said)
+        rebuild_factory.records(copy, **facts)
         change(copy)
         ask("bundle", copy / "c.tar", "--recipe", copy)
         return audit(copy / "c.tar")[1]["lock/code"]
 
-    status, said = code(lambda folder: None, revision={"commit": commit, "dirty": False})
-    assert status == "PASS" and f"those of commit {commit[:10]}" in said and "1 differ from the code at hand" in said
-    status, said = code(lambda folder: None, revision={"commit": "0" * 40, "dirty": False})
-    assert status == "SKIP" and "is not here: check it out" in said
+    status, message = code(lambda folder: None, revision={"commit": commit, "dirty": False})
+    assert (
+        status == "PASS" and f"those of commit {commit[:10]}" in message and "1 differ from the code at hand" in message
+    )
+    status, message = code(lambda folder: None, revision={"commit": "0" * 40, "dirty": False})
+    assert status == "SKIP" and "is not here: check it out" in message
     rebuild_factory.lock(copy)
     other_code(copy)
     change = rebuild_factory.loaded(copy / "dvc.lock")

@@ -22,15 +22,15 @@ from kohaku_delta.verify import lock_records
 
 
 @pytest.fixture(scope="module")
-def untampered_rebuild(tmp_path_factory):
+def honest(tmp_path_factory):
     return rebuild_factory.write(tmp_path_factory.mktemp("honest") / "recipe")
 
 
 @pytest.fixture
-def folder(untampered_rebuild, tmp_path_factory, monkeypatch):
+def folder(honest, tmp_path_factory, monkeypatch):
     """A finished rebuild without records, in which the stages run."""
     copy = tmp_path_factory.mktemp("evidence") / "recipe"
-    shutil.copytree(untampered_rebuild, copy, symlinks=True)
+    shutil.copytree(honest, copy, symlinks=True)
     shutil.rmtree(copy / "build" / "records")
     monkeypatch.chdir(copy)
     return copy
@@ -99,11 +99,12 @@ def test_an_input_and_a_parameter_that_change_while_a_stage_runs_are_in_its_reco
     assert stage("schedule").exit_code == 0
     rebuild_factory.lock(folder)  # DVC hashes inputs and reads parameters after the command
     with open_artifact(folder) as found:
-        said = lock_records.check_unchanged_during_run(found)
+        finding = lock_records.check_unchanged_during_run(found)
         assert (
-            said.status == "FAIL"
-            and "build/posts.parquet was changed while schedule ran; schedule in params.yaml was changed while schedule ran"
-            in said.message
+            finding.status == "FAIL"
+            and "build/posts.parquet was changed while schedule ran; "
+            "schedule in params.yaml was changed while schedule ran"
+            in finding.message
         )
         assert lock_records.check_records(found).status == "PASS", "it is the record of that run all the same"
 
@@ -163,12 +164,12 @@ def test_a_record_with_unknown_or_missing_keys_is_refused_by_name(folder):
     stage("schedule")
     path = folder / "build" / "records" / records_written(folder)[0]
     content = json.loads(path.read_text())
-    for changed, said in (
+    for changed, message in (
         (content | {"trusted": 1}, "trusted is not known"),
         ({key: value for key, value in content.items() if key != "host"}, "the key host is missing"),
     ):
         path.write_text(json.dumps(changed))
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             stage_record.read_record(path)
 
 

@@ -34,7 +34,7 @@ def trained(tmp_path_factory):
     return folder
 
 
-def elsewhere(trained, tmp_path):
+def copied(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "elsewhere")
     return tmp_path / "elsewhere"
 
@@ -52,10 +52,10 @@ def replay(folder, *arguments):
 
 def rewrite(folder, change):
     """The journal with changed rows, chained anew: what a forger would hand out."""
-    said = journal.read_journal(folder / "build" / "journal.parquet")
-    rows = [{name: value for name, value in row.items() if name != "chain"} for row in copy.deepcopy(said.rows)]
+    original = journal.read_journal(folder / "build" / "journal.parquet")
+    rows = [{name: value for name, value in row.items() if name != "chain"} for row in copy.deepcopy(original.rows)]
     change(rows)
-    forged = journal.Journal(said.header)
+    forged = journal.Journal(original.header)
     for row in rows:
         forged.append(row)
     forged.write(folder / "build" / "journal.parquet")
@@ -70,7 +70,7 @@ def test_an_honest_stretch_is_equal_from_a_state_and_from_the_start(trained):
 
 
 def test_a_changed_caption_is_found_at_its_step_lane_and_posts(trained, tmp_path):
-    folder = elsewhere(trained, tmp_path)
+    folder = copied(trained, tmp_path)
     row = parquet.read(folder / "build" / "schedule.parquet").to_pylist()[6]
     captions = parquet.read(folder / "build" / "captions.parquet")
     texts = [
@@ -90,7 +90,7 @@ def test_a_changed_caption_is_found_at_its_step_lane_and_posts(trained, tmp_path
 
 
 def test_a_weight_changed_by_one_bit_in_a_saved_state_is_found_by_name(trained, tmp_path):
-    folder = elsewhere(trained, tmp_path)
+    folder = copied(trained, tmp_path)
     file = next(folder.glob("work/*/step-00000001")) / "state.safetensors"
     tensors = load_file(file)
     name = "weights/lora_unet_time_embed_0.lokr_w2"
@@ -104,7 +104,7 @@ def test_a_weight_changed_by_one_bit_in_a_saved_state_is_found_by_name(trained, 
 
 def test_a_journal_of_a_training_that_changed_a_weight_is_found_at_that_step_and_tensor(trained, tmp_path):
     """The forger's training put one ulp onto a tensor after step 1 and wrote an unbroken journal of it."""
-    folder = elsewhere(trained, tmp_path)
+    folder = copied(trained, tmp_path)
     names = sorted(
         name.removeprefix("weights/")
         for name in load_file(next(folder.glob("work/*/step-00000002")) / "state.safetensors")
@@ -127,9 +127,9 @@ def test_a_journal_of_a_training_that_changed_a_weight_is_found_at_that_step_and
 
 
 def test_a_row_changed_by_hand_breaks_the_chain_there(trained, tmp_path):
-    said = journal.read_journal(trained / "build" / "journal.parquet")
-    said.rows[1]["losses"][0] += 1
-    said.write(tmp_path / "journal.parquet")
+    original = journal.read_journal(trained / "build" / "journal.parquet")
+    original.rows[1]["losses"][0] += 1
+    original.write(tmp_path / "journal.parquet")
     with pytest.raises(UserError, match="the chain breaks at row 1"):
         journal.read_journal(tmp_path / "journal.parquet")
 
@@ -171,17 +171,21 @@ def test_losses_of_another_step_or_another_run_are_outside_the_tolerance(trained
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
-        ("visits", "0" * 64, "schedule.parquet has other posts or visits"), ("lanes", [5, 8], "lane 1: all losses are equal and the gradient is not"),
-        ("gradient_norm", 3.0, "all lanes are equal; the gradient's norm is 2.0"), ("learning_rate_text", 0.5, "the text encoders' rate is 0.25"), ("scale", 2.0, "the scaler is 1.0"),
-        ("optimizer", 9, "the optimizer's state came out with other bits"), ("chain", "another", "the journal's earlier rows are of another run"),
+        ("visits", "0" * 64, "schedule.parquet has other posts or visits"),
+        ("lanes", [5, 8], "lane 1: all losses are equal and the gradient is not"),
+        ("gradient_norm", 3.0, "all lanes are equal; the gradient's norm is 2.0"),
+        ("learning_rate_text", 0.5, "the text encoders' rate is 0.25"),
+        ("scale", 2.0, "the scaler is 1.0"),
+        ("optimizer", 9, "the optimizer's state came out with other bits"),
+        ("chain", "another", "the journal's earlier rows are of another run"),
     ],
 )  # fmt: skip
-def test_a_row_that_differs_in_one_thing_is_told_by_that_thing(key, value, told):
+def test_a_row_that_differs_in_one_thing_is_told_by_that_thing(key, value, message):
     row = {
-        "visits": "a" * 64, "losses": [0.5, 0.25], "lanes": [5, 7], "gradient_norm": 2.0, "learning_rate_unet": 0.5, "learning_rate_text": 0.25, "scale": 1.0,
-        "weights": 1, "optimizer": 2, "tensors": b"ab", "chain": "one",
+        "visits": "a" * 64, "losses": [0.5, 0.25], "lanes": [5, 7], "gradient_norm": 2.0, "learning_rate_unet": 0.5,
+        "learning_rate_text": 0.25, "scale": 1.0, "weights": 1, "optimizer": 2, "tensors": b"ab", "chain": "one",
     }  # fmt: skip
     batches = [{"lane": 0, "posts": [1]}, {"lane": 1, "posts": [2]}]
     assert replay_training.first_step_difference(row, row, batches, ["x", "y"]) is None
@@ -191,7 +195,7 @@ def test_a_row_that_differs_in_one_thing_is_told_by_that_thing(key, value, told)
         )
         is None
     ), "a step that overflowed equals itself"
-    assert told in replay_training.first_step_difference(row | {key: value}, row, batches, ["x", "y"])
+    assert message in replay_training.first_step_difference(row | {key: value}, row, batches, ["x", "y"])
 
 
 def test_what_a_sample_proves_is_the_rule_of_three():
@@ -211,7 +215,7 @@ def test_worker_processes_change_no_byte(trained, tmp_path):
 
 @pytest.mark.slow
 def test_an_unfinished_training_of_other_parameters_is_not_mixed_up_and_not_lost(trained, tmp_path):
-    folder = elsewhere(trained, tmp_path)
+    folder = copied(trained, tmp_path)
     steps = tiny_training.journal(folder).num_rows
     shutil.rmtree(next(folder.glob(f"work/*/step-{steps:08d}")))
     params = (folder / "params.yaml").read_text()
@@ -288,7 +292,7 @@ def test_a_forged_journal_with_an_honest_beginning_and_end_is_found_by_the_sampl
         and f"{steps} steps drawn with seed 3" in honest.message
         and "with 95 % probability" in honest.message
     )
-    folder = elsewhere(trained, tmp_path)
+    folder = copied(trained, tmp_path)
     shutil.rmtree(folder / "work")  # a forger hands out no states that give it away
     rewrite(folder, lambda rows: rows[1].update(gradient_norm=rows[1]["gradient_norm"] * 1.5))
     forged = sampled(folder, steps)
@@ -303,7 +307,7 @@ def test_on_foreign_hardware_the_sample_is_of_losses_and_says_that_it_is_weaker(
         and "differs from the trainer's in gpu, multiprocessors" in found.message
         and "weaker evidence" in found.message
     )
-    shutil.rmtree(elsewhere(trained, tmp_path) / "work")
+    shutil.rmtree(copied(trained, tmp_path) / "work")
     assert sampled(tmp_path / "elsewhere", 2).status == "SKIP"
 
 

@@ -14,11 +14,11 @@ from tampering import (
     ask,
     audit,
     caption,
+    code_changed_during_run,
     exchanged,
     fabricate_output_hash,
     failed,
     foreign_state,
-    input_changed_during_run,
     journaled,
     other_code,
     other_command,
@@ -30,6 +30,7 @@ from tampering import (
     pin,
     post,
     post_everywhere,
+    record_edited,
     record_of_another_run,
     rehash_everything,
     renamed_state,
@@ -56,37 +57,61 @@ def copy(honest, tmp_path_factory):
 
 
 ATTACKS = {
-    "an out's hash fabricated in dvc.lock": (fabricate_output_hash, False, "lock/outs", "build/kohaku-xl-delta.safetensors (of bake) has md5"),
+    "an out's hash fabricated in dvc.lock":
+        (fabricate_output_hash, False, "lock/outs", "build/kohaku-xl-delta.safetensors (of bake) has md5"),
     "outs swapped between two stages": (swapped, False, "lock/outs", "build/selection.parquet (of select) has md5"),
-    "outs swapped, and dvc.lock with them": (swapped_in_the_lock, False, "lock/records", "the record of select is of another run: it wrote build/sel"),
-    "outs swapped, everything hashed anew": (swapped, True, "chain/dataset", "is trained on or dropped, and not selected"),
+    "outs swapped, and dvc.lock with them":
+        (swapped_in_the_lock, False, "lock/records", "the record of select is of another run: it wrote build/sel"),
+    "outs swapped, everything hashed anew":
+        (swapped, True, "chain/dataset", "is trained on or dropped, and not selected"),
     "one caption changed": (caption, False, "lock/outs", "build/captions.parquet (of caption) has md5"),
     "one post added": (post, False, "lock/outs", "build/posts.parquet (of filter) has md5"),
-    "one post added, everything hashed anew": (post, True, "chain/dataset", "is trained on or dropped, and not selected"),
-    "one post added to every table, everything hashed anew": (post_everywhere, True, "chain/order", "schedule.parquet is not what posts.parquet gives"),
-    "the final model changed by an ulp": (ulp("kohaku-xl-delta.safetensors"), False, "lock/outs", "build/kohaku-xl-delta.safetensors (of bake) has md5"),
-    "the LoKr changed by an ulp, everything hashed anew": (ulp("delta-lokr.safetensors"), True, "chain/lokr", "the journal ends with the LoKr"),
-    "the base changed by an ulp, everything hashed anew": (ulp("delta-base.safetensors"), True, "chain/base", "the journal begins with the base"),
-    "a step cut out of the journal": (journaled(truncate_journal, False), True, "chain/journal", "the chain breaks at row 3"),
+    "one post added, everything hashed anew":
+        (post, True, "chain/dataset", "is trained on or dropped, and not selected"),
+    "one post added to every table, everything hashed anew":
+        (post_everywhere, True, "chain/order", "schedule.parquet is not what posts.parquet gives"),
+    "the final model changed by an ulp":
+        (ulp("kohaku-xl-delta.safetensors"), False, "lock/outs", "build/kohaku-xl-delta.safetensors (of bake) has md5"),
+    "the LoKr changed by an ulp, everything hashed anew":
+        (ulp("delta-lokr.safetensors"), True, "chain/lokr", "the journal ends with the LoKr"),
+    "the base changed by an ulp, everything hashed anew":
+        (ulp("delta-base.safetensors"), True, "chain/base", "the journal begins with the base"),
+    "a step cut out of the journal":
+        (journaled(truncate_journal, False), True, "chain/journal", "the chain breaks at row 3"),
     "a step of the journal repeated": (journaled(repeated, False), True, "chain/journal", "the chain breaks at row 4"),
-    "a step cut out, chained anew": (journaled(truncate_journal, True), True, "chain/visits", "the journal has 7 steps, the schedule 8"),
-    "a step repeated, chained anew": (journaled(repeated, True), True, "chain/visits", "the journal has 9 steps, the schedule 8"),
-    "two steps exchanged, chained anew": (journaled(exchanged, True), True, "chain/visits", "step 2 of the journal visited other posts"),
-    "the last weights forged, chained anew": (journaled(other_weights, True), True, "lock/work", "the state after step 7 does not belong to this journal"),
+    "a step cut out, chained anew":
+        (journaled(truncate_journal, True), True, "chain/visits", "the journal has 7 steps, the schedule 8"),
+    "a step repeated, chained anew":
+        (journaled(repeated, True), True, "chain/visits", "the journal has 9 steps, the schedule 8"),
+    "two steps exchanged, chained anew":
+        (journaled(exchanged, True), True, "chain/visits", "step 2 of the journal visited other posts"),
+    "the last weights forged, chained anew":
+        (journaled(other_weights, True), True, "lock/work", "the state after step 7 does not belong to this journal"),
     "a step forged, chained anew": (journaled(other_norm, True), True, "lock/work", "does not belong to this journal"),
-    "a record from another run": (record_of_another_run, False, "lock/records", "the record of schedule is of another run: it wrote build/schedule.parquet"),
-    "code changed during a run": (input_changed_during_run, False, "lock/during", "training/training_loop.py was changed while train ran"),
-    "params.yaml changed during a run": (param_changed_during_run, False, "lock/during", "train in params.yaml was changed while train ran"),
+    "a record from another run":
+        (record_edited("schedule", record_of_another_run), False, "lock/records",
+         "the record of schedule is of another run: it wrote build/schedule.parquet"),
+    "code changed during a run":
+        (record_edited("train", code_changed_during_run), False, "lock/during",
+         "training/training_loop.py was changed while train ran"),
+    "params.yaml changed during a run":
+        (record_edited("train", param_changed_during_run), False, "lock/during",
+         "train in params.yaml was changed while train ran"),
     "other code than was run": (other_code, False, "lock/code", "src/kohaku_delta/cli/stage_command.py"),
-    "other parameters": (other_params, False, "lock/parameters", "train: train in params.yaml is not what dvc.lock says"),
+    "other parameters":
+        (other_params, False, "lock/parameters", "train: train in params.yaml is not what dvc.lock says"),
     "other parameters, everything hashed anew": (other_params, True, "chain/trained", "another train.tag_dropout"),
     "an input that is not the pinned one": (pin, True, "lock/pins", "has another size or sha256 than params.yaml pins"),
     "one bit of one picture": (picture, False, "lock/data", "data-0004.tar is not what the download stage verified"),
-    "an input left out of dvc.lock": (undeclared, False, "lock/pipeline", "caption: dvc.lock and dvc.yaml name other inputs"),
+    "an input left out of dvc.lock":
+        (undeclared, False, "lock/pipeline", "caption: dvc.lock and dvc.yaml name other inputs"),
     "another command": (other_command, False, "lock/pipeline", "merge: dvc.lock ran “python elsewhere.py”"),
-    "a stage cut out of dvc.lock": (stage_cut, False, "lock/pipeline", "build/preview.png exists and dvc.lock has no stage preview"),
-    "a saved state of another training": (foreign_state, False, "lock/work", "the state after step 3 does not belong to this journal"),
-    "a work folder under another name": (renamed_state, False, "lock/work", "its name does not follow from its depends.json"),
+    "a stage cut out of dvc.lock":
+        (stage_cut, False, "lock/pipeline", "build/preview.png exists and dvc.lock has no stage preview"),
+    "a saved state of another training":
+        (foreign_state, False, "lock/work", "the state after step 3 does not belong to this journal"),
+    "a work folder under another name":
+        (renamed_state, False, "lock/work", "its name does not follow from its depends.json"),
 }  # fmt: skip
 
 
@@ -102,12 +127,12 @@ def test_an_honest_rebuild_raises_no_alarm_and_what_was_not_looked_at_is_skipped
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_an_attack_is_found_by_its_check(copy, attack):
-    change, careful, check, said = ATTACKS[attack]
+    change, careful, check, message = ATTACKS[attack]
     change(copy)
     if careful:
         rehash_everything(copy)
     code, found = audit(copy, *(["--data"] if check == "lock/data" else []))
-    assert code == 1 and check in failed(found) and said in failed(found)[check], failed(found)
+    assert code == 1 and check in failed(found) and message in failed(found)[check], failed(found)
     print(f"{attack} → {check}: {failed(found)[check]}")
 
 
@@ -197,5 +222,7 @@ def test_of_the_states_of_other_trainings_the_nearest_is_named_first(copy):
             break
     (copy / "work" / name).mkdir()
     (copy / "work" / name / "depends.json").write_text(json.dumps(content | {"depends": listed}))
-    said = audit(copy)[1]["lock/work"][1]
-    assert name < near.parent.name and f"of other runs: {near.parent.name} (captions differs), {name} (" in said, said
+    message = audit(copy)[1]["lock/work"][1]
+    assert name < near.parent.name and f"of other runs: {near.parent.name} (captions differs), {name} (" in message, (
+        message
+    )

@@ -1,4 +1,4 @@
-"""Preflight: each fault of a host fails one check of its own; every size agrees with independent arithmetic and files."""
+"""Each fault of a host fails one check of its own; every size agrees with independent arithmetic and real files."""
 
 import json
 import os

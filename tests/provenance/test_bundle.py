@@ -18,7 +18,7 @@ from tampering import ask, audit, caption, fabricate_output_hash, failed, locked
 
 
 @pytest.fixture(scope="module")
-def honest(tmp_path_factory):
+def untampered_rebuild(tmp_path_factory):
     return rebuild_factory.write(tmp_path_factory.mktemp("honest") / "recipe")
 
 
@@ -40,16 +40,16 @@ def keys(tmp_path_factory):
 
 
 @pytest.fixture
-def copy(honest, tmp_path_factory):
+def copy(untampered_rebuild, tmp_path_factory):
     folder = tmp_path_factory.mktemp("attack") / "recipe"  # as deep as the honest one: its root is a relative path
-    shutil.copytree(honest, folder, symlinks=True)
+    shutil.copytree(untampered_rebuild, folder, symlinks=True)
     return folder
 
 
 @pytest.fixture(scope="module")
-def bundle(honest, keys):
+def bundle(untampered_rebuild, keys):
     path = keys / "honest.tar"
-    code, message = ask("bundle", path, "--recipe", honest, "--key", keys / "ours")
+    code, message = ask("bundle", path, "--recipe", untampered_rebuild, "--key", keys / "ours")
     assert code == 0, message
     return path
 
@@ -71,7 +71,9 @@ def sealed(folder) -> None:
     (folder / "bundle.json").write_text(json.dumps(content))
 
 
-def test_a_bundle_is_audited_like_its_folder_and_its_bytes_do_not_depend_on_the_place(honest, bundle, copy, keys):
+def test_a_bundle_is_audited_like_its_folder_and_its_bytes_do_not_depend_on_the_place(
+    untampered_rebuild, bundle, copy, keys
+):
     code, found = audit(bundle, "--key", keys / "ours.pub")
     assert (
         code == 0
@@ -168,7 +170,7 @@ def test_a_wrong_key_is_refused_and_an_unnamed_one_believes_nothing(bundle, keys
     assert code == 0 and "verified: 12 stages" in message
     assert ask("provenance", bundle, "--verify", keys / "ours")[0] == 2, "a private key is no public one"
     code, message = ask("provenance", bundle, "--key", keys / "ours")
-    assert code == 2 and "signed where it is packed" in message
+    assert code == 2 and "Sign it when you pack it" in message
 
 
 def envelope(payload: bytes, key, **more) -> str:

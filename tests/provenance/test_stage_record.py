@@ -22,15 +22,15 @@ from kohaku_delta.verify import lock_records
 
 
 @pytest.fixture(scope="module")
-def honest(tmp_path_factory):
+def untampered_rebuild(tmp_path_factory):
     return rebuild_factory.write(tmp_path_factory.mktemp("honest") / "recipe")
 
 
 @pytest.fixture
-def folder(honest, tmp_path_factory, monkeypatch):
+def folder(untampered_rebuild, tmp_path_factory, monkeypatch):
     """A finished rebuild without records, in which the stages run."""
     copy = tmp_path_factory.mktemp("evidence") / "recipe"
-    shutil.copytree(honest, copy, symlinks=True)
+    shutil.copytree(untampered_rebuild, copy, symlinks=True)
     shutil.rmtree(copy / "build" / "records")
     monkeypatch.chdir(copy)
     return copy

@@ -66,10 +66,7 @@ def test_architecture_is_read_off_the_shapes(sdxl):
     configs = model_loading.architecture(shapes, SDXL)
     for part, config in CONFIGS.items():
         assert configs[part] == configs[part] | config
-    assert (
-        model_loading.shape_faults(tensor_names.TensorNameMap(tensor_names.Layout.of(shapes)), sdxl[0], shapes)
-        == []
-    )
+    assert model_loading.shape_faults(tensor_names.TensorNameMap(tensor_names.Layout.of(shapes)), sdxl[0], shapes) == []
 
 
 def converted_by_diffusers(checkpoint, models):

@@ -13,26 +13,26 @@ from tampering import ask, caption, journaled, picture, post, rehash_everything,
 
 
 @pytest.fixture(scope="module")
-def honest(tmp_path_factory):
+def untampered_rebuild(tmp_path_factory):
     return rebuild_factory.write(tmp_path_factory.mktemp("honest") / "recipe")
 
 
 @pytest.fixture
-def copy(honest, tmp_path_factory):
+def copy(untampered_rebuild, tmp_path_factory):
     folder = tmp_path_factory.mktemp("other") / "recipe"
-    shutil.copytree(honest, folder, symlinks=True)
+    shutil.copytree(untampered_rebuild, folder, symlinks=True)
     return folder
 
 
-def test_equal_rebuilds_say_so_in_one_line_also_where_one_is_a_bundle(honest, copy):
+def test_equal_rebuilds_say_so_in_one_line_also_where_one_is_a_bundle(untampered_rebuild, copy):
     ask("bundle", copy.parent / "b.tar", "--recipe", copy)
     for other in (copy, copy.parent / "b.tar"):
-        assert ask("compare", honest, other) == (0, "equal: all 30 outs of 12 stages, byte for byte\n")
+        assert ask("compare", untampered_rebuild, other) == (0, "equal: all 30 outputs of 12 stages, byte for byte\n")
 
 
-def test_what_differed_on_the_hosts_is_told_of_equal_ones_too(honest, copy):
+def test_what_differed_on_the_hosts_is_told_of_equal_ones_too(untampered_rebuild, copy):
     rebuild_factory.records(copy, host={"processor": "another"}, container="sha256:" + "1" * 64)
-    code, message = ask("compare", honest, copy)
+    code, message = ask("compare", untampered_rebuild, copy)
     assert (
         code == 0
         and message.count("\n") == 1
@@ -75,16 +75,16 @@ def test_what_differed_on_the_hosts_is_told_of_equal_ones_too(honest, copy):
         ),
     ],
 )
-def test_where_two_rebuilds_part_is_told_by_its_place(honest, copy, change, stage, lines):
+def test_where_two_rebuilds_part_is_told_by_its_place(untampered_rebuild, copy, change, stage, lines):
     change(copy)
     rehash_everything(copy)
-    code, message = ask("compare", honest, copy)
+    code, message = ask("compare", untampered_rebuild, copy)
     assert code == 1 and f"different from the stage {stage} on" in message and all(line in message for line in lines), (
         message
     )
 
 
-def test_a_flipped_pixel_is_told_by_its_input_and_its_step_lane_and_posts(honest, copy):
+def test_a_flipped_pixel_is_told_by_its_input_and_its_step_lane_and_posts(untampered_rebuild, copy):
     """What a rebuild leaves whose data has one other pixel: another tar, and from its step on another journal."""
     picture(copy)
     content = json.loads((copy / "build" / "inputs.json").read_text())
@@ -92,7 +92,7 @@ def test_a_flipped_pixel_is_told_by_its_input_and_its_step_lane_and_posts(honest
     (copy / "build" / "inputs.json").write_text(json.dumps(content))
     journaled(lambda rows: rows[3].update(losses=[rows[3]["losses"][0], 0.75], lanes=[4, 77]), True)(copy)
     rehash_everything(copy)
-    code, message = ask("compare", honest, copy)
+    code, message = ask("compare", untampered_rebuild, copy)
     posts = next(
         row
         for row in rebuild_factory.parquet.read(copy / "build" / "schedule.parquet").to_pylist()
@@ -107,26 +107,26 @@ def test_a_flipped_pixel_is_told_by_its_input_and_its_step_lane_and_posts(honest
     assert message.index("input ") < message.index("step ")
 
 
-def test_other_parameters_are_told_by_name(honest, copy):
+def test_other_parameters_are_told_by_name(untampered_rebuild, copy):
     params = copy / "params.yaml"
     params.write_text(params.read_text().replace("tag_dropout: 0.1", "tag_dropout: 0.2"))
     rebuild_factory.lock(copy)
-    code, message = ask("compare", honest, copy)
+    code, message = ask("compare", untampered_rebuild, copy)
     assert code == 0 and "byte for byte" in message, "what came out is equal"
     journaled(lambda rows: rows[0].update(scale=2.0), True)(copy)
     rebuild_factory.lock(copy)
-    code, message = ask("compare", honest, copy)
+    code, message = ask("compare", untampered_rebuild, copy)
     assert code == 1 and "parameter    train.tag_dropout: 0.1 | 0.2" in message
 
 
-def test_what_cannot_be_compared_ends_with_2(honest, copy, tmp_path):
-    assert ask("compare", honest, tmp_path / "nowhere")[0] == 2
+def test_what_cannot_be_compared_ends_with_2(untampered_rebuild, copy, tmp_path):
+    assert ask("compare", untampered_rebuild, tmp_path / "nowhere")[0] == 2
     (copy / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
-    code, message = ask("compare", honest, copy)
+    code, message = ask("compare", untampered_rebuild, copy)
     assert code == 2 and "have no finished stage in common" in message
 
 
-def test_a_journal_whose_header_differs_is_told_by_its_base(honest, copy):
+def test_a_journal_whose_header_differs_is_told_by_its_base(untampered_rebuild, copy):
     path = copy / "build" / "journal.parquet"
     original = journal.read_journal(path)
     other = journal.Journal(original.header | {"base": "0" * 64}, lokr=original.lokr)
@@ -134,5 +134,5 @@ def test_a_journal_whose_header_differs_is_told_by_its_base(honest, copy):
         other.append({key: value for key, value in row.items() if key != "chain"})
     other.write(path)
     rehash_everything(copy)
-    code, output = ask("compare", honest, copy)
+    code, output = ask("compare", untampered_rebuild, copy)
     assert code == 1 and "the journals begin with other bases" in output

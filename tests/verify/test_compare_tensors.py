@@ -262,7 +262,7 @@ def test_published_files_are_known_by_their_hash(checkpoint, tmp_path):
     assert (
         code == 0
         and f"is published.final of {tmp_path / 'params.yaml'}\n" in message
-        and "as far as its 10 known digits say" in message
+        and "by the 10 digits that are known" in message
     )
     assert ask(checkpoint, "--published", "--params", ROOT / "miniature" / "params.yaml")[0] == 2
 
@@ -281,8 +281,8 @@ def test_what_cannot_be_compared_is_a_sentence_and_exit_code_2(checkpoint, folde
         (folder, tmp_path / "empty"): "is a folder without unet",
         (folder, tmp_path / "lokr.safetensors"): "not an SDXL checkpoint",
         (folder, tmp_path / "odd"): "two tensors unet/x",
-        (checkpoint,): "Name a second path",
-        (checkpoint, checkpoint, "--published"): "Name a second path",
+        (checkpoint,): "Give a second path",
+        (checkpoint, checkpoint, "--published"): "Give a second path",
         (folder, "--published"): "is a folder",
     }
     for arguments, sentence in cases.items():

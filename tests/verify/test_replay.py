@@ -286,11 +286,11 @@ def test_a_forged_journal_with_an_honest_beginning_and_end_is_found_by_the_sampl
     shows it.
     """
     steps = tiny_training.journal(trained).num_rows
-    honest = sampled(trained, steps)
+    untampered_rebuild = sampled(trained, steps)
     assert (
-        honest.status == "PASS"
-        and f"{steps} steps drawn with seed 3" in honest.message
-        and "with 95 % probability" in honest.message
+        untampered_rebuild.status == "PASS"
+        and f"{steps} steps drawn with seed 3" in untampered_rebuild.message
+        and "with 95 % probability" in untampered_rebuild.message
     )
     folder = copied(trained, tmp_path)
     shutil.rmtree(folder / "work")  # a forger hands out no states that give it away

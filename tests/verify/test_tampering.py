@@ -1,5 +1,5 @@
 """Each way to hand out a rebuild that is not what it says is found by the check that is meant to find it, by name; and
-an honest one raises no alarm.
+an untampered_rebuild one raises no alarm.
 """
 
 import hashlib
@@ -45,14 +45,14 @@ from tampering import (
 
 
 @pytest.fixture(scope="module")
-def honest(tmp_path_factory):
+def untampered_rebuild(tmp_path_factory):
     return rebuild_factory.write(tmp_path_factory.mktemp("honest") / "recipe")
 
 
 @pytest.fixture
-def copy(honest, tmp_path_factory):
+def copy(untampered_rebuild, tmp_path_factory):
     folder = tmp_path_factory.mktemp("attack") / "recipe"  # as deep as the honest one: its root is a relative path
-    shutil.copytree(honest, folder, symlinks=True)
+    shutil.copytree(untampered_rebuild, folder, symlinks=True)
     return folder
 
 
@@ -115,8 +115,8 @@ ATTACKS = {
 }  # fmt: skip
 
 
-def test_an_honest_rebuild_raises_no_alarm_and_what_was_not_looked_at_is_skipped(honest):
-    code, found = audit(honest, "--data")
+def test_an_honest_rebuild_raises_no_alarm_and_what_was_not_looked_at_is_skipped(untampered_rebuild):
+    code, found = audit(untampered_rebuild, "--data")
     assert code == 0 and not failed(found)
     assert {name for name, (status, _) in found.items() if status == "SKIP"} == {
         "lock/provenance",

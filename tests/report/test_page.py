@@ -347,7 +347,7 @@ def test_an_unfinished_build_has_a_page_and_no_card(tmp_path):
             "schema: '2.0'\nstages: {train: {cmd: x, params: {params.yaml: {train: {seed: often}}}}}",
             "train.seed",
         ),
-        ("dvc.yaml", "stages: 5", "dvc.yaml has no stages"),
+        ("dvc.yaml", "stages: 5", "dvc.yaml: stages is 5"),
         ("build/dataset.json", "{", "dataset.json: it is not JSON"),
         ("build/dataset.json", json.dumps(build_factory.DATASET | {"steps": "many"}), "steps is 'many'"),
         ("build/dataset.json", "[" * 100_000, "dataset.json"),
@@ -359,7 +359,7 @@ def test_an_unfinished_build_has_a_page_and_no_card(tmp_path):
         ("build/bucket.txt", "bucket one\n", "bucket.txt"),
         ("build/preview.png", "GIF89a", "preview.png is not a PNG"),
         ("build/audit.json", '{"findings": []}', "audit.json: findings"),
-        ("record", "null", "is no record of a stage"),
+        ("record", "null", "No stage writes such a record"),
     ],
 )
 def test_a_damaged_file_is_refused_by_name(tmp_path, name, content, words):

@@ -13,13 +13,12 @@ import click
 
 from kohaku_delta import params as recipes
 from kohaku_delta.cli.stage_command import StageCommand, format_counts, print_summary
-from kohaku_delta.danbooru.tars import tars_by_number, tars_in
 from kohaku_delta.danbooru.database import Database
+from kohaku_delta.danbooru.tars import tars_by_number, tars_in
 from kohaku_delta.dataset import filtering
 from kohaku_delta.dataset.post_metadata import reason_counts
 from kohaku_delta.formats import parquet
 from kohaku_delta.hub import inputs_manifest as listed
-
 
 FILE = click.Path(path_type=Path)
 

@@ -18,7 +18,6 @@ from kohaku_delta.dataset import selection
 from kohaku_delta.formats import parquet
 from kohaku_delta.hub import inputs_manifest as listed
 
-
 FILE = click.Path(path_type=Path)
 
 

@@ -112,12 +112,22 @@ def header(name, size, kind=tarfile.REGTYPE):
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
+def signed_header(size):
+    """A header with this text as its size, and the right checksum."""
+    data = bytearray(header("1.webp", 0))
+    data[124:136], data[148:156] = size, b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data)
+    return bytes(data)
+
+
 HOSTILE = {
     "a long extension": (header("x", 1 << 30, tarfile.XHDTYPE), 2 << 30, "extension header claims 1,073,741,824 bytes"),
     "a long name": (header("x", 1 << 30, tarfile.GNUTYPE_LONGNAME), 2 << 30, "extension header claims"),
     "a member longer than the tar": (header("1.webp", 1 << 40), 4096, "is truncated"),
-    "a negative size": (header("1.webp", -1024), 4096, "negative size"),
-    "an extension of a negative size": (header("x", -1024, tarfile.XHDTYPE), 4096, "negative size"),
+    "a negative size": (header("1.webp", -1024), 4096, "is truncated"),
+    "an extension of a negative size": (header("x", -1024, tarfile.XHDTYPE), 4096, "is truncated"),
+    "a negative size in digits": (signed_header(b"-0000002000\0"), 4096, "negative size"),
+    "a size that is no number": (signed_header(b"0000000008x\0"), 4096, "is not a tar"),
     "a record of length 0": (header("x", 8, tarfile.XHDTYPE) + b"0 path=a".ljust(512, b"\0"), 4096, "cannot be read"),
     "a record that ends nowhere": (header("x", 8, tarfile.XHDTYPE) + b"9999999999".ljust(512), 4096, "cannot be read"),
     "a thousand extensions": (

@@ -1,4 +1,4 @@
-"""The stages select, filter and caption as `dvc repro` runs them, one after another in a process. Run by dataset.py."""
+"""Runs what `dvc repro` runs: the stages select, filter and caption, one after another, in one process."""
 
 import runpy
 import sys

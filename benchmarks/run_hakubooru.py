@@ -1,9 +1,9 @@
-"""HakuBooru's own code with the release's settings; nothing of it is reimplemented here.
+"""Runs HakuBooru's own code with the release's settings; nothing of it is repeated here.
 
-Runs in an environment of its own (made by dataset.py), which has the package and not this project. The published
-package is younger than the release, so the release's choices are passed in: its processors (year, rating, quality by
-p95 … p10, none above 7,000,000), artists named "banned" kept, and dateutil's notion of today, which the release's tool
-took from the clock.
+Runs in an environment of its own (benchmarks/dataset.py makes it), which holds the package and not this project. The
+package on the index is younger than the release, so the release's settings are set from outside: its processors (year,
+rating, quality by p95 … p10, none above 7,000,000), artists named "banned" kept, and dateutil's idea of today, which
+the release's tool took from the clock.
 """
 
 import argparse
@@ -28,9 +28,7 @@ TODAY = datetime.datetime(2024, 2, 14)
 
 
 class Saver(FileSaver):
-    """HakuBooru's own, which writes what a trainer reads: an image and a text for each post. Keeps the captions as
-    well, to compare them.
-    """
+    """HakuBooru's own saver, which writes an image and a text per post. Keeps the captions too, for the comparison."""
 
     def __init__(self, folder: str | None):
         self.captions = {}

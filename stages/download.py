@@ -1,5 +1,5 @@
-"""download: downloads and verifies every pinned input (params.yaml: download.inputs). Writes inputs.json; the files stay
-in the mirror.
+"""download: downloads and verifies every pinned input (params.yaml: download.inputs). Writes inputs.json; the files
+stay in the mirror.
 """
 
 import os

@@ -197,6 +197,7 @@ def test_a_sparse_tar_takes_the_room_of_its_members(hub, recipe, tmp_path):
 def test_a_parent_that_only_the_user_can_bring_is_asked_for_with_the_other_way(tmp_path):
     with pytest.raises(
         UserError,
-        match=r"kohakuXLGamma_rev2.safetensors does not exist: gamma is supplied by you \(prefix 38942904e9\).*merge.start: published",
+        match=r"kohakuXLGamma_rev2.safetensors does not exist: gamma is supplied by you \(prefix 38942904e9\)"
+        ".*merge.start: published",
     ):
         fetch_inputs.fetch_inputs(load("params.yaml"), tmp_path)

@@ -46,23 +46,33 @@ def as_text(path):
 
 
 REFUSED = {
-    "a column of the posts is missing": (("ALTER TABLE post RENAME COLUMN fav_count TO favs",), "has no column fav_count in its table post; it has id"),
-    "a column that only filter reads is missing": (("ALTER TABLE post RENAME COLUMN file_url TO url",), "has no column file_url in its table post"),
+    "a column of the posts is missing": (("ALTER TABLE post RENAME COLUMN fav_count TO favs",),
+    "has no column fav_count in its table post; it has id"),
+    "a column that only filter reads is missing": (("ALTER TABLE post RENAME COLUMN file_url TO url",),
+    "has no column file_url in its table post"),
     "a table is missing": (("DROP TABLE posttagrelation",), "has no table posttagrelation"),
     "no post": (("DELETE FROM post",), "its table post has no row"),
     "no tag": (("DELETE FROM tag",), "its table tag has no row"),
     "no post has a tag": (("DELETE FROM posttagrelation",), "its table posttagrelation has no row"),
-    "ratings are letters": (("UPDATE post SET rating = substr('gsqe', id % 4 + 1, 1)",), "post.rating holds the text 's'; a whole number belongs there .0 general, 1 sensitive"),
-    "types are words": (("UPDATE tag SET type = 'general'",), "tag.type holds the text 'general'; a whole number belongs there .0 general, 1 artist, 2 character"),
-    "pairs name tags by their names": (("UPDATE posttagrelation SET tag_id = 'long_hair'",), "posttagrelation.tag_id holds the text 'long_hair'"),
+    "ratings are letters": (("UPDATE post SET rating = substr('gsqe', id % 4 + 1, 1)",),
+    "post.rating holds the text 's'; a whole number belongs there .0 general, 1 sensitive"),
+    "types are words": (("UPDATE tag SET type = 'general'",),
+    "tag.type holds the text 'general'; a whole number belongs there .0 general, 1 artist, 2 character"),
+    "pairs name tags by their names": (("UPDATE posttagrelation SET tag_id = 'long_hair'",),
+    "posttagrelation.tag_id holds the text 'long_hair'"),
     "favourites are words": (("UPDATE post SET fav_count = 'many'",), "post.fav_count holds the text 'many'"),
-    "dates cannot be read": (("UPDATE post SET created_at = 'no date'",), "post.created_at holds 'no date', in which no year"),
+    "dates cannot be read": (("UPDATE post SET created_at = 'no date'",),
+    "post.created_at holds 'no date', in which no year"),
     "dates are numbers": (
-        ("ALTER TABLE post DROP COLUMN created_at", "ALTER TABLE post ADD COLUMN created_at INTEGER", "UPDATE post SET created_at = 20190603"),
+        ("ALTER TABLE post DROP COLUMN created_at", "ALTER TABLE post ADD COLUMN created_at INTEGER",
+        "UPDATE post SET created_at = 20190603"),
         "post.created_at holds '20190603', in which no year",
     ),
-    "Danbooru's own types": ((DANBOORU,), r"Danbooru's own numbers \(0 general, 1 artist, 3 copyright, 4 character, 5 meta\); the stages read those of danbooru2023.db"),
-    "Danbooru's own types and a stray 2": ((DANBOORU, "INSERT INTO tag VALUES (9, 'x', 2, 1)"), "Danbooru's own numbers"),
+    "Danbooru's own types": ((DANBOORU,),
+    r"Danbooru's own numbers \(0 general, 1 artist, 3 copyright, 4 character, 5 meta\); "
+        "the stages read those of danbooru2023.db"),
+    "Danbooru's own types and a stray 2": ((DANBOORU, "INSERT INTO tag VALUES (9, 'x', 2, 1)"),
+    "Danbooru's own numbers"),
 }  # fmt: skip
 
 

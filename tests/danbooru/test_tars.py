@@ -38,11 +38,16 @@ def test_members_are_found_and_read_in_place(tmp_path, form):
 
 def test_hostile_members_are_passed_over_and_the_first_regular_file_wins(tmp_path):
     files = [
-        special("1.webp", tarfile.SYMTYPE, "/etc/passwd"), special("1.webp", tarfile.LNKTYPE, "2.webp"), special("1.webp", tarfile.CHRTYPE),
-        special("1.webp", tarfile.BLKTYPE), special("1.webp", tarfile.FIFOTYPE), special("1.webp", tarfile.DIRTYPE), special("3.webp/", tarfile.DIRTYPE),
-        ("deep/in/folders/1.webp", b"first"), ("1.webp", b"second"), ("1.png", b"third"), ("../../2.webp", b"up"), ("/absolute/4.webp", b"root"),
-        ("readme.txt", b"no id"), ("12a.webp", b"no id"), ("-7.webp", b"no id"), ("7", b"no extension"), (".webp", b"no id"), ("8.tar.webp", b"no id"),
-        ("._9.webp", b"no id"), ("99999999999999999999.webp", b"no id"), (b"\xff\xfe/10.webp".decode("utf-8", "surrogateescape"), b"bytes"),
+        special("1.webp", tarfile.SYMTYPE, "/etc/passwd"), special("1.webp", tarfile.LNKTYPE, "2.webp"),
+        special("1.webp", tarfile.CHRTYPE),
+        special("1.webp", tarfile.BLKTYPE), special("1.webp", tarfile.FIFOTYPE), special("1.webp", tarfile.DIRTYPE),
+        special("3.webp/", tarfile.DIRTYPE),
+        ("deep/in/folders/1.webp", b"first"), ("1.webp", b"second"), ("1.png", b"third"), ("../../2.webp", b"up"),
+        ("/absolute/4.webp", b"root"),
+        ("readme.txt", b"no id"), ("12a.webp", b"no id"), ("-7.webp", b"no id"), ("7", b"no extension"), (".webp",
+        b"no id"), ("8.tar.webp", b"no id"),
+        ("._9.webp", b"no id"), ("99999999999999999999.webp", b"no id"), (b"\xff\xfe/10.webp".decode("utf-8",
+        "surrogateescape"), b"bytes"),
     ]  # fmt: skip
     found = contents(write_tar(tmp_path / "data-0001.tar", files))
     assert found == {1: ("webp", b"first"), 2: ("webp", b"up"), 4: ("webp", b"root"), 10: ("webp", b"bytes")}
@@ -112,19 +117,31 @@ def header(name, size, kind=tarfile.REGTYPE):
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
+def signed_header(size):
+    """A header with this text as its size, and the right checksum."""
+    data = bytearray(header("1.webp", 0))
+    data[124:136], data[148:156] = size, b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data)
+    return bytes(data)
+
+
 HOSTILE = {
     "a long extension": (header("x", 1 << 30, tarfile.XHDTYPE), 2 << 30, "extension header claims 1,073,741,824 bytes"),
     "a long name": (header("x", 1 << 30, tarfile.GNUTYPE_LONGNAME), 2 << 30, "extension header claims"),
     "a member longer than the tar": (header("1.webp", 1 << 40), 4096, "is truncated"),
-    "a negative size": (header("1.webp", -1024), 4096, "negative size"),
-    "an extension of a negative size": (header("x", -1024, tarfile.XHDTYPE), 4096, "negative size"),
+    "a negative size": (header("1.webp", -1024), 4096, "is truncated"),
+    "an extension of a negative size": (header("x", -1024, tarfile.XHDTYPE), 4096, "is truncated"),
+    "a negative size in digits": (signed_header(b"-0000002000\0"), 4096, "negative size"),
+    "a size that is no number": (signed_header(b"0000000008x\0"), 4096, "is not a tar"),
     "a record of length 0": (header("x", 8, tarfile.XHDTYPE) + b"0 path=a".ljust(512, b"\0"), 4096, "cannot be read"),
     "a record that ends nowhere": (header("x", 8, tarfile.XHDTYPE) + b"9999999999".ljust(512), 4096, "cannot be read"),
     "a thousand extensions": (
-        (header("x", 4, tarfile.GNUTYPE_LONGNAME) + b"name".ljust(512, b"\0")) * 5000 + header("y", 9**9), 0, "truncated"
+        (header("x", 4, tarfile.GNUTYPE_LONGNAME) + b"name".ljust(512, b"\0")) * 5000 + header("y", 9**9), 0,
+        "truncated"
     ),
     "a size in an extension": (
-        header("x", 24, tarfile.XHDTYPE) + b"24 size=99999999999999\n".ljust(512, b"\0") + header("1.webp", 1), 0, "truncated",
+        header("x", 24, tarfile.XHDTYPE) + b"24 size=99999999999999\n".ljust(512, b"\0") + header("1.webp", 1), 0,
+        "truncated",
     ),
 }  # fmt: skip
 

@@ -27,22 +27,22 @@ NAME = "datasets/owner/name/images/data-0001.tar"
 PLACE = Path("mirror/dataset/owner/name", REVISION, "images/data-0001.tar")
 
 FAULTS = {  # what the hub does → its faults, what happens: None is "arrives", text is in the sentence that refuses
-    "drops the connection midway": (dict(faults=["drop"]), None),
-    "drops it three times": (dict(faults=["drop"] * 3), None),
-    "drops it, then ignores the range": (dict(faults=["drop", "whole"]), None),
-    "ends early": (dict(faults=["short"]), None),
-    "sends too much": (dict(faults=["long"]), None),
-    "sends wrong bytes of the right size": (dict(faults=["corrupt"]), None),
-    "sends wrong bytes every time": (dict(faults=["corrupt"] * 9), "arrived 3 times with other bytes than its sha256"),
-    "sends another file after a drop": (dict(faults=["drop", "other"], other=OTHER), None),
-    "stalls": (dict(faults=["stall"]), None),
-    "answers 429 for the bytes": (dict(faults=[429, 429]), None),
-    "answers 429 to the question": (dict(answers=[429, 429]), None),
-    "answers 503 for the bytes": (dict(faults=[503, 500]), None),
-    "answers 503 to the question": (dict(answers=[503]), None),
-    "answers 503 for ever": (dict(answers=[503] * 99), "answered 503, 12 times in a row"),
-    "lets a signed address expire (403)": (dict(faults=["drop", 403]), None),
-    "answers 403 itself": (dict(answers=[403]), r"refused images/data-0001.tar \(403\)"),
+    "drops the connection midway": ({"faults": ["drop"]}, None),
+    "drops it three times": ({"faults": ["drop"] * 3}, None),
+    "drops it, then ignores the range": ({"faults": ["drop", "whole"]}, None),
+    "ends early": ({"faults": ["short"]}, None),
+    "sends too much": ({"faults": ["long"]}, None),
+    "sends wrong bytes of the right size": ({"faults": ["corrupt"]}, None),
+    "sends wrong bytes every time": ({"faults": ["corrupt"] * 9}, "arrived 3 times with other bytes than its sha256"),
+    "sends another file after a drop": ({"faults": ["drop", "other"], "other": OTHER}, None),
+    "stalls": ({"faults": ["stall"]}, None),
+    "answers 429 for the bytes": ({"faults": [429, 429]}, None),
+    "answers 429 to the question": ({"answers": [429, 429]}, None),
+    "answers 503 for the bytes": ({"faults": [503, 500]}, None),
+    "answers 503 to the question": ({"answers": [503]}, None),
+    "answers 503 for ever": ({"answers": [503] * 99}, "answered 503, 12 times in a row"),
+    "lets a signed address expire (403)": ({"faults": ["drop", 403]}, None),
+    "answers 403 itself": ({"answers": [403]}, r"refused images/data-0001.tar \(403\)"),
 }
 
 

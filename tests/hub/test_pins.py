@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -44,7 +45,7 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def params(tmp_path):
-    text = open("miniature/params.yaml").read()
+    text = Path("miniature/params.yaml").read_text()
     start, end = text.index("\n    database:"), text.index("\nselection:")
     (tmp_path / "params.yaml").write_text(text[:start] + INPUTS + text[end:])
     return tmp_path / "params.yaml"

@@ -1,4 +1,4 @@
-"""An input that was edited after its download is noticed by whatever opens it, and one that was not is not read again."""
+"""An input that was edited after its download is noticed when it is opened, and one that was not is not read again."""
 
 import json
 import os
@@ -161,7 +161,8 @@ def test_inputs_json_and_what_depends_on_it_know_no_time(place):
 
 # stage → an input that it opens
 OPENED = {
-    "select": "danbooru2023.db", "filter": "images/data-1004.tar", "caption": "danbooru2023.db", "statistics": "tokenizer/vocab.json", "merge": "checkpoints/beta.safetensors",
+    "select": "danbooru2023.db", "filter": "images/data-1004.tar", "caption": "danbooru2023.db",
+    "statistics": "tokenizer/vocab.json", "merge": "checkpoints/beta.safetensors",
     "train": "images/data-0004.tar", "export": "tokenizer_2/merges.txt", "preview": "references/reference-03.png",
 }  # fmt: skip
 QUICK = ("select", "filter", "caption")

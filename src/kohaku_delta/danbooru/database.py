@@ -111,11 +111,10 @@ class Database:
             batches = self.stream(f"SELECT {columns} FROM {table} WHERE {where} ORDER BY id")
             return [work(batch) for batch in batches if batch.num_rows]
 
+        wheres = ["id IS NOT NULL"]
         if is_rowid and (high - low) // SPAN <= SPANS:
-            ranges = range(low, high + 1, SPAN)
-            wheres = (f"id BETWEEN {start} AND {min(start + SPAN - 1, high)}" for start in ranges)
-        else:
-            wheres = iter(["id IS NOT NULL"])
+            starts = range(low, high + 1, SPAN)
+            wheres = [f"id BETWEEN {start} AND {min(start + SPAN - 1, high)}" for start in starts]
         for results in ordered_map(read, wheres):
             yield from results
 

@@ -8,6 +8,7 @@ them if it is small.
 """
 
 import fcntl
+import functools
 import hashlib
 import os
 import re
@@ -172,7 +173,7 @@ def _fetch_rows(
             raise UserError(f"{tar.path} is being written by another download. Wait for it, or stop it.") from None
         for _ in range(file_download.ATTEMPTS):
             for first, last in _merge_ranges(tar.offset[rows], tar.size[rows]):
-                client.retry(lambda first=first, last=last: copy(descriptor, first, last), tar.pin.url, stop)
+                client.retry(functools.partial(copy, descriptor, first, last), tar.pin.url, stop)
                 inside = (tar.offset[rows] >= first) & (tar.offset[rows] < last)
                 advance(int(tar.size[rows[inside]].sum()))
             os.fsync(descriptor)

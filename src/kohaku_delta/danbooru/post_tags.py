@@ -55,7 +55,7 @@ def chunks(database: Database, ids: np.ndarray, tag_ids: np.ndarray, work: Calla
             number, packed = number[order], packed[order]
         cuts = np.flatnonzero(np.diff(number)) + 1
         firsts = number[np.append(0, cuts)].tolist() if len(number) else []
-        return len(pairs), list(zip(firsts, np.split(packed, cuts)))
+        return len(pairs), list(zip(firsts, np.split(packed, cuts), strict=False))
 
     def read(first: int) -> list:
         """work(chunk) of the chunks of one file."""
@@ -65,7 +65,7 @@ def chunks(database: Database, ids: np.ndarray, tag_ids: np.ndarray, work: Calla
         file.close()
         results = []
         for number in range(first, min(first + CHUNKS, len(starts))):
-            own = [piece for piece, (chunk, _) in zip(pieces, parts) if chunk == number]
+            own = [piece for piece, (chunk, _) in zip(pieces, parts, strict=False) if chunk == number]
             pairs = np.concatenate([np.empty(0, np.int64), *own])
             stop = min(starts[number] + (1 << BITS), len(ids))
             chunk = Chunk(starts[number], stop, (pairs >> 32).astype(np.uint16), pairs.astype(np.int32))

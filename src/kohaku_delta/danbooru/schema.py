@@ -17,8 +17,10 @@ TYPES = "0 general, 1 artist, 2 character, 3 copyright, 4 meta"
 DANBOORU_TYPES = "0 general, 1 artist, 3 copyright, 4 character, 5 meta"
 CHARACTER, META, DANBOORU_META = 2, 4, 5
 # frequent meta tags of Danbooru
-META_NAMES = """highres absurdres lowres commentary commentary_request translated translation_request bad_id
-    bad_pixiv_id md5_mismatch""".split()
+META_NAMES = (
+    *("highres", "absurdres", "lowres", "commentary", "commentary_request", "translated", "translation_request"),
+    *("bad_id", "bad_pixiv_id", "md5_mismatch"),
+)
 COLUMNS = {
     "post": ("id", "created_at", "md5", "file_ext", "file_url", "rating", "fav_count", "is_deleted", "is_banned"),
     "tag": ("id", "name", "type"),
@@ -47,7 +49,8 @@ def check_schema(database: Database) -> list[str]:
         if not database.value(f"SELECT EXISTS (SELECT 1 FROM {table})"):
             raise _wrong_layout(database, f"its table {table} has no row")
     for place, meaning in NUMBERS.items():
-        _require_numbers(database, *place.split("."), meaning)
+        table, column = place.split(".")
+        _require_numbers(database, table, column, meaning)
     _require_dates(database)
     return _check_types(database)
 

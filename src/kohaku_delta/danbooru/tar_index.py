@@ -213,7 +213,7 @@ def _read_index(keep) -> dict[str, tuple[str, TarMembers]]:
     cuts = np.r_[0, np.flatnonzero(np.diff(tar.indices.to_numpy())) + 1, len(tar)].tolist()
     return {
         tar[start].as_py(): (state[start].as_py(), TarMembers(*_columns(whole.slice(start, stop - start))))
-        for start, stop in zip(cuts, cuts[1:])
+        for start, stop in zip(cuts, cuts[1:], strict=False)
     }
 
 

@@ -90,7 +90,7 @@ class WordTable:
     def add(self, words: list[str]) -> np.ndarray:
         """The index of each of these words (int32)."""
         new = [word for word in words if word not in self.index]
-        self.index.update(zip(new, range(len(self.index), len(self.index) + len(new))))
+        self.index.update({word: len(self.index) + number for number, word in enumerate(new)})
         count = self.tokenizer.encode
         self.with_comma = np.append(self.with_comma, [len(count(f"{word},")) for word in new]).astype(np.int32)
         self.alone = np.append(self.alone, [len(count(word)) for word in new]).astype(np.int32)

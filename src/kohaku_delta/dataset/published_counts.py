@@ -34,6 +34,7 @@ def comparison_sentence(comparison: dict | str) -> str:
         return comparison
     posts, steps, buckets = (comparison[name] for name in ("posts", "steps", "buckets"))
     return (
-        f"published {posts['published']:,} posts (here {posts['difference']:+,}), {steps['published']:,} steps (here {steps['difference']:+,}), "
+        f"published {posts['published']:,} posts (here {posts['difference']:+,}), "
+        f"{steps['published']:,} steps (here {steps['difference']:+,}), "
         f"{buckets['equal']} of {buckets['published']} known buckets equal"
     )

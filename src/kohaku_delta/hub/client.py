@@ -1,8 +1,8 @@
 """Asks the Hugging Face Hub for files and their hashes. Every failure of the Hub or the network becomes TransientError
 (worth another try) or a UserError with a remedy. A token is in none of them.
 
-huggingface_hub knows the Hub: addresses, the token, the meaning of answers. hf_hub_download is not used: since release 2
-an interrupted download starts again from nothing (huggingface_hub 2.4.0, file_download.py,
+huggingface_hub knows the Hub: addresses, the token, the meaning of answers. hf_hub_download is not used: since release
+2 an interrupted download starts again from nothing (huggingface_hub 2.4.0, file_download.py,
 _download_to_tmp_and_move), and one file here has 15 GB. The text of a caught error is never passed on: it may hold a
 signed address, or anything that a server sent. The library is imported inside functions, because it reads its
 environment (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE) when it is imported, and only the download needs it.

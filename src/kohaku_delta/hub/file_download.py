@@ -7,6 +7,7 @@ another file of the same name. A part is locked, so two processes never write to
 """
 
 import fcntl
+import functools
 import glob
 import os
 import shutil
@@ -63,7 +64,8 @@ def download_file(
     for _ in range(ATTEMPTS):
         part = partial_path(target, remote)
         with _locked(part) as descriptor:
-            client.retry(lambda: _download_rest(pin, descriptor, remote, stop, advance), pin.url, stop)
+            rest = functools.partial(_download_rest, pin, descriptor, remote, stop, advance)
+            client.retry(rest, pin.url, stop)
             os.fsync(descriptor)
             found = hash_file(part)
             if (

@@ -1,4 +1,4 @@
-"""One merge or bake as the stage does it, with any piece size and number of threads. The last line is the file's sha256.
+"""One merge or bake as the stage does it, with any piece size and number of threads. The last line is the sha256.
 
 Run by benchmarks/checkpoint.py: `python benchmarks/run_ours.py merge FOLDER OUT --numbers 16384 --threads 1`.
 """

@@ -1,9 +1,8 @@
 """A finished rebuild for the tests of the audit, made in a second: the real pipeline, formats and captions, with a
 dozen posts, eight steps and a few tensors.
 
-dvc.lock and the records are written here, by hand, from what DVC and the stages are said to write: the audit's own code
-is not used. `lock` and `records` can be called again after a change: that is the careful forger, who hashes everything
-anew.
+dvc.lock and the records are written by hand, without the audit's own code. Calling `lock` and `records` again after a
+change is what a careful forger does, who rehashes everything.
 """
 
 import hashlib
@@ -167,8 +166,9 @@ def _train(folder: Path, recipe, rows: pa.Table, base: str) -> None:
                 weights[name] += (step + 1) * (number + 1) / 1000
         found = tensor_fingerprints.fingerprints(weights)
         row = {
-            "step": step, "visits": journal.visits_digest(batches), "losses": [0.5 + step / 100] * len(batches), "lanes": [step + 1, step + 2],
-            "gradient_norm": 1.0 + step, "learning_rate_unet": 0.5, "learning_rate_text": 0.25, "scale": 1.0, "weights": tensor_fingerprints.combine(found),
+            "step": step, "visits": journal.visits_digest(batches), "losses": [0.5 + step / 100] * len(batches),
+            "lanes": [step + 1, step + 2], "gradient_norm": 1.0 + step, "learning_rate_unet": 0.5,
+            "learning_rate_text": 0.25, "scale": 1.0, "weights": tensor_fingerprints.combine(found),
             "optimizer": tensor_fingerprints.combine({}), "tensors": tensor_fingerprints.short_fingerprints(found),
         }  # fmt: skip
         said.append(row)
@@ -230,13 +230,14 @@ def hashed(path: Path) -> dict:
     )
     shas = {place: sha256(data) for place, data in files.items()}
     return {
-        "md5": hashlib.md5(listing.encode()).hexdigest() + ".dir", "size": sum(map(len, files.values())), "nfiles": len(files),
+        "md5": hashlib.md5(listing.encode()).hexdigest() + ".dir", "size": sum(map(len, files.values())),
+        "nfiles": len(files),
         "sha256": sha256("".join(f"{each}  {place}\n" for place, each in sorted(shas.items())).encode()), "files": shas,
     }  # fmt: skip
 
 
 def lock(folder: Path) -> None:
-    """dvc.lock of what lies there now."""
+    """dvc.lock for the current files."""
     stages = {}
     for name in STAGES:
         said = declared(folder, name)
@@ -256,7 +257,7 @@ def lock(folder: Path) -> None:
 
 
 def records(folder: Path, **changed) -> None:
-    """The records of the runs that dvc.lock tells of."""
+    """The records of the runs that dvc.lock describes."""
     place = folder / "build" / "records"
     place.mkdir(exist_ok=True)
     for old in place.iterdir():
@@ -281,9 +282,11 @@ def records(folder: Path, **changed) -> None:
             }
         told = stage["params"]["params.yaml"]
         content = {
-            "format": "kohaku-delta record 1", "stage": name, "command": stage["cmd"], "inputs": inputs, "outputs": outputs,
-            "parameters": told, "parameters_after": told, "revision": None, "libraries": {"click": "8.5.1"}, "container": None,
-            "numerics": {"device": "cpu"} if name == "train" else None, "confined": None, "changed_code": [], "host": {"processor": "one"},
+            "format": "kohaku-delta record 1", "stage": name, "command": stage["cmd"], "inputs": inputs,
+            "outputs": outputs, "parameters": told, "parameters_after": told, "revision": None,
+            "libraries": {"click": "8.5.1"}, "container": None,
+            "numerics": {"device": "cpu"} if name == "train" else None, "confined": None, "changed_code": [],
+            "host": {"processor": "one"},
             "times": {"began": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:00:01+00:00", "seconds": 1.0},
         }  # fmt: skip
         key = sha256(

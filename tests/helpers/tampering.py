@@ -1,7 +1,7 @@
-"""What forgers do to a finished rebuild (finished.py), and how the commands are asked of one.
+"""What forgers do to a finished rebuild (rebuild_factory.py), and how the tests run the commands on it.
 
-A plain forger changes a file. A careful one calls `carefully` afterwards: dvc.lock and the records are then consistent,
-and the contents give it away.
+A plain forger changes a file. A careful one calls `rehash_everything` afterwards: dvc.lock and the records are then
+consistent, and only the contents give it away.
 """
 
 import json
@@ -106,7 +106,7 @@ def ulp(name):
 
 
 def journaled(change, chained):
-    """The journal with changed rows: as a text editor would leave it, or chained anew with the honest beginning and
+    """The journal with changed rows: as a text editor would leave it, or with a new chain and the honest beginning and
     end.
     """
 

@@ -2,7 +2,7 @@
 a socket, fails and names it.
 
 Two layers: Python's audit hook (`audit_hook`), which names, and the kernel's Landlock (`landlock`), which also sees C
-code and other programs. docs/hermetic.md says what is allowed, and what neither sees. A stage that another program
+code and other programs. docs/sandbox.md says what is allowed, and what neither sees. A stage that another program
 calls as a function is not held: a hook cannot be taken off.
 """
 

@@ -25,7 +25,7 @@ NUMBERS = {
 }
 SHOWN = 3
 # of losses, relative, root mean square: 14 times the most that fp16 training and fp16 files were seen to move them
-# (docs/replay.md)
+# (docs/verify.md)
 TOLERANCE = 1e-3
 ELSEWHERE = {
     "train.device",

@@ -1,5 +1,5 @@
 """The names of every tensor: in a checkpoint, in diffusers and transformers, and in a LoKr file. No other module spells
-them; docs/names.md shows the table.
+them; docs/tensor-names.md shows the table.
 
 A checkpoint (one .safetensors file) has Stability's names: U-Net `model.diffusion_model.…` (SGM), TE1
 `conditioner.embedders.0.transformer.text_model.…` (CLIP ViT-L as in transformers 4), TE2

@@ -113,8 +113,8 @@ def metadata(recipe: Recipe, base_digest: str) -> dict[str, str]:
 
 
 def group_by_module(file: SafetensorsFile) -> dict[str, tuple[str, dict[str, str]]]:
-    """module name → (kind, {suffix: tensor name}) of an open LoKr file, sorted. Raises UserError for a tensor that is not
-    part of a LoKr, a norm difference or a full difference.
+    """module name → (kind, {suffix: tensor name}) of an open LoKr file, sorted. Raises UserError for a tensor that is
+    not part of a LoKr, a norm difference or a full difference.
     """
     modules: dict[str, dict[str, str]] = {}
     for name in file.specs:

@@ -194,8 +194,8 @@ def test_a_parquet_file_of_captions_reads_as_plain_texts(build):
 def test_a_font_list_in_the_home_directory_decides_nothing(tmp_path):
     """matplotlib keeps a list of fonts in the user's cache; here it says that a serif face is DejaVu Sans."""
     script = (
-        "import sys; sys.path[0] = 'src'; from kohaku_delta.report import dataset_plots; "
-        "print(dataset_plots.font_manager.findfont('DejaVu Sans'))"
+        "import sys; sys.path[0] = 'src'; from kohaku_delta.report import plotting; "
+        "print(plotting.font_manager.findfont('DejaVu Sans'))"
     )
 
     def found():

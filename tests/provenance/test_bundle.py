@@ -170,7 +170,7 @@ def test_a_wrong_key_is_refused_and_an_unnamed_one_believes_nothing(bundle, keys
     assert code == 0 and "verified: 12 stages" in said
     assert ask("provenance", bundle, "--verify", keys / "ours")[0] == 2, "a private key is no public one"
     code, said = ask("provenance", bundle, "--key", keys / "ours")
-    assert code == 2 and "signed where it is packed" in said
+    assert code == 2 and "Sign it when you pack it" in said
 
 
 def envelope(payload: bytes, key, **more) -> str:

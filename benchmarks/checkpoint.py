@@ -1,12 +1,11 @@
-"""Invariant: every tool merges or bakes the same files in the same run, as a whole process, from a cold page cache
-until its bytes lie on the disk.
+"""Merge and bake compared with cp, sd-mecha and LyCORIS: the same files in the same run, each tool as a whole process,
+from a cold page cache until its output is on disk.
 
-Run: `make bench-checkpoint`, or `python benchmarks/checkpoint.py`; `--scale 0.4` gives a fifth of the size in a minute
-or two. Three checkpoints and a LoKr file are made on the first run (benchmarks/synthetic_checkpoints.py, 22 GB at scale
-1). Rounds alternate between `cp` of one checkpoint, our merge and our bake; figures are medians. sd-mecha gets an
-environment of its own, on top of this one's torch, with its default threads and then with none beside its own. LyCORIS
-merges into a model in memory, computed in fp32 as ours is. Ours also runs with other piece sizes and numbers of
-threads: one hash is expected.
+Run `make bench-checkpoint`, or `python benchmarks/checkpoint.py`; `--scale 0.4` gives a fifth of the size in a minute
+or two. The first run makes three checkpoints and a LoKr file (synthetic_checkpoints.py, 22 GB at scale 1). Rounds
+alternate between `cp` of one checkpoint, our merge and our bake; figures are medians. sd-mecha has an environment of
+its own on top of this one's torch, and runs with its default threads and with one. LyCORIS merges into a model in
+memory, in fp32 as ours. Ours also runs with other chunk sizes and thread counts; all must give one hash.
 """
 
 import hashlib
@@ -35,7 +34,7 @@ SD_MECHA = (
     "rapidfuzz==3.14.6",
     "scipy==1.17.1",
 )
-OTHERS = ((1 << 14, 1), (1 << 20, 3))  # piece sizes and threads beside the default
+OTHERS = ((1 << 14, 1), (1 << 20, 3))  # chunk sizes and threads besides the default
 PIECE = 4 << 20
 
 
@@ -48,7 +47,7 @@ def evict(paths: list[Path]) -> None:
 
 
 def timed(command: list, inputs: list[Path], out: Path, log: Path) -> tuple[float, float, str]:
-    """Seconds until `out` lies on the disk, peak MiB of the process, and the last line it printed. Raises
+    """Seconds until `out` is on disk, peak MiB of the process, and the last line it printed. Raises
     CalledProcessError.
     """
     out.unlink(missing_ok=True)
@@ -77,12 +76,15 @@ def sha256(path: Path) -> str:
 
 def equal(ours: Path, theirs: Path) -> str:
     found = compare_tensors.compare_files(ours, theirs)
-    return f"{found.tensors - len(found.differences) - len(found.other_shape):,} of {found.tensors:,} tensors equal, bit for bit"
+    equal = found.tensors - len(found.differences) - len(found.other_shape)
+    return f"{equal:,} of {found.tensors:,} tensors equal, bit for bit"
 
 
 @click.command()
-@click.option("--scale", default=1.0, show_default=True, help="Of SDXL's widths; the files' size goes with its square.")
-@click.option("--rounds", default=3, show_default=True, help="Of cp, merge and bake; medians count.")
+@click.option(
+    "--scale", default=1.0, show_default=True, help="Factor of SDXL's widths; file sizes grow with its square."
+)
+@click.option("--rounds", default=3, show_default=True, help="Rounds of cp, merge and bake; figures are medians.")
 @click.option("--others/--no-others", default=True, show_default=True, help="Run sd-mecha and LyCORIS too.")
 @click.option("--seed", default=1, show_default=True)
 @click.option(
@@ -103,7 +105,8 @@ def main(scale: float, rounds: int, others: bool, seed: int, work: Path) -> None
         work.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(work).free) < needed:
             raise click.ClickException(
-                f"{needed >> 20:,} MiB are needed in {work}; {free >> 20:,} MiB are free. Ask for a smaller --scale, or name another place with --work."
+                f"{needed >> 20:,} MiB are needed in {work}; {free >> 20:,} MiB are free. "
+                "Use a smaller --scale, or another folder (--work)."
             )
         click.echo(f"making {needed * 22 // 36 >> 30} GiB of files in {folder} …")
         subprocess.run(

@@ -1,5 +1,5 @@
-"""Invariant: a competitor runs in an environment of its own, made once; where it cannot be installed, its figures are
-left out with a sentence.
+"""Virtual environments for the tools we compare with: made once; if one cannot be installed, its figures are left out
+and a message says why.
 """
 
 import subprocess

@@ -1,13 +1,12 @@
-"""Invariant: both tools see the same database, tars, seed and ranges in the same run, and every figure is measured
-here.
+"""The dataset stages compared with HakuBooru: both see the same database, tars, seed and ranges in the same run, and
+every figure is measured here.
 
-Run: `make bench-dataset`, or `python benchmarks/dataset.py --posts 200000 --posts 1000000`. For each size a collection
-is made (benchmarks/synthetic_danbooru.py), then select, filter and caption run on it, as a whole process from start to
-end. HakuBooru runs at the largest size up to --hakubooru (half a million posts take it a quarter of an hour and 8 GB),
-in an environment of its own that is made on the first run; ids and captions are compared post for post. Each ends with
-what a trainer can read: HakuBooru with an image and a text file for each post, ours with tables that say where in the
-tars each image lies. --spare-files spares HakuBooru the files. The release's ranges are kept, with draws in proportion
-to the size.
+Run `make bench-dataset`, or `python benchmarks/dataset.py --posts 200000 --posts 1000000`. For each size it makes a
+collection (synthetic_danbooru.py) and runs select, filter and caption on it, as a whole process. HakuBooru runs at the
+largest size up to --hakubooru (half a million posts take a quarter of an hour and 8 GB), in an environment of its own
+that is made on the first run; ids and captions are compared post for post. Each ends with what a trainer can read:
+HakuBooru with an image and a text file per post, ours with tables that give each image's offset in the tars. --spare-
+files lets HakuBooru skip the files. The release's ranges are kept, with draws in proportion to the size.
 """
 
 import json
@@ -33,10 +32,9 @@ PACKAGES = (
     "python-dateutil==2.8.2",
     "webdataset==0.2.86",
     "tqdm",
-)  # of the release's time, or nearest to it
+)  # the release's version, or the nearest to it
 BYTES_A_POST = 3600  # of a collection
-# of ours, whose seconds scatter by a tenth and more; the median counts. HakuBooru's minutes do not scatter so: it runs
-# once
+# runs of ours, whose times scatter by 10 % and more; the median counts. HakuBooru runs once: its minutes scatter less
 RUNS = 3
 RELEASE = 7_100_000  # posts that the release's draws belong to
 
@@ -55,7 +53,7 @@ def recipe(posts: int, seed: int, folder: Path) -> tuple[Path, list[dict]]:
 
 def run_timed(command: list, log: Path) -> tuple[float, float]:
     """Seconds and peak MiB of a whole process. Raises CalledProcessError."""
-    os.sync()  # what was written before is not paid for by this one
+    os.sync()  # so that earlier writes do not count
     with open(log, "w") as file:
         started = time.perf_counter()
         process = subprocess.Popen([str(each) for each in command], stdout=file, cwd=log.parent)
@@ -86,7 +84,7 @@ def same(theirs: Path, ours: Path) -> tuple[bool, int]:
     multiple=True,
     default=(200_000, 500_000, 1_000_000, 7_100_000),
     show_default=True,
-    help="Sizes of collections; repeat it.",
+    help="Size of a collection; may be repeated.",
 )
 @click.option(
     "--hakubooru",
@@ -127,7 +125,8 @@ def main(sizes: tuple[int, ...], largest: int, spare_files: bool, seed: int, wor
             free = shutil.disk_usage(work).free
             if free < size * BYTES_A_POST:
                 raise click.ClickException(
-                    f"A collection of {size:,} posts needs {size * BYTES_A_POST >> 20:,} MiB in {work}; {free >> 20:,} MiB are free. Ask for fewer posts."
+                    f"A collection of {size:,} posts needs {size * BYTES_A_POST >> 20:,} MiB in {work}; "
+                    f"{free >> 20:,} MiB are free. Ask for fewer posts."
                 )
             pairs = synthetic_danbooru.write(folder, size, seed, later=False)
             made.write_text(json.dumps({"pairs": pairs}))
@@ -147,7 +146,8 @@ def main(sizes: tuple[int, ...], largest: int, spare_files: bool, seed: int, wor
         captions = pq.read_metadata(out / "captions.parquet").num_rows
         each = ", ".join(f"{seconds:.2f}" for seconds, _ in took)
         click.echo(
-            f"{size:>9,} posts, {pairs:>11,} tag pairs: ours {seconds:8.2f} s (median of {each}), {peak:6,.0f} MiB, {captions:,} captions"
+            f"{size:>9,} posts, {pairs:>11,} tag pairs: ours {seconds:8.2f} s (median of {each}), "
+            f"{peak:6,.0f} MiB, {captions:,} captions"
         )
         if python is None or size != opposed:
             continue
@@ -171,7 +171,8 @@ def main(sizes: tuple[int, ...], largest: int, spare_files: bool, seed: int, wor
         values = (round(slow / seconds, 1), round(peak), round(much), size, count, equal, round(slow, 2))
         figures |= dict(zip(keys, values, strict=True))
         click.echo(
-            f"{'':9} HakuBooru: {slow:.2f} s, {much:,.0f} MiB; ratio {slow / seconds:.1f}; {count:,} ids and captions {'equal' if equal else 'NOT equal'}"
+            f"{'':9} HakuBooru: {slow:.2f} s, {much:,.0f} MiB; ratio {slow / seconds:.1f}; "
+            f"{count:,} ids and captions {'equal' if equal else 'NOT equal'}"
         )
     if figures["posts"] is None:
         figures |= {"posts": max(sizes), "peak_mib": figures[f"peak_mib_{max(sizes)}"]}

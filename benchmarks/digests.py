@@ -1,5 +1,5 @@
-"""How fast outs are hashed anew, against sha256sum: one file (an SDXL checkpoint has 6.9 GB) and two at once. `make
-bench-audit`; --help for the size.
+"""How fast outputs are hashed, compared with sha256sum: one file (an SDXL checkpoint has 6.9 GB) and two at once.
+`make bench-audit`; --help for the size.
 """
 
 import os
@@ -26,7 +26,7 @@ def timed(function) -> float:
 @click.option("--rounds", type=int, default=3, show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), default="work/bench", show_default=True)
 def main(gib: float, rounds: int, folder: Path) -> None:
-    """Times in turn, so that what else runs here meets all; the best of the rounds counts."""
+    """Time them in turn, so that other load meets all of them; the best round counts."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "a.bin", folder / "b.bin"]
     size = int(gib * (1 << 30))

@@ -1,9 +1,9 @@
-"""Invariant: whatever bytes stand in a file, reading it ends with tensors that safetensors reads too, or with a
-Refusal; never with a crash, nor with much memory.
+"""Fuzzing of the safetensors and LoKr readers: whatever bytes a file has, reading it ends with tensors that
+safetensors reads too, or with a UserError; never with a crash or with much memory.
 
-Run: `python benchmarks/fuzz.py --seconds 300`. Two targets take turns: `header`, mutated safetensors files; `lokr`,
-well-formed files of odd LoKr entries, planned and prepared for a bake. The seed and the count repeat a run; a case that
-breaks the promise is kept in the folder of --work and named.
+Run `python benchmarks/fuzz.py --seconds 300`. Two targets take turns: `header`, mutated safetensors files; `lokr`,
+well-formed files of odd LoKr entries, planned and prepared for a bake. Seed and count repeat a run; a failing case is
+kept in the folder of --work and named.
 """
 
 import json
@@ -31,9 +31,11 @@ from kohaku_delta.formats import dtypes, safetensors_io
 from kohaku_delta.weights import bake
 
 TOKENS = (
-    b'"dtype"', b'"shape"', b'"data_offsets"', b'"__metadata__"', b'"F16"', b'"BF16"', b'"F8_E4M3"', b'"F4"', b'"I64"', b"[", b"]", b"{", b"}", b",", b":", b'"', b"\\", b"null", b"true",
-    b"-1", b"0", b"1e3", b"1.0", b"NaN", b"Infinity", b"18446744073709551615", b"18446744073709551616", b"9223372036854775807", b"4294967296", b"\\u0000", b"\\ud800", b"\xff", b"\xf0\x9f\x98\x80",
-    b'{"a":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}}', b"[" * 2000, b'{"":' * 1500, b" " * 64, b"PK\x03\x04", b"\x80\x02",
+    b'"dtype"', b'"shape"', b'"data_offsets"', b'"__metadata__"', b'"F16"', b'"BF16"', b'"F8_E4M3"', b'"F4"', b'"I64"',
+    b"[", b"]", b"{", b"}", b",", b":", b'"', b"\\", b"null", b"true", b"-1", b"0", b"1e3", b"1.0", b"NaN", b"Infinity",
+    b"18446744073709551615", b"18446744073709551616", b"9223372036854775807", b"4294967296", b"\\u0000", b"\\ud800",
+    b"\xff", b"\xf0\x9f\x98\x80", b'{"a":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}}', b"[" * 2000,
+    b'{"":' * 1500, b" " * 64, b"PK\x03\x04", b"\x80\x02",
 )  # fmt: skip
 LORAS = (
     "lora_unet_input_blocks_1_0_in_layers_2",
@@ -66,8 +68,8 @@ SUFFIXES = (
     "",
 )
 RIGHT = (
-    (LORAS[0], (8, 8), (3, 3, 3, 3)), (LORAS[0], (4, 4), (6, 6, 3, 3)), (LORAS[1], (4, 4), (12, 12)), (LORAS[2], (2, 2), (32, 32)), (LORAS[3], (4, 4), (24, 12)),
-    (LORAS[5], (8, 8), (8, 8)),
+    (LORAS[0], (8, 8), (3, 3, 3, 3)), (LORAS[0], (4, 4), (6, 6, 3, 3)), (LORAS[1], (4, 4), (12, 12)),
+    (LORAS[2], (2, 2), (32, 32)), (LORAS[3], (4, 4), (24, 12)), (LORAS[5], (8, 8), (8, 8)),
 )  # fmt: skip
 SIDES = (0, 1, 2, 3, 4, 6, 8, 9, 12, 16, 24, 48, 64)
 
@@ -292,7 +294,8 @@ def main(seconds: float, seed: int, target: str, work: Path) -> None:
                     work.mkdir(parents=True, exist_ok=True)
                     (work / "broken.safetensors").write_bytes(path.read_bytes())
                     raise click.ClickException(
-                        f"case {turn:,} of seed {seed} ({now}) ended with {type(fault).__name__}: {fault}. It is kept as {work / 'broken.safetensors'}."
+                        f"case {turn:,} of seed {seed} ({now}) ended with {type(fault).__name__}: {fault}. "
+                        f"It is kept as {work / 'broken.safetensors'}."
                     ) from fault
                 counts[now, result] = counts.get((now, result), 0) + 1
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024

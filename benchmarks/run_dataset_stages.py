@@ -1,6 +1,4 @@
-"""Invariant: what is timed here is what `dvc repro` runs: the stages select, filter and caption, one after another, in
-one process.
-"""
+"""The stages select, filter and caption as `dvc repro` runs them, one after another in a process. Run by dataset.py."""
 
 import runpy
 import sys

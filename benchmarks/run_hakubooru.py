@@ -1,10 +1,9 @@
-"""Invariant: what is timed and compared is HakuBooru's own code, given the release's figures; nothing of it is repeated
-here.
+"""HakuBooru's own code with the release's settings; nothing of it is reimplemented here.
 
-Runs in an environment of its own (benchmarks/dataset.py makes it), which holds the package and not this project. The
-package on the index is younger than the release, so the release's choices go in from outside: its processors (year,
-rating, quality by p95 … p10, none above 7,000,000), artists named "banned" kept, and dateutil's idea of today, which
-the release's tool took from the clock.
+Runs in an environment of its own (made by dataset.py), which has the package and not this project. The published
+package is younger than the release, so the release's choices are passed in: its processors (year, rating, quality by
+p95 … p10, none above 7,000,000), artists named "banned" kept, and dateutil's notion of today, which the release's tool
+took from the clock.
 """
 
 import argparse

@@ -1,8 +1,7 @@
-"""Invariant: lycoris.utils.merge, as it comes, on a whole model in memory: a checkpoint and a LoKr file in, a
-checkpoint out.
+"""lycoris.utils.merge, unchanged, on a whole model in memory: a checkpoint and a LoKr file in, a checkpoint out.
 
-Run by benchmarks/checkpoint.py; `python benchmarks/run_lycoris.py BASE LOKR OUT --dtype float32`. Its last line says
-how the seconds were spent.
+Run by checkpoint.py; `python benchmarks/run_lycoris.py BASE LOKR OUT --dtype float32`. The last line says how the
+seconds were spent.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""Invariant: sd-mecha's own weighted sum of two files, with its defaults. Runs in an environment of its own, which
-benchmarks/checkpoint.py makes.
+"""sd-mecha's own weighted sum of two files, with its defaults. Runs in an environment of its own, made by
+checkpoint.py.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Invariant: (scale, seed) name one file: SDXL's real tensor names, and at scale 1 its real shapes, 6.9 GB of fp16; the
-same on every host.
+"""Checkpoints and a LoKr file of any size, determined by (scale, seed) on every host: SDXL's real tensor names, and at
+scale 1 its real shapes, 6.9 GB of fp16.
 
-Run: `python benchmarks/synthetic_checkpoints.py work/bench/files`. Numbers are drawn once, a block of them, and laid
-over the tensors again and again: a file is written at the disk's speed. Below scale 1 the widths shrink, in steps of
-one attention head; names, depths and the preset's targets stay.
+Run `python benchmarks/synthetic_checkpoints.py work/bench/files`. One block of numbers is drawn and repeated over the
+tensors, so a file is written at the disk's speed. Below scale 1 the widths shrink in steps of one attention head;
+names, depths and the preset's targets stay.
 """
 
 import logging
@@ -66,14 +66,16 @@ def configs(scale: float) -> dict[str, dict]:
     }
     return clip | {
         "unet": {
-            "sample_size": 128, "in_channels": 4, "out_channels": 4, "down_block_types": TRANSFORMERS[0], "up_block_types": TRANSFORMERS[1],
-            "block_out_channels": tuple(HEAD * count for count in levels), "layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10),
-            "attention_head_dim": tuple(levels), "cross_attention_dim": HEAD * (te1 + te2), "use_linear_projection": True, "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": HEAD * te2 + 6 * 256,
+            "sample_size": 128, "in_channels": 4, "out_channels": 4, "down_block_types": TRANSFORMERS[0],
+            "up_block_types": TRANSFORMERS[1], "block_out_channels": tuple(HEAD * count for count in levels),
+            "layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": tuple(levels),
+            "cross_attention_dim": HEAD * (te1 + te2), "use_linear_projection": True,
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": HEAD * te2 + 6 * 256,
         },
         "vae": {
-            "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (128, 256, 512, 512),
-            "layers_per_block": 2, "latent_channels": 4,
+            "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
         },
     }  # fmt: skip
 

@@ -1,5 +1,5 @@
-"""A headless Chromium that says what a page asks of the network, how wide it is, and how it looks: DevTools' protocol
-over two pipes.
+"""A headless Chromium that tells which URLs a page requests, how wide it is, and how it looks; DevTools protocol over
+two pipes.
 """
 
 import base64
@@ -13,8 +13,11 @@ from pathlib import Path
 BINARY = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
 )
-FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --disable-extensions
---disable-default-apps --mute-audio --hide-scrollbars --remote-debugging-pipe""".split()
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions",
+    "--disable-default-apps", "--mute-audio", "--hide-scrollbars", "--remote-debugging-pipe",
+]  # fmt: skip
 
 
 class Browser:
@@ -98,8 +101,12 @@ def browser(profile: Path):
         os.dup2(write, 4)
 
     process = subprocess.Popen(
-        [BINARY, *FLAGS, f"--user-data-dir={profile}", "about:blank"], preexec_fn=places, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )  # fmt: skip
+        [BINARY, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
+        preexec_fn=places,
+        close_fds=False,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     os.close(orders[0])
     os.close(answers[1])
     try:

@@ -1,5 +1,5 @@
-"""A finished build in a few kilobytes: the miniature's recipe, with outs that were never computed and the lock that DVC
-would have written of them.
+"""A finished build in a few kilobytes: the miniature's recipe, outputs that were never computed, and the lock that DVC
+would have written for them.
 """
 
 import hashlib
@@ -17,8 +17,9 @@ yaml.default_flow_style = False
 yaml.representer.ignore_aliases = lambda _: True  # DVC writes none
 
 DATASET = {
-    "drawn": 12, "selected": 11, "trained": 9, "dropped": {"deleted": 1, "hidden": 1}, "despite": {}, "micro_batches": 3, "steps": 5, "buckets": 2,
-    "ratings": {"safe": 5, "nsfw": 4}, "quality": {"masterpiece": 9}, "tokens": {"median": 5, "longest": 9, "over_225": 0},
+    "drawn": 12, "selected": 11, "trained": 9, "dropped": {"deleted": 1, "hidden": 1}, "despite": {},
+    "micro_batches": 3, "steps": 5, "buckets": 2, "ratings": {"safe": 5, "nsfw": 4}, "quality": {"masterpiece": 9},
+    "tokens": {"median": 5, "longest": 9, "over_225": 0},
     "published": "not compared: this recipe has no published figures",
 }  # fmt: skip
 
@@ -30,7 +31,7 @@ def png(width: int, height: int) -> bytes:
 
 
 def make(place: Path, params: dict | None = None, dataset: dict = DATASET, texts: dict[str, str] | None = None) -> Path:
-    """A recipe's folder with its build. `params`: another recipe; `texts`: outs of build/ with another content."""
+    """A recipe's folder with its build. `params`: another recipe; `texts`: outputs in build/ with other content."""
     build = place / "build"
     params = params or recipe()
     (build / "statistics").mkdir(parents=True)
@@ -108,12 +109,13 @@ def inputs(params: dict) -> dict:
         )
 
     return {
-        name: [entry(each) for pin in pins for each in some(pin)] if isinstance(pins, list) else entry(pins) for name, pins in params["download"]["inputs"].items()
-    }  # fmt: skip
+        name: [entry(each) for pin in pins for each in some(pin)] if isinstance(pins, list) else entry(pins)
+        for name, pins in params["download"]["inputs"].items()
+    }
 
 
 def lock(place: Path, params: dict, leave_out: tuple[str, ...] = ()) -> None:
-    """Writes dvc.lock as DVC would, of the files that are there; without the stages of `leave_out`."""
+    """Writes dvc.lock as DVC would, for the files that exist; without the stages of `leave_out`."""
     stages = {}
     for name, stage in yaml.load((place / "dvc.yaml").read_text())["stages"].items():
         values = {}

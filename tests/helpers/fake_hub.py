@@ -1,15 +1,15 @@
-"""A hub on this machine that speaks enough of the real one's protocol for huggingface_hub, and misbehaves when told to.
+"""A hub on this machine that speaks enough of the real one's protocol for huggingface_hub, and misbehaves on request.
 
-Two servers, as in life: the hub answers /resolve and /api, and sends whoever wants a large (LFS) file to another
-origin, which must never see a token. What goes wrong is a list of faults a file, one for each time that its bytes are
-asked for; then all is well.
+Two servers, as in reality: the hub answers /resolve and /api, and redirects requests for large (LFS) files to another
+origin, which must never see a token. Each file has a list of faults, one for each request of its bytes; after them
+everything works.
 """
 
 import hashlib
 import json
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -175,10 +175,8 @@ class HubHandler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def handle(self):
-        try:
+        with suppress(ConnectionError, ValueError):
             super().handle()
-        except (ConnectionError, ValueError):
-            pass
 
 
 class Storage(HubHandler):

@@ -1,5 +1,5 @@
-"""Two machines on one: network namespaces joined by a virtual cable, each with its own addresses and nothing else to
-reach. Linux, root.
+"""Two machines on one: network namespaces joined by a virtual cable, each with its own addresses and no other network.
+Linux, root.
 """
 
 import os
@@ -21,7 +21,7 @@ def _ip(*arguments: str) -> None:
 
 @contextmanager
 def two():
-    """The names of two namespaces. OSError where this host does not permit them."""
+    """The names of two namespaces. Raises OSError if this host does not permit them."""
     if not shutil.which("ip"):
         raise OSError("the command `ip` is not there (iproute2)")
     names = [f"kohaku-{os.getpid()}-{number}" for number in (0, 1)]
@@ -29,7 +29,7 @@ def two():
         for name in names:
             _ip("netns", "add", name)
         _ip("link", "add", CABLE, "netns", names[0], "type", "veth", "peer", "name", CABLE, "netns", names[1])
-        for name, address in zip(names, ADDRESSES):
+        for name, address in zip(names, ADDRESSES, strict=True):
             _ip("-n", name, "address", "add", f"{address}/24", "dev", CABLE)
             for device in ("lo", CABLE):
                 _ip("-n", name, "link", "set", device, "up")
@@ -53,7 +53,7 @@ def processes(name: str) -> list[int]:
 
 
 def torchrun(names: list[str], node: int, folder: Path, ranks: int) -> subprocess.Popen:
-    """Starts machine `node`'s share of a training, `ranks` processes, in its own folder: the command of docs/hosts.md."""
+    """Starts `ranks` processes of a training in the folder of machine `node`, with the command of docs/hosts.md."""
     command = [
         *("ip", "netns", "exec", names[node], sys.executable, "-m", "torch.distributed.run"),
         *(

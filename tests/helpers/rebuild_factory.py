@@ -1,9 +1,8 @@
 """A finished rebuild for the tests of the audit, made in a second: the real pipeline, formats and captions, with a
 dozen posts, eight steps and a few tensors.
 
-dvc.lock and the records are written here, by hand, from what DVC and the stages are said to write: the audit's own code
-is not used. `lock` and `records` can be called again after a change: that is the careful forger, who hashes everything
-anew.
+dvc.lock and the records are written by hand, without the audit's own code. Calling `lock` and `records` again after a
+change is what a careful forger does, who rehashes everything.
 """
 
 import hashlib
@@ -239,7 +238,7 @@ def hashed(path: Path) -> dict:
 
 
 def lock(folder: Path) -> None:
-    """dvc.lock of what lies there now."""
+    """dvc.lock for the current files."""
     stages = {}
     for name in STAGES:
         declaration = declared(folder, name)
@@ -259,7 +258,7 @@ def lock(folder: Path) -> None:
 
 
 def records(folder: Path, **changed) -> None:
-    """The records of the runs that dvc.lock tells of."""
+    """The records of the runs that dvc.lock describes."""
     place = folder / "build" / "records"
     place.mkdir(exist_ok=True)
     for old in place.iterdir():

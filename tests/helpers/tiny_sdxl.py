@@ -1,4 +1,4 @@
-"""A toy SDXL for the tests of checkpoint/: the miniature's dimensions, seeded weights, real key layout."""
+"""A toy SDXL for the tests: the miniature's dimensions, seeded weights, real tensor names."""
 
 import torch
 
@@ -10,23 +10,28 @@ NORM_GROUPS = 4
 MODEL = Model(head_dim=16, norm_groups=NORM_GROUPS, vae_scaling_factor=0.13025, side=128)
 CONFIGS = {
     "unet": {
-        "sample_size": 16, "in_channels": 4, "out_channels": 4, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (24, 48, 48), "layers_per_block": 2,
-        "transformer_layers_per_block": (1, 1, 2), "attention_head_dim": (1, 3, 3), "cross_attention_dim": 112, "use_linear_projection": True,
-        "norm_num_groups": NORM_GROUPS, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "sample_size": 16, "in_channels": 4, "out_channels": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (24, 48, 48),
+        "layers_per_block": 2, "transformer_layers_per_block": (1, 1, 2), "attention_head_dim": (1, 3, 3),
+        "cross_attention_dim": 112, "use_linear_projection": True, "norm_num_groups": NORM_GROUPS,
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 64 + 6 * 256,
     },
     "te1": {
-        "vocab_size": 1000, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "hidden_act": "quick_gelu",
-        "bos_token_id": 998, "eos_token_id": 999, "pad_token_id": None, "max_position_embeddings": 77, "projection_dim": 48,
+        "vocab_size": 1000, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 3, "hidden_act": "quick_gelu", "bos_token_id": 998, "eos_token_id": 999,
+        "pad_token_id": None, "max_position_embeddings": 77, "projection_dim": 48,
     },
     "te2": {
-        "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "hidden_act": "gelu",
-        "bos_token_id": 998, "eos_token_id": 999, "pad_token_id": None, "max_position_embeddings": 77, "projection_dim": 64,
+        "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "hidden_act": "gelu", "bos_token_id": 998, "eos_token_id": 999, "pad_token_id": None,
+        "max_position_embeddings": 77, "projection_dim": 64,
     },
     "vae": {
-        "sample_size": 128, "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "latent_channels": 4,
-        "block_out_channels": (12, 24, 32, 32), "layers_per_block": 2, "norm_num_groups": NORM_GROUPS, "scaling_factor": 0.13025, "force_upcast": True,
+        "sample_size": 128, "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4, "latent_channels": 4, "block_out_channels": (12, 24, 32, 32),
+        "layers_per_block": 2, "norm_num_groups": NORM_GROUPS, "scaling_factor": 0.13025, "force_upcast": True,
     },
 }  # fmt: skip
 

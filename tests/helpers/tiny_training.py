@@ -1,6 +1,4 @@
-"""A lesson for the trainer: a few posts of the miniature, a toy base, and a recipe of a few steps, in a folder of its
-own.
-"""
+"""A tiny training: a few posts of the miniature, a toy base, and a recipe of a few steps, in a folder of its own."""
 
 import os
 import subprocess
@@ -25,8 +23,8 @@ yaml = YAML(typ="safe", pure=True)
 
 
 def write(folder: Path, posts: int, sections: dict[str, dict] | None = None, **train) -> Path:
-    """Everything that `stages/train.py` reads, under folder/build, and params.yaml: two images a micro-batch, four
-    micro-batches a step.
+    """Everything that `stages/train.py` reads, under folder/build, and params.yaml: two images per micro-batch, four
+    micro-batches per step.
 
     `train` (of train or execution), and other `sections`: parameters that differ from the miniature's.
     """

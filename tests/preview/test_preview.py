@@ -247,7 +247,7 @@ def test_a_recipe_without_references_has_no_distance(tmp_path):
 
 
 def test_the_training_brings_the_pictures_nearer_to_their_drawings():
-    """Of the build that lies there: a smaller mean distance than the base's and at most 0.75 of it on four prompts, as
+    """Of the build that lies there: a smaller mean distance than the base's and at most 0.8 of it on six prompts, as
     the README says; a flat picture farther than both on every prompt, and a lower loss.
     """
     if not (file := MINIATURE / "build" / "held-out.json").is_file():
@@ -256,13 +256,10 @@ def test_the_training_brings_the_pictures_nearer_to_their_drawings():
     base, final, flat = (measured[name]["distance"] for name in ("base", "final", "flat"))
     prompts = [name for name in base if name != "mean"]
     assert len(prompts) == len(PREVIEW.prompts)
-    assert final["mean"] < base["mean"] and sum(final[name] <= 0.75 * base[name] for name in prompts) == 4
+    assert final["mean"] < base["mean"] and sum(final[name] <= 0.8 * base[name] for name in prompts) == 6
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert (
-        f"goes from {base['mean']:.1f} to {final['mean']:.1f}" in readme
-        and final["prompt-2"] > base["prompt-2"]
-        and "on the star it grows" in readme
-    )
+    assert f"goes from {base['mean']:.1f} to {final['mean']:.1f}" in readme
+    assert all(final[name] < base[name] for name in prompts)
     assert all(max(base[name], final[name]) < flat[name] for name in prompts)
     assert measured["final"]["loss"]["sdxl"] < measured["base"]["loss"]["sdxl"] <= 0.3826
 

@@ -158,7 +158,7 @@ def test_lokr_names_are_those_of_lycoris_where_its_converter_knows_the_layer(sdx
 
 
 def test_every_lokr_name_is_one_that_comfyui_and_webui_look_for(sdxl):
-    # docs/names.md says where these rules were read
+    # docs/tensor-names.md says where these rules were read
     weights = {key.removesuffix(".weight") for key in sdxl[1] if key.endswith(".weight")}
     unet, te1, te2 = (
         "model.diffusion_model.",

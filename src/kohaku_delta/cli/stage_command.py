@@ -29,7 +29,7 @@ class StageCommand(click.Command):
             place = f" at {error.filename}" if error.filename else ""
             remedy = {
                 errno.ENOSPC: "Free some space and run the stage again.",
-                errno.EACCES: "Check the permissions, or name another place by the option. What a stage does not declare is closed to it (docs/hermetic.md).",
+                errno.EACCES: "Check the permissions, or name another place by the option. What a stage does not declare is closed to it (docs/sandbox.md).",
                 errno.EROFS: "The file system is read-only: name another place by the option.",
                 errno.ENOENT: "Check the path, or run the stage that writes it.",
             }.get(error.errno, "Nothing unfinished was left behind; run the stage again when this is mended.")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -46,9 +47,9 @@ def command(target: Path, as_json: bool, **options) -> None:
             "Give --replay and --seed together: a sample only means something if nobody could foresee it."
         )
     numerics.prepare()
-    from kohaku_delta.verify import audit, findings  # here: numpy reads the environment when it is imported
+    from kohaku_delta.verify import audit, findings  # here, because other commands need not wait for it
 
-    progress = lambda steps: tqdm(steps, desc="replay", unit="step", disable=None, file=sys.stderr)  # noqa: E731
+    progress = partial(tqdm, desc="replay", unit="step", disable=None, file=sys.stderr)
     made = []
     with open_artifact(target) as rebuild:
         for finding in audit.audit(rebuild, **options, progress=progress):

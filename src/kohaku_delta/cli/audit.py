@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -49,7 +50,7 @@ def audit(target: Path, as_json: bool, **options) -> None:
     from kohaku_delta.verify import audit as checks
     from kohaku_delta.verify import findings  # here: numpy reads the environment when it is imported
 
-    progress = lambda steps: tqdm(steps, desc="replay", unit="step", disable=None, file=sys.stderr)  # noqa: E731
+    progress = partial(tqdm, desc="replay", unit="step", disable=None, file=sys.stderr)
     made = []
     with open_artifact(target) as rebuild:
         for finding in checks.audit(rebuild, **options, progress=progress):

@@ -1,7 +1,7 @@
 """The sandbox of a stage: it may open only files that it declares, and only `download` may use the network.
 
 Two layers: Python's audit hook (audit_hook), which names the file, and the kernel's Landlock (landlock), which also
-sees C code and other programs. docs/hermetic.md says what is allowed, and what neither layer sees. A stage that another
+sees C code and other programs. docs/sandbox.md says what is allowed, and what neither layer sees. A stage that another
 program calls as a function is not confined, because an audit hook cannot be removed.
 """
 

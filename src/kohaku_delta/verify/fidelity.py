@@ -39,9 +39,8 @@ def quirks(recipe: Recipe) -> dict[str, bool]:
 
 
 @check("fidelity/quirks")
-def check_quirks(rebuild: Artifact) -> Check:
+def check_quirks(rebuild: Artifact) -> str:
     """Lists the quirks that this recipe copies, and those that it repairs."""
-    yield from ()
     copied = [key for key, is_copied in quirks(rebuild.recipe).items() if is_copied]
     repaired = [key for key, is_copied in quirks(rebuild.recipe).items() if not is_copied]
     warmup = rebuild.recipe.train.warmup_steps

@@ -1,8 +1,8 @@
 """The result of a check: PASS, FAIL with the first faults, or SKIP with its reason.
 
-A check is a generator that yields a sentence per fault and returns the sentence of its PASS. It passes nothing that it
-did not look at: it raises Skip with the reason instead. A UserError that it meets (a file that is damaged or is not
-what it should be) is a fault.
+A check is a generator that yields a sentence per fault and returns the sentence of its PASS; one that cannot fail just
+returns it. A check passes nothing that it did not look at: it raises Skip with the reason instead. A UserError that it
+meets (a file that is damaged or is not what it should be) is a fault.
 """
 
 from collections.abc import Callable, Generator, Iterable
@@ -32,25 +32,28 @@ class Finding:
     message: str
 
 
-def check(name: str) -> Callable[[Callable[..., Check]], Callable[..., Finding]]:
-    """Turns a generator of faults, whose first argument is the Artifact, into a function that returns a Finding. name:
+def check(name: str) -> Callable[[Callable[..., Check | str]], Callable[..., Finding]]:
+    """Turns a check, whose first argument is the Artifact, into a function that returns a Finding. name:
     group/name.
     """
     group, _, short_name = name.partition("/")
 
-    def decorate(find_faults: Callable[..., Check]) -> Callable[..., Finding]:
+    def decorate(find_faults: Callable[..., Check | str]) -> Callable[..., Finding]:
         @wraps(find_faults)
         def run(rebuild: Artifact, *arguments) -> Finding:
-            remaining, faults = find_faults(rebuild, *arguments), []
-            status, message = PASS, ""
+            faults: list[str] = []
+            status = PASS
             try:
-                while True:
-                    faults.append(next(remaining))
+                result = find_faults(rebuild, *arguments)
+                while not isinstance(result, str):
+                    faults.append(next(result))
+                message = result
             except StopIteration as end:
                 message = end.value
             except Skip as reason:
                 status, message = SKIP, str(reason)
             except UserError as error:
+                message = ""
                 faults.append(error.message.replace(f"{rebuild.folder}/", ""))
             if faults:
                 more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""

@@ -115,8 +115,7 @@ def check_outputs(rebuild: Artifact) -> Check:
 
 
 @check("lock/weights")
-def check_left_out(rebuild: Artifact) -> Check:
+def check_left_out(rebuild: Artifact) -> str:
     """Names the outputs that a bundle does not hold, which can therefore not be hashed."""
-    yield from ()
     outs = [out.path for stage in rebuild.lock.values() for out in stage.outs if out.path in _left_out(rebuild)]
     raise Skip(f"not in the bundle, so only what is recorded about them can be compared: {', '.join(outs)}")

@@ -242,7 +242,7 @@ def test_references_that_do_not_fit_the_prompts_are_refused(tmp_path):
 def test_a_recipe_without_references_has_no_distance(tmp_path):
     (tmp_path / "inputs.json").write_text(json.dumps({"inputs": {}, "start": "merge"}))
     assert references.read_references(PREVIEW, tmp_path / "inputs.json", None) is None
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         references.read_references(PREVIEW, tmp_path / "nothing.json", None)
 
 

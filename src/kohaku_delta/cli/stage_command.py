@@ -12,11 +12,14 @@ from kohaku_delta.hub import dvc_checkout
 from kohaku_delta.provenance import stage_record
 
 
+CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}
+
+
 class StageCommand(click.Command):
     """A click command that is held to what it declares, and turns what the operating system refuses into a sentence."""
 
     def __init__(self, *arguments, **settings) -> None:
-        super().__init__(*arguments, **{"context_settings": {"help_option_names": ["-h", "--help"]}, **settings})
+        super().__init__(*arguments, **{"context_settings": CONTEXT, **settings})
         version_option(self)
 
     def invoke(self, context: click.Context):

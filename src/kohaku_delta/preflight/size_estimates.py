@@ -24,7 +24,7 @@ RELEASE = {
 }
 CAPTION = 700  # bytes a post in posts and captions: 0.25 billion tags of 7 million posts are 35 a post; 20 bytes each
 SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
-AHEAD = 5  # micro-batches a loader process has in shared memory: those of training/data_loader.py and the one in hand
+AHEAD = 5  # micro-batches a loader process has in shared memory: those of training/batch_builder.py and the one in hand
 NCCL_SHARED = GB  # what NVIDIA's documentation of NCCL asks of a container (--shm-size=1g)
 
 

@@ -50,7 +50,7 @@ def replay_steps(
     differs) at the first that is not.
     """
     numerics.enforce(recipe.train.device)
-    from kohaku_delta.training import data_loader, trainer
+    from kohaku_delta.training import batch_builder, trainer
     from kohaku_delta.training import journal as journals
     from kohaku_delta.training.training_loop import TrainingLoop
 
@@ -71,7 +71,7 @@ def replay_steps(
             yield begin - 1, refusal.message
             return
     rows = [row for step in range(begin, last + 1) for row in loop.rows(step)]
-    batches = data_loader.batches(parts.source, loop.schedule, rows, recipe.execution.workers)
+    batches = batch_builder.load_batches(parts.builder, loop.schedule, rows, recipe.execution.workers)
     for step in range(begin, last + 1):
         loop.step(step, batches)
         theirs, ours = said.rows[step], loop.journal.rows[-1]
@@ -221,7 +221,7 @@ def losses(
     found = []
     with torch.no_grad():
         for place in chosen:
-            batch = parts.source.batch(
+            batch = parts.builder.batch(
                 rows[place]["posts"], rows[place]["visits"], (rows[place]["width"], rows[place]["height"])
             )
             found.append(

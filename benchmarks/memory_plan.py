@@ -24,7 +24,7 @@ from kohaku_delta.params import Recipe
 from kohaku_delta.sdxl import model_loading
 from kohaku_delta.training import gradient_reduction
 from kohaku_delta.training.batch_builder import Batch
-from kohaku_delta.training.lokr_adapter import LokrAdapter
+from kohaku_delta.training.lokr import LokrAdapter
 from kohaku_delta.training.sdxl_model import Sdxl
 from kohaku_delta.training.training_loop import TrainingContext, TrainingLoop
 

@@ -31,7 +31,7 @@ import torch
 from kohaku_delta import params
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
-from kohaku_delta.training import data_loader, journal, tensor_fingerprints, trainer
+from kohaku_delta.training import batch_builder, journal, tensor_fingerprints, trainer
 from kohaku_delta.training.training_loop import TrainingContext, TrainingLoop
 
 FORMS = ("factors", "delta", "bypass")
@@ -152,7 +152,7 @@ def bench_miniature(recipe, folder: Path, rounds: int, steps: int) -> dict:
     ours = rigs["factors"]
     with tempfile.TemporaryDirectory() as empty:
         rows = [row for step in range(steps) for row in TrainingLoop(recipe, ours, Path(empty)).rows(step)]
-    batches = list(data_loader.batches(ours.source, ours.schedule.combine_chunks(), rows, 0))
+    batches = list(batch_builder.load_batches(ours.builder, ours.schedule.combine_chunks(), rows, 0))
     few = batches[:2]
     works = {form: (lambda rig=rig: time_forward_backward(rig, few)) for form, rig in rigs.items()}
     found = alternate_rounds(rounds, works | {"loose": nondeterministic(works["factors"])})

@@ -11,36 +11,20 @@ from pathlib import Path
 
 import click
 
-from kohaku_delta import atomic_files
+from kohaku_delta import atomic_files, paths
 from kohaku_delta import params as recipes
 from kohaku_delta.cli.stage_command import StageCommand, print_summary
 from kohaku_delta.formats import parquet
 from kohaku_delta.training import schedule as schedules
 
+FILE = click.Path(path_type=Path)
+
 
 @click.command(cls=StageCommand)
-@click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True, help="The recipe.")
-@click.option(
-    "--posts",
-    type=click.Path(path_type=Path),
-    default="build/posts.parquet",
-    show_default=True,
-    help="What is trained on.",
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default="build/schedule.parquet",
-    show_default=True,
-    help="Every micro-batch of every step.",
-)
-@click.option(
-    "--buckets",
-    type=click.Path(path_type=Path),
-    default="build/bucket.txt",
-    show_default=True,
-    help="Images of each bucket, in the published form.",
-)
+@click.option("--params", type=FILE, default="params.yaml", help="The recipe.")
+@click.option("--posts", type=FILE, default=paths.POSTS, help="The posts to train on.")
+@click.option("--out", type=FILE, default=paths.SCHEDULE, help="Every micro-batch of every step.")
+@click.option("--buckets", type=FILE, default=paths.BUCKETS, help="Images per bucket, in the published format.")
 def main(params: Path, posts: Path, out: Path, buckets: Path) -> None:
     """Compute every micro-batch of every step."""
     recipe = recipes.load(params)
@@ -51,7 +35,8 @@ def main(params: Path, posts: Path, out: Path, buckets: Path) -> None:
     images, steps = sum(count for _, count in counts), order["step"][-1].as_py() + 1
     print_summary(
         "schedule",
-        f"{images:,} images in {len(counts)} buckets, B = {order.num_rows:,} micro-batches, {steps:,} steps → {out}, {buckets}",
+        f"{images:,} images in {len(counts)} buckets, B = {order.num_rows:,} micro-batches, {steps:,} steps → "
+        f"{out}, {buckets}",
     )
 
 

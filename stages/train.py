@@ -1,5 +1,5 @@
-"""train: the LoKr. Reads base, posts, captions, schedule, tars; writes delta-lokr.safetensors, journal.parquet,
-curves.csv. State is kept in work/.
+"""train: the LoKr. Reads base, posts, captions, schedule, tars; writes delta-lokr.safetensors, journal.parquet and
+curves.csv. The training state is in work/.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from kohaku_delta import numerics
+from kohaku_delta import numerics, paths
 from kohaku_delta import params as recipes
 from kohaku_delta.cli.stage_command import StageCommand, print_summary
 from kohaku_delta.errors import UserError
@@ -20,69 +20,48 @@ FILE = click.Path(path_type=Path)
 
 
 @click.command(cls=StageCommand)
-@click.option("--params", type=FILE, default="params.yaml", show_default=True, help="The recipe.")
-@click.option(
-    "--inputs",
-    type=FILE,
-    default="build/inputs.json",
-    show_default=True,
-    help="The verified inputs (tokenizers, tars).",
-)
-@click.option("--tars", type=FILE, help="The folder of the tars.  [default: that of --inputs]")
-@click.option(
-    "--tokenizer", type=FILE, help="Folder with vocab.json and merges.txt.  [default: the tokenizer of --inputs]"
-)
-@click.option(
-    "--tokenizer-2", type=FILE, help="The same for the second text encoder.  [default: the tokenizer_2 of --inputs]"
-)
-@click.option(
-    "--base", type=FILE, default="build/delta-base.safetensors", show_default=True, help="The checkpoint to train on."
-)
-@click.option("--posts", type=FILE, default="build/posts.parquet", show_default=True)
-@click.option("--captions", type=FILE, default="build/captions.parquet", show_default=True)
-@click.option("--schedule", type=FILE, default="build/schedule.parquet", show_default=True)
+@click.option("--params", type=FILE, default="params.yaml", help="The recipe.")
+@click.option("--inputs", type=FILE, default=paths.INPUTS, help="The verified inputs (tokenizers, tars).")
+@click.option("--tars", type=FILE, help="The folder of the tars.  [default: from --inputs]")
+@click.option("--tokenizer", type=FILE, help="Folder with vocab.json and merges.txt.  [default: from --inputs]")
+@click.option("--tokenizer-2", type=FILE, help="The same for text encoder 2.  [default: from --inputs]")
+@click.option("--base", type=FILE, default=paths.BASE, help="The checkpoint to train on.")
+@click.option("--posts", type=FILE, default=paths.POSTS, help="The posts to train on.")
+@click.option("--captions", type=FILE, default=paths.CAPTIONS, help="Their captions.")
+@click.option("--schedule", type=FILE, default=paths.SCHEDULE, help="Every micro-batch of every step.")
 @click.option(
     "--ranks",
     type=click.IntRange(1),
-    help="Processes (GPUs) that share the lanes; decides time, never bits.  [default: execution.ranks]",
+    help="Processes (GPUs) that share the lanes; changes the time, not the bits.  [default: execution.ranks]",
 )
-@click.option("--work", type=FILE, help="Where the training state is kept.  [default: execution.work]")
-@click.option("--out", type=FILE, default="build/delta-lokr.safetensors", show_default=True, help="The LoKr file.")
-@click.option("--journal", type=FILE, default="build/journal.parquet", show_default=True, help="A row a step.")
-@click.option(
-    "--curves",
-    type=FILE,
-    default="build/curves.csv",
-    show_default=True,
-    help="Loss, gradient norm and rates, for plots.",
-)
+@click.option("--work", type=FILE, help="Folder of the training state.  [default: execution.work]")
+@click.option("--out", type=FILE, default=paths.LOKR, help="The LoKr file.")
+@click.option("--journal", type=FILE, default=paths.JOURNAL, help="One row per step.")
+@click.option("--curves", type=FILE, default=paths.CURVES, help="Loss, gradient norm and learning rates, for plots.")
 def main(params: Path, ranks: int | None, work: Path | None, **files) -> None:
     """Train the LoKr."""
     recipe = recipes.load(params)
     ranks = ranks or recipe.execution.ranks
     numerics.prepare()
-    from kohaku_delta.training import (
-        gradient_reduction,
-        rank_processes,
-        trainer,
-    )  # they import torch, which must find the numerics fixed
+    # these import torch, which must find the numerics fixed
+    from kohaku_delta.training import gradient_reduction, rank_processes, trainer
 
-    if not rank_processes.is_rank():
+    if rank_processes.is_rank():
+        rank_processes.die_with_parent()
+    else:
         gradient_reduction.lanes_of_rank(recipe.schedule.lanes, 0, ranks)
-        for path in (files["base"], files["posts"], files["captions"], files["schedule"]):
-            if not path.is_file():
+        for name in ("base", "posts", "captions", "schedule"):
+            if not files[name].is_file():
                 raise UserError(
-                    f"{path} is not there. Run the stage that writes it (`dvc repro`), or name the file by its option."
+                    f"{files[name]} is not there. Run the stage that writes it (`dvc repro`), or name the file with "
+                    f"--{name}."
                 )
-        (
-            trainer.load_tokenizers(files),
-            trainer.tar_paths(files),
-        )  # if an input must be hashed again, once and not by every rank
+        # an input that must be hashed again is hashed once, here, and not by every rank
+        trainer.load_tokenizers(files)
+        trainer.tar_paths(files)
         if ranks > 1:
             rank_processes.launch_ranks(ranks, sys.argv[1:])
             return
-    else:
-        rank_processes.die_with_parent()
     line = trainer.train(recipe, files, work or Path(recipe.execution.work))
     if line:
         print_summary("train", line)

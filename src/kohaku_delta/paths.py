@@ -1,6 +1,37 @@
-"""Names of files that several rooms have to know."""
+"""The names of everything that a recipe's pipeline writes, relative to the recipe's folder (the one with params.yaml).
+
+Strings, not Paths: DVC's files hold the same strings, and the stages use them as the defaults of their options.
+"""
 
 from pathlib import Path
+
+BUILD = "build"
+
+INPUTS = "build/inputs.json"  # download: the verified inputs and where they lie
+SELECTION = "build/selection.parquet"  # select
+POSTS = "build/posts.parquet"  # filter
+DROPPED = "build/dropped.parquet"  # filter
+CAPTIONS = "build/captions.parquet"  # caption
+DATASET = "build/dataset.json"  # statistics
+STATISTICS = "build/statistics"  # statistics: folder of plots
+ARTISTS = "build/artists-kxl-delta.json"  # statistics, as published
+CHARACTERS = "build/characters-kxl-delta.json"  # statistics, as published
+BASE = "build/delta-base.safetensors"  # merge
+SCHEDULE = "build/schedule.parquet"  # schedule
+BUCKETS = "build/bucket.txt"  # schedule, as published
+LOKR = "build/delta-lokr.safetensors"  # train
+JOURNAL = "build/journal.parquet"  # train
+CURVES = "build/curves.csv"  # train
+FINAL = "build/kohaku-xl-delta.safetensors"  # bake: the release's checkpoint
+DIFFUSERS = "build/diffusers"  # export: folder
+PREVIEW = "build/preview.png"  # preview
+HELD_OUT = "build/held-out.json"  # preview: loss on posts that were not trained on
+
+CODE = "build/code"  # code: a description of each stage's code, <stage>.json
+RECORDS = "build/records"  # every stage: a record of its run; no DVC output
+AUDIT = "build/audit.json"  # `kohaku-delta audit`
+REPORT = "build/report.html"  # `kohaku-delta report`
+CARD = "build/README.md"  # `kohaku-delta card`: the name that Hugging Face shows
 
 
 def stamps_path(inputs: Path) -> Path:

@@ -1,17 +1,20 @@
-"""What this process says of itself for the record of its run. Those who know it register it, so that the record imports
-neither torch nor the sandbox.
+"""Facts about this process for the record of its run.
+
+The modules that know them register them here, so that the record imports neither torch nor the sandbox; otherwise the
+code description of every data stage would contain both.
 """
 
 from collections.abc import Callable
+from typing import Any
 
-_facts: dict[str, Callable[[str], object]] = {}
+_facts: dict[str, Callable[[str], Any]] = {}
 
 
-def register(name: str, describe: Callable[[str], object]) -> None:
-    """describe(device) is called when the record is written; device is "cpu" or "cuda"."""
+def register(name: str, describe: Callable[[str], Any]) -> None:
+    """Register `describe(device)`; it is called when the record is written. device: "cpu" or "cuda"."""
     _facts[name] = describe
 
 
-def fact(name: str, device: str):
-    """The fact at this moment; None if nobody registered it."""
+def fact(name: str, device: str) -> Any | None:
+    """The current value of a fact; None if nobody registered it."""
     return _facts[name](device) if name in _facts else None

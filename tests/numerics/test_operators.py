@@ -18,7 +18,7 @@ from kohaku_delta import numerics
 from kohaku_delta.numerics import operators
 from kohaku_delta.params import load
 from kohaku_delta.preview import sampler
-from kohaku_delta.training import data_loader, trainer
+from kohaku_delta.training import batch_builder, trainer
 from kohaku_delta.training.sdxl_model import SDXL
 from kohaku_delta.training.training_loop import TrainingLoop
 
@@ -75,7 +75,7 @@ def test_every_operator_of_a_step_of_the_vae_and_of_the_sampler_is_known(variant
     with Strangers() as strangers:
         made = trainer.build_context(recipe, files, texts, trainer.tar_paths(files), "cpu")
         loop = TrainingLoop(recipe, made, folder / "work")
-        loop.step(0, data_loader.batches(made.source, loop.schedule, loop.rows(0), 0))
+        loop.step(0, batch_builder.load_batches(made.builder, loop.schedule, loop.rows(0), 0))
         if recipe.train.precision == "float32":
             model = trainer.load_sdxl(recipe, files["base"], texts, "cpu", torch.float32, SDXL)
             sampler.sample_images(

@@ -93,7 +93,7 @@ def test_the_releases_own_host_with_the_lock_is_green():
         ),
         (replace(GOOD, bitsandbytes="its native library did not load"), "bitsandbytes", "did not load", "driver"),
         (
-            replace(GOOD, numerics="This processor offers DEFAULT; the recipe's CPU contract needs AVX2."),
+            replace(GOOD, numerics="This processor offers DEFAULT; the recipe needs AVX2."),
             "numerics",
             "AVX2",
             "sentence",
@@ -173,10 +173,10 @@ def test_a_host_without_git_is_green_for_dvc_does_without(monkeypatch):
 
 
 def test_what_preflight_repeats_is_what_training_says():
-    from kohaku_delta.training import data_loader, optimizer
+    from kohaku_delta.training import batch_builder, optimizer
 
     assert estimates.BITSANDBYTES_BROKEN == optimizer.BROKEN
-    assert estimates.MICRO_BATCHES_AHEAD == data_loader.AHEAD + 1
+    assert estimates.MICRO_BATCHES_AHEAD == batch_builder.AHEAD + 1
 
 
 def test_ranks_that_do_not_divide_the_lanes_are_told_so():
@@ -301,7 +301,7 @@ def test_the_miniatures_sizes_are_those_of_its_files():
     from kohaku_delta import numerics
     from kohaku_delta.sdxl import model_loading
     from kohaku_delta.training import optimizer
-    from kohaku_delta.training.lokr_adapter import LokrAdapter
+    from kohaku_delta.training.lokr import LokrAdapter
 
     numerics.enforce()
     import torch

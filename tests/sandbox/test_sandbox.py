@@ -35,7 +35,7 @@ FILE = click.Path(path_type=Path)
 if not __name__:  # what the tests' own lines import belongs to the stage's code too
     from kohaku_delta.dataset import captions, dataset_statistics, filtering
     from kohaku_delta.sdxl import tokenizer
-    from kohaku_delta.training import data_loader, rank_processes, trainer
+    from kohaku_delta.training import batch_builder, rank_processes, trainer
     from kohaku_delta.formats import parquet
 
 class Stub:
@@ -317,11 +317,13 @@ def test_ranks_are_held_too_and_talk_on_the_loopback_only(stage, repository, ser
 
 def test_workers_of_the_loader_are_held_too(stage, repository):
     do = (
-        "from kohaku_delta.training import data_loader; import pyarrow as pa; "
+        "from kohaku_delta.training import batch_builder; import pyarrow as pa; "
         "rows = pa.table({'posts': [[1]], 'visits': [[1]], 'width': [8], 'height': [8]}); "
     )
     refused(
-        stage(do + "list(data_loader.batches(Stub('PLACE/mirror/gamma'), rows, [0], 1))"), repository, "mirror/gamma"
+        stage(do + "list(batch_builder.load_batches(Stub('PLACE/mirror/gamma'), rows, [0], 1))"),
+        repository,
+        "mirror/gamma",
     )
 
 

@@ -87,7 +87,7 @@ def test_the_pooled_output_is_projected_in_its_form(model, form):
 
 def test_a_projection_that_is_not_square_cannot_be_transposed(model):
     model.models["te2"].text_projection = torch.nn.Linear(64, 48, bias=False)
-    with pytest.raises(UserError, match="projects 64 numbers to 48.*Set it to sdxl"):
+    with pytest.raises(UserError, match="maps 64 numbers to 48.*Set it to sdxl"):
         model.set_form(RELEASE)
 
 

@@ -85,11 +85,11 @@ def test_a_damaged_newest_state_stops_every_rank_and_its_machine_says_where(tmp_
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     first, second = both(tmp_path)
-    assert first == "refused: Rank 1 has a state after step 2 that cannot be taken up; it says why, on its own machine."
+    assert first == "refused: Rank 1 has a state after step 2 that cannot be loaded; it says why, on its own machine."
     assert second.startswith(f"refused: {file} is not what training saved") and "Delete" in second
 
 
 def test_a_rank_that_was_given_something_else_says_what(tmp_path):
     first, second = both(tmp_path, ({"base": "1", "posts": "2"}, {"base": "1", "posts": "3", "code of x": "4"}))
-    assert first.startswith("refused: Rank 1 was given something else")
+    assert first.startswith("refused: The inputs of rank 1 are not those of rank 0")
     assert second.startswith("refused: Rank 1 cannot train with rank 0: code of x, posts differ.")

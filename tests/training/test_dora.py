@@ -92,7 +92,7 @@ def test_a_resumed_training_gives_the_same_bytes_and_the_bake_computes_what_was_
     base, whole = (
         model_loading.load(path, recipe.model) for path in (trained / "build" / "delta-base.safetensors", baked)
     )
-    from kohaku_delta.training.lokr_adapter import LokrAdapter
+    from kohaku_delta.training.lokr import LokrAdapter
 
     x, context = (
         torch.linspace(-1, 1, 1024).reshape(1, 4, 16, 16),

@@ -277,7 +277,7 @@ def test_the_unet_sees_the_noisy_latents_and_six_sinusoids_and_is_judged_by_min_
 def test_the_journals_losses_and_norm_are_those_of_one_graph(tmp_path):
     """The first step of a lesson, as one expression: Σ of the micro-batches' means / 4, differentiated at once."""
     from kohaku_delta.training import trainer
-    from kohaku_delta.training.lokr_adapter import LokrAdapter as Lokr
+    from kohaku_delta.training.lokr import LokrAdapter as Lokr
 
     folder = tiny_training.write(tmp_path / "lesson", 8)
     assert tiny_training.run(folder).returncode == 0

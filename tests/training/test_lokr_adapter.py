@@ -8,7 +8,7 @@ from kohaku_delta import numerics
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import load
 from kohaku_delta.sdxl import model_loading
-from kohaku_delta.training.lokr_adapter import LokrAdapter, init_weight
+from kohaku_delta.training.lokr import LokrAdapter, init_weight
 
 LOKR = load("miniature/params.yaml").lokr
 LAST = "lora_te1_text_model_encoder_layers_2_"

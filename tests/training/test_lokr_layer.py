@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from kohaku_delta import numerics
-from kohaku_delta.training.lokr_layer import LokrLayer
+from kohaku_delta.training.lokr import LokrLayer
 
 LAYERS = {
     "linear": (lambda: nn.Linear(24, 40), (3, 5, 24)),

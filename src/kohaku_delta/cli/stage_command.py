@@ -18,11 +18,14 @@ REMEDIES = {
 }
 
 
+CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}
+
+
 class StageCommand(click.Command):
     """A click command that is confined to the files it declares, and reports errors of the operating system."""
 
     def __init__(self, *arguments, **settings) -> None:
-        super().__init__(*arguments, **{"context_settings": {"help_option_names": ["-h", "--help"]}, **settings})
+        super().__init__(*arguments, **{"context_settings": CONTEXT, **settings})
         version_option(self)
 
     def invoke(self, context: click.Context):

@@ -1,16 +1,16 @@
-"""Invariant: the bits of a run depend on its inputs, not on the host: `hold()` fixes what may move them, or refuses.
+"""Fixes everything on the host that could change the bits of a run: threads, kernels, flags and environment.
 
-The one place that sets threads, flags and environment. Call it before torch is imported:
+This is the only place that sets them. Call it before torch is imported:
 
     from kohaku_delta import numerics
-    numerics.hold("cpu")
+    numerics.enforce("cpu")
 
-CPU (any x86-64 with AVX2): one thread a rank, ATen's AVX2 kernels, MKL's portable branch (the only one that every
-vendor's processor honours), no oneDNN (it picks its blocking by cache size), no NNPACK, the math form of attention,
-numpy without AVX-512. MKL's vector functions heed none of this: `torch.sqrt` differs between processors, and
+CPU (any x86-64 with AVX2): one thread per rank, ATen's AVX2 kernels, MKL's portable branch (the only one that
+processors of every vendor use), no oneDNN (it chooses its blocking by cache size), no NNPACK, attention in its math
+form, numpy without AVX-512. MKL's vector functions ignore all of this: `torch.sqrt` differs between processors, and
 operators.py lists what may run instead. GPU: deterministic algorithms in strict mode (warn-only leaves attention's
-backward unordered), no autotuning, no TF32, a fixed cuBLAS workspace, and a ring without NVLS in NCCL. Equal bits then
-need the same library versions, architecture and number of multiprocessors.
+backward unordered), no autotuning, no TF32, a fixed cuBLAS workspace, and NCCL's ring without NVLS. Equal bits then
+need the same library versions, GPU architecture and number of multiprocessors.
 """
 
 import logging
@@ -30,11 +30,11 @@ ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "NCCL_NVLS_ENABLE": "0",
     "NCCL_ALGO": "Ring",
-    "LYCORIS_KERNEL_BACKEND": "torch",  # LyCORIS times its fused kernels and keeps the winner: other bits on every run
+    "LYCORIS_KERNEL_BACKEND": "torch",  # otherwise LyCORIS times its fused kernels and keeps the fastest
     "LYCORIS_KERNEL_TUNE": "off",
     "NPY_DISABLE_CPU_FEATURES": os.environ["NPY_DISABLE_CPU_FEATURES"],  # kohaku_delta/__init__.py sets it
     "OPENCV_LOG_LEVEL": "ERROR",
-    "OPENCV_IPP": "disabled",  # IPP picks its code by processor
+    "OPENCV_IPP": "disabled",  # IPP chooses its code by processor
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -43,28 +43,30 @@ PYTHON = (3, 11)
 
 
 def prepare() -> None:
-    """Fixes the environment, for this process and those that it starts; imports nothing. Refuses where torch is already
-    loaded under another one.
+    """Set the environment of this process and those that it starts; imports no library.
+
+    Raises UserError if Python is not 3.11, or if torch was already imported under another environment.
     """
     if sys.version_info[:2] != PYTHON:
         raise UserError(
-            f"This is Python {platform.python_version()}; the recipe's libraries are locked for 3.11. Run `make repro`, which makes .venv."
+            f"This is Python {platform.python_version()}; the recipe's libraries are locked for 3.11. "
+            "Run `make repro`, which creates .venv."
         )
     differing = sorted(key for key, value in ENVIRONMENT.items() if os.environ.get(key) != value)
     if "torch" in sys.modules and differing:
         raise UserError(
-            f"torch was loaded before the numerics were fixed ({', '.join(differing)}). Call numerics.prepare() before importing torch."
+            f"torch was loaded before the numerics were fixed ({', '.join(differing)}). "
+            "Call numerics.prepare() before importing torch."
         )
     os.environ.update(ENVIRONMENT)
     process_facts.register("numerics", lambda device: describe(device) if "torch" in sys.modules else None)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for 4-bit kernels that nothing here uses
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses 4-bit kernels that nothing here uses
 
 
 def enforce(device: str = "cpu") -> None:
-    """Fixes the numerics of this process for `device` ("cpu" or "cuda"). Refuses what it cannot hold.
+    """Fix the numerics of this process for `device` ("cpu" or "cuda").
 
-    Errors: Refusal when torch was imported under another environment, when Python is not 3.11, when the processor has
-    no AVX2, or when a CUDA device is asked for and none is there.
+    Raises UserError as prepare() does, if the processor has no AVX2, or if a CUDA device is needed and there is none.
     """
     prepare()
 
@@ -73,8 +75,9 @@ def enforce(device: str = "cpu") -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(True)
     torch.use_deterministic_algorithms(True, warn_only=False)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: 12 % of a step here
-    torch.backends.mkldnn.enabled = False
+    # a debugging aid that costs 12 % of a step here
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     torch.backends.nnpack.set_flags(False)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
@@ -87,26 +90,25 @@ def enforce(device: str = "cpu") -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_float32_matmul_precision("highest")
     if torch.backends.cpu.get_cpu_capability() != "AVX2":
-        raise UserError(
-            f"This processor offers {torch.backends.cpu.get_cpu_capability()}; the recipe's CPU contract needs AVX2."
-        )
+        raise UserError(f"This processor offers {torch.backends.cpu.get_cpu_capability()}; the recipe needs AVX2.")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "params.yaml asks for train.device cuda, and torch sees no CUDA device here. Run on a GPU host, or rebuild the miniature."
+            "params.yaml sets train.device to cuda, but torch finds no CUDA device here. "
+            "Run on a GPU host, or rebuild the miniature."
         )
 
 
 def describe(device: str) -> dict[str, str]:
-    """What decides the bits here besides inputs, parameters and code: goes into the journal's header and the records."""
+    """What decides the bits besides inputs, parameters and code; part of the run's key and of the stages' records."""
     import torch
 
-    held = {"python": platform.python_version(), "torch": torch.__version__, "device": device, **ENVIRONMENT}
+    facts = {"python": platform.python_version(), "torch": torch.__version__, "device": device, **ENVIRONMENT}
     if device == "cuda":
         card = torch.cuda.get_device_properties(0)
-        held |= {
+        facts |= {
             "gpu": card.name,
             "architecture": f"{card.major}.{card.minor}",
             "multiprocessors": str(card.multi_processor_count),
-            "cuda": torch.version.cuda,
+            "cuda": str(torch.version.cuda),
         }
-    return held
+    return facts

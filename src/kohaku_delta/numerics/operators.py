@@ -1,9 +1,9 @@
-"""Every operator that a training, a VAE or a sampler runs on the CPU is here, and gives the same bits on every x86-64
-processor with AVX2.
+"""The operators that training, VAE and sampler may run on the CPU: each gives the same bits on every x86-64 processor
+with AVX2.
 
-An operator is EXACT (it moves numbers, or IEEE 754 says each result's bits), or MEASURED: its digest on fixed inputs is
-in operators.json and was equal on real and emulated processors of several makers. Any other one is refused by
-tests/numerics/test_operators.py. `kohaku-delta operators` prints the digests of this processor; docs/processors.md says
+An operator is EXACT (it moves numbers, or IEEE 754 defines each result's bits) or MEASURED: its digest on fixed inputs
+is in operators.json and was equal on real and emulated processors of several vendors. tests/numerics/test_operators.py
+fails for any other operator. `kohaku-delta operators` prints the digests of this processor; docs/processors.md says
 what they prove.
 """
 
@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,41 +20,43 @@ import torch.nn.functional as F
 
 KNOWN = Path(__file__).with_name("operators.json")
 
-# aten operators whose result IEEE 754 or plain bookkeeping determines: copies, views, comparisons, whole numbers,
-# conversions (rounded once), and + − × ÷ of single numbers. `pow` is one with the exponents 1 and 2 alone, which torch
-# copies and multiplies out.
+# aten operators whose result is defined by IEEE 754 or involves no arithmetic: copies, views, comparisons, integers,
+# conversions (rounded once), and elementwise + − × ÷. `pow` only with the exponents 1 and 2, which torch computes by
+# copying and multiplying.
 EXACT = frozenset(
-    """__rshift__ _local_scalar_dense _to_copy _unsafe_view abs add add_ alias all arange argmax bitwise_xor_ cat clamp clone constant_pad_nd copy_ detach
-    div div_ embedding empty eq expand fill_ full index index_put lift_fresh masked_fill_ mul mul_ ne neg new_empty new_zeros ones ones_like permute pow
-    round rsub scalar_tensor select select_backward slice slice_backward split squeeze stack sub t transpose tril unbind unsqueeze upsample_nearest2d view
-    where zero_ zeros zeros_like""".split()
+    """
+    __rshift__ _local_scalar_dense _to_copy _unsafe_view abs add add_ alias all arange argmax bitwise_xor_ cat clamp
+    clone constant_pad_nd copy_ detach div div_ embedding empty eq expand fill_ full index index_put lift_fresh
+    masked_fill_ mul mul_ ne neg new_empty new_zeros ones ones_like permute pow round rsub scalar_tensor select
+    select_backward slice slice_backward split squeeze stack sub t transpose tril unbind unsqueeze upsample_nearest2d
+    view where zero_ zeros zeros_like
+    """.split()  # noqa: SIM905
 )
-# What fills weights or a seed that are overwritten before they are read: constructors of modules, the loader's base
-# seed.
+# Random numbers that are overwritten before they are read: initial weights of modules, the DataLoader's base seed.
 OVERWRITTEN = frozenset(("uniform_", "normal_", "random_"))
 
 
 def numbers(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
-    """Float32 in ±scale, made of whole numbers: equal everywhere by construction."""
-    drawn = np.random.Generator(np.random.Philox(key=[seed, sum(shape)])).integers(-(2**20), 2**20, shape)
-    return torch.from_numpy((drawn * (scale / 2**20)).astype(np.float32))
+    """Float32 in ±scale, made from integers: equal everywhere by construction."""
+    integers = np.random.Generator(np.random.Philox(key=[seed, sum(shape)])).integers(-(2**20), 2**20, shape)
+    return torch.from_numpy((integers * (scale / 2**20)).astype(np.float32))
 
 
 def gradients(function: Callable, *inputs: torch.Tensor) -> list[torch.Tensor]:
     """The result of a function and the gradients of its inputs, for a fixed gradient of the result."""
-    inputs = [each.detach().clone().requires_grad_() for each in inputs]
-    result = function(*inputs)
-    return [result, *torch.autograd.grad(result, inputs, numbers(*result.shape, seed=9).to(result.dtype))]
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    result = function(*leaves)
+    return [result, *torch.autograd.grad(result, leaves, numbers(*result.shape, seed=9).to(result.dtype))]
 
 
-def both(function: Callable, *inputs: torch.Tensor) -> list[torch.Tensor]:
+def both_precisions(function: Callable, *inputs: torch.Tensor) -> list[torch.Tensor]:
     """`gradients` in float32 and in float16."""
-    return gradients(function, *inputs) + gradients(function, *(each.half() for each in inputs))
+    return gradients(function, *inputs) + gradients(function, *(tensor.half() for tensor in inputs))
 
 
 def matrix_products() -> list[torch.Tensor]:
-    """Sizes of the miniature's layers and odd ones, some transposed, some through a bias."""
-    found = []
+    """Sizes of the miniature's layers and odd sizes, some transposed, some with a bias."""
+    results = []
     for rows, inner, columns in (
         (1, 48, 48),
         (227, 112, 48),
@@ -64,13 +67,13 @@ def matrix_products() -> list[torch.Tensor]:
         (64, 2048, 24),
     ):
         left, right, bias = numbers(rows, inner), numbers(inner, columns, seed=1), numbers(columns, seed=2)
-        found += [
+        results += [
             left @ right,
             left.T.contiguous().T @ right,
             torch.addmm(bias, left, numbers(columns, inner, seed=3).T),
         ]
-        found += [left.half() @ right.half(), torch.addmm(bias.half(), left.half(), right.half())]
-    return found
+        results += [left.half() @ right.half(), torch.addmm(bias.half(), left.half(), right.half())]
+    return results
 
 
 def batched_products() -> list[torch.Tensor]:
@@ -83,7 +86,7 @@ def batched_products() -> list[torch.Tensor]:
 
 
 def convolutions() -> list[torch.Tensor]:
-    found = []
+    results = []
     for channels, out, side, kernel, stride in (
         (4, 24, 16, 3, 1),
         (24, 48, 16, 3, 1),
@@ -92,31 +95,32 @@ def convolutions() -> list[torch.Tensor]:
         (3, 8, 32, 3, 1),
         (6, 6, 7, 3, 1),
     ):
-        given = (
+        convolution = partial(F.conv2d, stride=stride, padding=kernel // 2)
+        results += both_precisions(
+            convolution,
             numbers(2, channels, side, side + 1),
             numbers(out, channels, kernel, kernel, seed=1, scale=0.1),
             numbers(out, seed=2),
         )
-        found += both(lambda x, w, b: F.conv2d(x, w, b, stride=stride, padding=kernel // 2), *given)
-    return found
+    return results
 
 
 def attention() -> list[torch.Tensor]:
     """The math form, with and without the causal mask of the text encoders."""
-    given = [numbers(2, 3, 77, 16, seed=seed, scale=4.0) for seed in range(3)]
+    query_key_value = [numbers(2, 3, 77, 16, seed=seed, scale=4.0) for seed in range(3)]
     return [
-        part
+        result
         for causal in (False, True)
-        for part in both(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal), *given)
+        for result in both_precisions(partial(F.scaled_dot_product_attention, is_causal=causal), *query_key_value)
     ]
 
 
 def group_norm() -> list[torch.Tensor]:
     shapes = ((2, 24, 16, 16), (1, 48, 7, 5), (3, 8, 33, 1))
     return [
-        part
+        result
         for shape in shapes
-        for part in both(
+        for result in both_precisions(
             lambda x, w, b: F.group_norm(x, 4, w, b),
             numbers(*shape),
             numbers(shape[1], seed=1),
@@ -128,10 +132,10 @@ def group_norm() -> list[torch.Tensor]:
 def layer_norm() -> list[torch.Tensor]:
     shapes = ((2, 77, 48), (5, 3, 64), (1, 9, 1280))
     return [
-        part
+        result
         for shape in shapes
-        for part in both(
-            lambda x, w, b: F.layer_norm(x, shape[-1:], w, b),
+        for result in both_precisions(
+            lambda x, w, b: F.layer_norm(x, w.shape, w, b),
             numbers(*shape),
             numbers(shape[-1], seed=1),
             numbers(shape[-1], seed=2),
@@ -140,15 +144,14 @@ def layer_norm() -> list[torch.Tensor]:
 
 
 def pointwise(function: Callable, low: float, high: float) -> Callable[[], list[torch.Tensor]]:
-    """A function of single numbers over a range, with its gradient: 4,099 of them, so that vectors have a rest."""
-    return lambda: both(function, numbers(4099) * ((high - low) / 2) + (high + low) / 2)
+    """An elementwise function over a range, with its gradient; 4,099 numbers, so that no vector width divides them."""
+    return lambda: both_precisions(function, numbers(4099) * ((high - low) / 2) + (high + low) / 2)
 
 
 def sums() -> list[torch.Tensor]:
-    given = [numbers(3, 24, 16, 16), numbers(5, 1031), numbers(227, 2048).T]
-    return [each.sum(dim=dim) for each in (*given, *(each.half() for each in given)) for dim in (0, -1, (0, -1))] + [
-        numbers(1_000_003).sum()
-    ]
+    singles = [numbers(3, 24, 16, 16), numbers(5, 1031), numbers(227, 2048).T]
+    inputs = [*singles, *(tensor.half() for tensor in singles)]
+    return [*(tensor.sum(dim=dim) for tensor in inputs for dim in (0, -1, (0, -1))), numbers(1_000_003).sum()]
 
 
 def means() -> list[torch.Tensor]:
@@ -176,7 +179,7 @@ def optimizers() -> list[torch.Tensor]:
     """Three updates of Lion8bit; one weight keeps its momentum in 8 bits, one in float32."""
     import bitsandbytes
 
-    found = []
+    results = []
     for dtype in (torch.float32, torch.float16):
         weights = [
             torch.nn.Parameter(numbers(96, 96, seed=seed).to(dtype)[: 96 - 90 * seed].contiguous()) for seed in (0, 1)
@@ -186,10 +189,10 @@ def optimizers() -> list[torch.Tensor]:
             for weight in weights:
                 weight.grad = numbers(*weight.shape, seed=step + 5, scale=1e-3).to(dtype)
             lion.step()
-        found += [weight.detach() for weight in weights] + [
+        results += [weight.detach() for weight in weights] + [
             lion.state[weight][key] for weight in weights for key in ("state1", "absmax1") if key in lion.state[weight]
         ]
-    return found
+    return results
 
 
 def random_numbers() -> list[np.ndarray]:
@@ -203,11 +206,10 @@ def square_roots() -> list[np.ndarray]:
 
 
 def picture(height: int, width: int) -> np.ndarray:
-    """uint8 (height, width, 3): slopes with noise on them."""
+    """uint8 (height, width, 3): gradients with noise."""
     slopes = np.add.outer(np.arange(height) * 2, np.arange(width))[..., None] + np.array([0, 60, 120])
-    return (
-        (slopes + np.random.Generator(np.random.Philox(key=[3, 3])).integers(0, 40, (height, width, 3))) % 256
-    ).astype(np.uint8)
+    noise = np.random.Generator(np.random.Philox(key=[3, 3])).integers(0, 40, (height, width, 3))
+    return ((slopes + noise) % 256).astype(np.uint8)
 
 
 def resized_pictures() -> list[np.ndarray]:
@@ -223,31 +225,30 @@ def resized_pictures() -> list[np.ndarray]:
 
 
 def blurred_pictures_in_lab() -> list[np.ndarray]:
-    """What the preview measures distances in: OpenCV's arithmetic of whole numbers."""
+    """What the preview measures distances in: OpenCV's integer arithmetic."""
     import cv2
 
     blurred = [
         cv2.GaussianBlur(picture(*size), (13, 13), 2.0, borderType=cv2.BORDER_REPLICATE)
         for size in ((128, 128), (67, 101))
     ]
-    return [*blurred, *(cv2.cvtColor(each, cv2.COLOR_RGB2LAB) for each in blurred)]
+    return [*blurred, *(cv2.cvtColor(pixels, cv2.COLOR_RGB2LAB) for pixels in blurred)]
 
 
 def coded_pictures() -> list[np.ndarray]:
-    """The bytes of a PNG file as it is written, and what each format is decoded to."""
+    """The decoded pixels of each format, and the bytes of the PNG file."""
     from PIL import Image
 
-    found = []
+    pictures = []
     for form, options in (("WEBP", {"quality": 90}), ("JPEG", {"quality": 90}), ("PNG", {})):
         file = io.BytesIO()
         Image.fromarray(picture(67, 101)).save(file, form, **options)
-        found.append(np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("RGB")))
-    return [*found, np.frombuffer(file.getvalue(), np.uint8)]
+        pictures.append(np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("RGB")))
+    return [*pictures, np.frombuffer(file.getvalue(), np.uint8)]
 
 
-MEASURED: dict[
-    str, tuple[tuple[str, ...], Callable[[], list]]
-] = {  # name → the aten (or other) operators that it covers, what it computes
+# name → the aten (or bitsandbytes) operators that it covers, and the function that runs them
+MEASURED: dict[str, tuple[tuple[str, ...], Callable[[], list]]] = {
     "matrix products": (("mm", "addmm"), matrix_products),
     "batched matrix products": (("bmm",), batched_products),
     "convolutions": (("convolution", "convolution_backward"), convolutions),
@@ -279,23 +280,23 @@ MEASURED: dict[
 
 
 def torch_square_roots() -> list[torch.Tensor]:
-    """Not used anywhere: where its digest differs between two processors, MKL's vector functions do."""
+    """No training runs this: if its digest differs between two processors, MKL's vector functions do."""
     return [numbers(100_003).abs().sqrt(), numbers(100_003).abs().double().sqrt()]
 
 
 def digest(results: list) -> str:
-    """The sha256 of arrays' bytes, the first 16 hex digits."""
-    arrays = [each.detach().numpy() if isinstance(each, torch.Tensor) else each for each in results]
-    return hashlib.sha256(b"".join(np.ascontiguousarray(each).tobytes() for each in arrays)).hexdigest()[:16]
+    """The first 16 hex digits of the sha256 of the tensors' and arrays' bytes."""
+    arrays = [result.detach().numpy() if isinstance(result, torch.Tensor) else result for result in results]
+    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()[:16]
 
 
 def digests() -> dict[str, str]:
-    """Of every measured operator on this processor. The numerics must be held (`numerics.hold("cpu")`)."""
+    """The digest of every measured operator on this processor, after `numerics.enforce("cpu")`."""
     return {name: digest(function()) for name, (_, function) in MEASURED.items()}
 
 
 def known() -> dict[str, str]:
-    """The digests that every processor should give."""
+    """The committed digests, which every processor should give."""
     return json.loads(KNOWN.read_text(encoding="utf-8"))
 
 
@@ -304,5 +305,5 @@ def is_known(operator: str, arguments: tuple) -> bool:
     name = operator.split(".")[1]
     if name == "pow":
         return arguments[1] in (1, 2)
-    measured = {each for operators, _ in MEASURED.values() for each in operators}
+    measured = {covered for operators, _ in MEASURED.values() for covered in operators}
     return name in EXACT or name in OVERWRITTEN or name in measured

@@ -29,7 +29,7 @@ BITSANDBYTES_BROKEN = ((0, 36, 0), (0, 41, 0))  # model card: the 8-bit optimize
 DRIVERS = {12: 525, 13: 580}  # CUDA major → lowest driver: NVIDIA's table of minor version compatibility
 POST_BYTES = 700  # per post in posts and captions: 35 tags (0.25 billion tags of 7 million posts) of 20 bytes each
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-MICRO_BATCHES_AHEAD = 5  # per loader process: those of training/data_loader.py and the one in use
+MICRO_BATCHES_AHEAD = 5  # per loader process: those of training/batch_builder.py and the one in use
 NCCL_SHARED = GB  # NVIDIA's NCCL documentation asks for --shm-size=1g in a container
 SPARE_DISK = 0.02  # share of the disk for what is not counted (logs, indices): an assumption
 

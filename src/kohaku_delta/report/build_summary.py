@@ -93,9 +93,7 @@ def read_build(place: Path) -> Build:
     recipe = _validate_recipe(read_yaml(place / dvc_yaml.PARAMS) | locked, lock)
     inputs = build_files.read_json(folder / "inputs.json", Inputs, RUN_AGAIN)
     lock_sha256 = hashlib.sha256(lock.read_bytes()).hexdigest()
-    audit = build_files.read_json(
-        folder / "audit.json", Audit, "Delete it and run `kohaku-delta audit --json` again."
-    )
+    audit = build_files.read_json(folder / "audit.json", Audit, "Delete it and run `kohaku-delta audit --json` again.")
     outs = [out for stage in stages for out in stage.outs.values()]
     return Build(
         recipe=recipe,

@@ -1,1 +1,1 @@
-"""Training: buckets, schedule, batches, LoKr, optimizer, ordered gradient sum, journal, checkpoints."""
+"""LoKr training: buckets, schedule, batches, model, LoKr, optimizer, gradient reduction, journal, checkpoints."""

@@ -1,5 +1,4 @@
-"""Invariant: an image's bucket, its resize, its crop and its size conditioning follow from its size and the recipe
-alone.
+"""Aspect-ratio buckets: an image's bucket, resize, crop and size conditioning, from its size and the recipe alone.
 
 The geometry is that of sd-scripts v0.8.3. Sizes are (width, height) in pixels.
 """
@@ -12,7 +11,7 @@ from kohaku_delta.params import Schedule
 
 
 def all_buckets(parameters: Schedule) -> list[tuple[int, int]]:
-    """All buckets, ascending. 1024², 256…4096, step 64 gives 97 of them (facts: sd-scripts' make_bucket_resolutions)."""
+    """All buckets, ascending, as sd-scripts' make_bucket_resolutions: 97 for 1024², sides 256 … 4096, step 64."""
     area, step = parameters.area, parameters.side_step
     square = math.isqrt(area) // step * step
     sizes = {(square, square)}
@@ -24,16 +23,15 @@ def all_buckets(parameters: Schedule) -> list[tuple[int, int]]:
 
 
 def choose_bucket(widths: np.ndarray, heights: np.ndarray, sizes: list[tuple[int, int]]) -> np.ndarray:
-    """Index into `sizes` for each image: its own size if that is a bucket, else the nearest aspect ratio, the first on
-    ties.
+    """Index into `sizes` for each of n images, int32 (n,): its own size if that is a bucket, else the nearest ratio.
 
-    widths, heights: int arrays of n images. Returns int32, n.
+    The first bucket wins a tie. widths, heights: integer arrays (n,).
     """
     ratios = np.array([width / height for width, height in sizes])
-    both = np.stack([np.asarray(widths, np.int64), np.asarray(heights, np.int64)], axis=1)
-    distinct, inverse = np.unique(both, axis=0, return_inverse=True)
+    images = np.stack([np.asarray(widths, np.int64), np.asarray(heights, np.int64)], axis=1)
+    distinct, inverse = np.unique(images, axis=0, return_inverse=True)
     chosen = np.empty(len(distinct), np.int32)
-    for start in range(0, len(distinct), 1 << 16):
+    for start in range(0, len(distinct), 1 << 16):  # in parts, because of the (sizes, images) table of distances
         part = distinct[start : start + (1 << 16)]
         chosen[start : start + len(part)] = np.abs(ratios - (part[:, 0] / part[:, 1])[:, None]).argmin(axis=1)
     exact = {size: index for index, size in enumerate(sizes)}
@@ -43,17 +41,14 @@ def choose_bucket(widths: np.ndarray, heights: np.ndarray, sizes: list[tuple[int
 
 
 def resized(image: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int]:
-    """The size that covers the bucket with the image's aspect ratio, rounded half up."""
+    """The smallest size with the image's aspect ratio that covers the bucket, rounded half up."""
     width, height = image
-    if width / height > bucket[0] / bucket[1]:
-        scale = bucket[1] / height
-    else:
-        scale = bucket[0] / width
+    scale = bucket[1] / height if width / height > bucket[0] / bucket[1] else bucket[0] / width
     return int(width * scale + 0.5), int(height * scale + 0.5)
 
 
 def resize_and_crop(pixels: np.ndarray, bucket: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8 → (bucket height, bucket width, 3) uint8: INTER_AREA to cover the bucket, then the centre crop."""
+    """(H, W, 3) uint8 → (bucket height, bucket width, 3) uint8: INTER_AREA to cover the bucket, then centre crop."""
     import cv2
 
     cv2.setNumThreads(1)
@@ -65,10 +60,10 @@ def resize_and_crop(pixels: np.ndarray, bucket: tuple[int, int]) -> np.ndarray:
 
 
 def crop(image: tuple[int, int], bucket: tuple[int, int], conditioning: str) -> tuple[float, float]:
-    """(top, left) that the model is told.
+    """The crop (top, left) that the model is conditioned on.
 
-    "letterbox" is the release's quirk: the offset of the image inside the bucket as if it had been fitted, not cropped;
-    1000×1500 in 832×1216 is told (0, 10), while 16 px are cut at top and bottom. "real" tells the real crop.
+    "letterbox" is the release's quirk: the offset of the image inside the bucket as if it had been fitted, not cropped:
+    (0, 10) for 1000×1500 in 832×1216, although 16 px are cut off at top and bottom. "real" is the actual crop.
     """
     if conditioning == "real":
         size = resized(image, bucket)

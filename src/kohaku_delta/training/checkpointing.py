@@ -1,9 +1,9 @@
-"""Invariant: a saved state is whole, belongs to one run, and resumes it to the same bytes; no other run ever takes it
-up.
+"""Training checkpoints: each is complete, belongs to one run, and resumes that run to the same bytes; no other run
+loads it.
 
-`work/<key>/step-00000020/` holds state.safetensors (weights, 8-bit optimizer state, scaler) and journal.parquet; <key>
-is the digest of all that the run depends on, which depends.json spells out. The folder appears by one rename. A state
-is believed only if its tensors have the fingerprints that its journal says.
+`work/<key>/step-00000020/` holds state.safetensors (weights, 8-bit optimizer state, scaler) and journal.parquet. <key>
+is the digest of everything that the run depends on, which depends.json lists. The folder appears by one rename. A state
+is loaded only if its tensors have the fingerprints in its journal.
 """
 
 import fcntl
@@ -11,8 +11,10 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,35 +30,50 @@ STEP = re.compile(r"^step-(\d{8})$")
 DEPENDS, STATE, JOURNAL = "depends.json", "state.safetensors", "journal.parquet"
 
 
+class TrainingState(NamedTuple):
+    """Everything that training needs to go on after a step."""
+
+    tensors: dict[str, torch.Tensor]  # weights/<name> and optimizer/<name>, on the CPU
+    scaler: tuple[float, int]  # scale, good steps
+    journal: Journal
+
+
 def loaded_code_digests(lock: str) -> dict[str, str]:
-    """The digests of all code and libraries of the training, as the stage `code` writes them. `lock`: cpu or cuda."""
+    """Digests of all code and libraries of the training, as the stage `code` writes them. lock: cpu or cuda."""
     root = Path(__file__).resolve().parents[3]
-    told = import_closure.describe_stage(root / "stages" / "train.py", root / "requirements" / f"{lock}.txt")
-    versions = environment.libraries(told.libraries)
-    return {f"code of {name}": digest for name, digest in told.files.items()} | {
-        f"library {name}": f"{versions[name]} {each.hashes}" for name, each in told.libraries.items()
+    code = import_closure.describe_stage(root / "stages" / "train.py", root / "requirements" / f"{lock}.txt")
+    versions = environment.libraries(code.libraries)
+    return {f"code of {name}": digest for name, digest in code.files.items()} | {
+        f"library {name}": f"{versions[name]} {library.hashes}" for name, library in code.libraries.items()
     }
 
 
+def differing_keys(a: dict, b: dict) -> list[str]:
+    """The keys whose values differ, or that only one of the two has; sorted."""
+    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+
+
+def format_differing(names: list[str]) -> str:
+    """`a, b differ`, with five names at most."""
+    return f"{', '.join(names[:5])} {'differs' if len(names) == 1 else 'differ'}"
+
+
 def run_folder(work: Path, depends: dict[str, str], steps: int, rank: int) -> Path:
-    """The folder of the run that depends on these named digests. Refuses to begin anew beside an unfinished training of
-    another run.
+    """The folder of the run that depends on these named digests.
+
+    Raises UserError if it is new and `work` holds an unfinished training of another run.
     """
     folder = work / hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
     if rank or (folder / DEPENDS).is_file():
         return folder
     for other in sorted(work.glob(f"*/{DEPENDS}")):
-        said = json.loads(other.read_text(encoding="utf-8"))
+        unfinished = json.loads(other.read_text(encoding="utf-8"))
         done = max(saved_steps(other.parent), default=0)
-        if done and done < said["steps"]:
-            differing = sorted(
-                name
-                for name in depends.keys() | said["depends"].keys()
-                if depends.get(name) != said["depends"].get(name)
-            )
+        if done and done < unfinished["steps"]:
             raise UserError(
-                f"{other.parent} holds an unfinished training, {done} of {said['steps']} steps, which this run cannot go on with: {', '.join(differing[:5])} "
-                f"{'differs' if len(differing) == 1 else 'differ'}. Restore that to go on; to begin anew delete the folder, or name another one with --work."
+                f"{other.parent} holds an unfinished training, {done} of {unfinished['steps']} steps, which this run "
+                f"cannot go on with: {format_differing(differing_keys(depends, unfinished['depends']))}. "
+                "Restore that to go on; to start again, delete the folder, or name another one with --work."
             )
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_files.atomic_write(folder / DEPENDS, "w") as file:
@@ -65,8 +82,8 @@ def run_folder(work: Path, depends: dict[str, str], steps: int, rank: int) -> Pa
 
 
 @contextmanager
-def locked(folder: Path, rank: int):
-    """Rank 0 holds the work folder; a second trainer is refused."""
+def locked(folder: Path, rank: int) -> Iterator[None]:
+    """Rank 0 locks the work folder. Raises UserError if another training has locked it."""
     if rank:
         yield
         return
@@ -82,14 +99,14 @@ def locked(folder: Path, rank: int):
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps of the states there, ascending."""
+    """The numbers of steps after which there is a state in the run's folder, ascending."""
     if not folder.is_dir():
         return []
-    return sorted(int(match[1]) for match in (STEP.match(each.name) for each in folder.iterdir()) if match)
+    return sorted(int(match[1]) for match in (STEP.match(path.name) for path in folder.iterdir()) if match)
 
 
 def state_path(folder: Path, step: int) -> Path:
-    """Where the state after `step` steps lies."""
+    """The folder of the state after `step` steps."""
     return folder / f"step-{step:08d}"
 
 
@@ -97,66 +114,65 @@ def save(
     folder: Path,
     step: int,
     tensors: dict[str, torch.Tensor],
-    scale: tuple[float, int],
+    scaler: tuple[float, int],
     rows: Journal,
     keep: int,
     milestone: int,
 ) -> None:
-    """Writes the state after `step` steps, and removes all but the last `keep` and those of each `milestone` steps."""
-    with atomic_files.atomic_dir(state_path(folder, step)) as aside:
+    """Write the state after `step` steps, then delete all but the last `keep` and one every `milestone` steps."""
+    with atomic_files.atomic_dir(state_path(folder, step)) as temporary:
         arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
-        arrays["scaler"] = np.array(scale, np.float64)
-        safetensors_io.save(aside / STATE, arrays)
-        rows.write(aside / JOURNAL)
+        arrays["scaler"] = np.array(scaler, np.float64)
+        safetensors_io.save(temporary / STATE, arrays)
+        rows.write(temporary / JOURNAL)
     for old in saved_steps(folder)[:-keep]:
         if old % milestone:
             shutil.rmtree(state_path(folder, old), ignore_errors=True)
 
 
-def load(folder: Path, step: int, header: dict) -> tuple[dict[str, torch.Tensor], tuple[float, int], Journal]:
-    """Tensors, (scale, good steps) and the journal of the state after `step` steps. Refuses tensors that its journal
-    does not know.
-    """
-    here = state_path(folder, step)
-    remedy = f"Delete {here}: training then goes on from the state before it."
-    rows = journal.read_journal(here / JOURNAL)
+def load(folder: Path, step: int, header: dict) -> TrainingState:
+    """Load and verify the state after `step` steps. Raises UserError if it is another run's or was changed."""
+    path = state_path(folder, step)
+    remedy = f"Delete {path}: training then goes on from the state before it."
+    rows = journal.read_journal(path / JOURNAL)
     if rows.header != header or len(rows.rows) != step:
-        raise UserError(f"{here / JOURNAL} belongs to another run. {remedy}")
-    with safetensors_io.open_file(here / STATE) as file:
+        raise UserError(f"{path / JOURNAL} belongs to another run. {remedy}")
+    with safetensors_io.open_file(path / STATE) as file:
         arrays = {name: file.read(name) for name in file.specs}
     if "scaler" not in arrays or arrays["scaler"].shape != (2,):
-        raise UserError(f"{here / STATE} holds no scaler: it is not what training saved. {remedy}")
+        raise UserError(f"{path / STATE} holds no scaler: it is not what training saved. {remedy}")
     scale, good_steps = arrays.pop("scaler").tolist()
     tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
     if fault := fingerprint_mismatch(tensors, rows):
         raise UserError(
-            f"{here / STATE} is not what training saved: after step {step - 1} {fault} had other bits. {remedy}"
+            f"{path / STATE} is not what training saved: after step {step - 1} {fault} had other bits. {remedy}"
         )
-    return tensors, (scale, int(good_steps)), rows
+    return TrainingState(tensors, (scale, int(good_steps)), rows)
 
 
 def fingerprint_mismatch(tensors: dict[str, torch.Tensor], rows: Journal) -> str | None:
-    """What of a state has not the fingerprints that the last row of its journal says; None when all of it has."""
-    weights, said = tensor_fingerprints.fingerprints(select_prefix(tensors, "weights/")), rows.rows[-1]
-    if tensor_fingerprints.combine(weights) != said["weights"]:
-        return ", ".join(differing_weights(weights, said["tensors"])[:3]) or "a weight"
-    if (
-        tensor_fingerprints.combine(tensor_fingerprints.fingerprints(select_prefix(tensors, "optimizer/")))
-        != said["optimizer"]
-    ):
+    """Name the part of a state whose fingerprint does not match its journal; None if everything matches."""
+    expected = rows.rows[-1]
+    weights = tensor_fingerprints.fingerprints(select_prefix(tensors, "weights/"))
+    if tensor_fingerprints.combine(weights) != expected["weights"]:
+        return ", ".join(differing_weights(weights, expected["tensors"])[:3]) or "a weight"
+    optimizer = tensor_fingerprints.fingerprints(select_prefix(tensors, "optimizer/"))
+    if tensor_fingerprints.combine(optimizer) != expected["optimizer"]:
         return "the optimizer's state"
     return None
 
 
 def select_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors whose names begin so, without the beginning."""
+    """The tensors whose names begin with the prefix, by the rest of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def differing_weights(weights: dict[str, int], marks: bytes) -> list[str]:
-    """The names of the tensors whose fingerprints are not those of a journal's marks."""
+def differing_weights(weights: dict[str, int], expected: bytes) -> list[str]:
+    """The names of the tensors whose short fingerprints are not the expected ones (a journal row's `tensors`)."""
     return [
         name
-        for name, ours, theirs in zip(sorted(weights), tensor_fingerprints.short_fingerprints(weights), marks)
+        for name, ours, theirs in zip(
+            sorted(weights), tensor_fingerprints.short_fingerprints(weights), expected, strict=False
+        )
         if ours != theirs
     ]

@@ -1,8 +1,8 @@
-"""Invariant: ranks begin from one run's inputs and one state, whichever machine each of them is on; where they cannot,
-every rank ends with a sentence.
+"""Ranks start from the inputs of one run and from one state, whichever machines they are on; otherwise all of them stop
+with an error.
 
-Machines need not share a folder: the newest state that any of them has is sent to all (a state is a function of the
-inputs, so the newest is right whoever kept it), as a safetensors file in memory; nothing is pickled.
+Machines need not share a folder. The newest state that any of them has is sent to all: a state is a function of the
+inputs, so it does not matter who saved it. It is sent as a safetensors file in memory; nothing is pickled.
 """
 
 import json
@@ -15,17 +15,22 @@ from safetensors.torch import load, save
 
 from kohaku_delta.errors import UserError
 from kohaku_delta.training import checkpointing, gradient_reduction, journal
+from kohaku_delta.training.checkpointing import TrainingState
 from kohaku_delta.training.journal import Journal
 
-State = tuple[dict[str, torch.Tensor], tuple[float, int], Journal]  # as state.load gives it
 
-
-def all_gather_int(own: int, ranks: int, device: str) -> list[int]:
-    """Every rank's number, by rank."""
+def all_gather_int(value: int, ranks: int, device: str) -> list[int]:
+    """Every rank's number (int64), by rank."""
     gathered = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(ranks)]
     with gradient_reduction.collective_errors():
-        dist.all_gather(gathered, torch.tensor([own], dtype=torch.int64, device=device))
-    return [int(each) for each in gathered]
+        dist.all_gather(gathered, torch.tensor([value], dtype=torch.int64, device=device))
+    return [int(tensor) for tensor in gathered]
+
+
+def mismatching_ranks(fingerprint: int, ranks: int, device: str) -> list[int]:
+    """The ranks whose fingerprint (0 … 2^64 − 1) is not rank 0's. Finds a GPU that computes wrong in the same step."""
+    values = all_gather_int(fingerprint - (1 << 63), ranks, device)
+    return [rank for rank, value in enumerate(values) if value != values[0]]
 
 
 def broadcast_bytes(content: bytes, source: int, device: str) -> bytes:
@@ -41,67 +46,61 @@ def broadcast_bytes(content: bytes, source: int, device: str) -> bytes:
 
 
 def require_same_run(depends: dict[str, str], ranks: int, device: str) -> None:
-    """Refuses, on every rank, a company in which one would train something else than rank 0: the rank itself says what
-    differs.
-    """
-    theirs = json.loads(broadcast_bytes(json.dumps(depends).encode(), 0, device))
-    differing = sorted(name for name in depends.keys() | theirs.keys() if depends.get(name) != theirs.get(name))
+    """Abort on every rank if any rank's inputs differ from rank 0's. That rank names what differs."""
+    of_rank_0 = json.loads(broadcast_bytes(json.dumps(depends).encode(), 0, device))
+    differing = checkpointing.differing_keys(depends, of_rank_0)
     others = [rank for rank, count in enumerate(all_gather_int(len(differing), ranks, device)) if count]
     if differing:
         raise UserError(
-            f"Rank {dist.get_rank()} cannot train with rank 0: {', '.join(differing[:5])} {'differs' if len(differing) == 1 else 'differ'}. "
-            "All machines need the same code, libraries, card, parameters and files: copy what differs from the machine of rank 0."
+            f"Rank {dist.get_rank()} cannot train with rank 0: {checkpointing.format_differing(differing)}. "
+            "All machines need the same code, libraries, GPU, parameters and files: copy what differs from the machine "
+            "of rank 0."
         )
     if others:
         raise UserError(
-            f"Rank {others[0]} was given something else to train than rank 0; it says what, on its own machine."
+            f"The inputs of rank {others[0]} are not those of rank 0; it says what differs, on its own machine."
         )
 
 
-def load_newest_state(folder: Path, header: dict, ranks: int, device: str) -> tuple[int, State | None]:
-    """(steps, the newest state that any rank finds in its machine's `folder`, verified); (0, None) when there is none."""
+def load_newest_state(folder: Path, header: dict, ranks: int, device: str) -> tuple[int, TrainingState | None]:
+    """(steps, the newest state that any rank finds in its machine's `folder`, verified); (0, None) if there is none."""
     steps = all_gather_int(max(checkpointing.saved_steps(folder), default=0), ranks, device)
     done = max(steps)
     if not done:
         return 0, None
-    source, held, fault = steps.index(done), None, None
+    source, state, fault = steps.index(done), None, None
     if dist.get_rank() == source:
         try:
-            held = checkpointing.load(folder, done, header)
-        except UserError as refusal:
-            fault = refusal
+            state = checkpointing.load(folder, done, header)
+        except UserError as error:
+            fault = error
     if any(all_gather_int(int(fault is not None), ranks, device)):
         raise fault or UserError(
-            f"Rank {source} has a state after step {done - 1} that cannot be taken up; it says why, on its own machine."
+            f"Rank {source} has a state after step {done - 1} that cannot be loaded; it says why, on its own machine."
         )
-    arrived = broadcast_bytes(_serialize(held) if held else b"", source, device)
-    if held:
-        return done, held
-    held = _deserialize(arrived, header)
-    if fault := checkpointing.fingerprint_mismatch(held[0], held[2]):
+    received = broadcast_bytes(_serialize(state) if state else b"", source, device)
+    if state:
+        return done, state
+    state = _deserialize(received, header)
+    if mismatch := checkpointing.fingerprint_mismatch(state.tensors, state.journal):
         raise UserError(
-            f"Rank {dist.get_rank()} got the state of rank {source} with other bits ({fault}): network or memory is at fault. Run the stage again."
+            f"Rank {dist.get_rank()} received the state of rank {source} with other bits ({mismatch}): "
+            "network or memory is at fault. Run the stage again."
         )
-    return done, held
+    return done, state
 
 
-def _serialize(held: State) -> bytes:
-    tensors, scaler, rows = held
+def _serialize(state: TrainingState) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, journal.SCHEMA) as stream:
-        stream.write_table(pa.Table.from_pylist(rows.rows, schema=journal.SCHEMA))
-    return save(
-        tensors
-        | {
-            "journal": torch.frombuffer(bytearray(sink.getvalue()), dtype=torch.uint8),
-            "scaler": torch.tensor(scaler, dtype=torch.float64),
-        }
-    )
+        stream.write_table(pa.Table.from_pylist(state.journal.rows, schema=journal.SCHEMA))
+    rows = torch.frombuffer(bytearray(sink.getvalue()), dtype=torch.uint8)
+    return save(state.tensors | {"journal": rows, "scaler": torch.tensor(state.scaler, dtype=torch.float64)})
 
 
-def _deserialize(content: bytes, header: dict) -> State:
+def _deserialize(content: bytes, header: dict) -> TrainingState:
     tensors = load(content)
     with pa.ipc.open_stream(tensors.pop("journal").numpy().tobytes()) as stream:
         rows = Journal(header, stream.read_all().to_pylist())
     scale, good_steps = tensors.pop("scaler").tolist()
-    return tensors, (scale, int(good_steps)), rows
+    return TrainingState(tensors, (scale, int(good_steps)), rows)

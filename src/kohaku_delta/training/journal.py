@@ -1,9 +1,8 @@
-"""Invariant: a row a step, equal on every host and world size, each chained to the one before: a changed past changes
-every later row.
+"""The journal: one row per step, equal on every host and with any number of ranks, in a hash chain.
 
-The chain begins with the header: the base's content digest and the parameters that move bits. A finished training's
-ends with the content digest of the LoKr file that came of it. What varies from host to host (times, throughput, memory)
-is not in it.
+Each row is chained to the one before, so a changed row changes every later one. The chain begins with the header: the
+base's content digest and the parameters that decide the result. After the last step it ends with the content digest of
+the LoKr file. What varies between hosts (times, throughput, memory) is not in the journal. Needs no torch.
 """
 
 import hashlib
@@ -18,7 +17,7 @@ from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
 
 HEADER = "kohaku_delta"  # keys of the file's metadata
-LOKR, SEAL = "lokr", "seal"  # the LoKr's content digest, and the chain's last link, over that
+LOKR, SEAL = "lokr", "seal"  # the LoKr's content digest; final_hash() of the chain and that
 SCHEMA = pa.schema(
     [
         ("step", pa.int32()),
@@ -29,36 +28,37 @@ SCHEMA = pa.schema(
         ("learning_rate_unet", pa.float64()),
         ("learning_rate_text", pa.float64()),
         ("scale", pa.float64()),
-        ("weights", pa.uint64()),  # fingerprints after the step
-        ("optimizer", pa.uint64()),
-        ("tensors", pa.binary()),  # a byte of each weight's fingerprint, by ascending name
+        ("weights", pa.uint64()),  # combined fingerprint of the weights after the step
+        ("optimizer", pa.uint64()),  # the same of the optimizer's state
+        ("tensors", pa.binary()),  # one byte of each weight's fingerprint, by ascending name
         ("chain", pa.string()),
     ]
 )
 
 
 def visits_digest(rows: list[dict]) -> str:
-    """sha256 of a step's micro-batches: the posts and counters of each."""
-    return hashlib.sha256(
-        b"".join(struct.pack("<qq", *pair) for row in rows for pair in zip(row["posts"], row["visits"], strict=True))
-    ).hexdigest()
+    """sha256 of a step's schedule rows: the (post, visit counter) pairs in order."""
+    pairs = (pair for row in rows for pair in zip(row["posts"], row["visits"], strict=True))
+    return hashlib.sha256(b"".join(struct.pack("<qq", *pair) for pair in pairs)).hexdigest()
 
 
 class Journal:
-    """Rows so far. `header`: what the chain begins with. `lokr`: content digest of the file that it ends with; None
-    while training goes on.
+    """The rows so far.
+
+    header: what the chain begins with. lokr: content digest of the LoKr file that the chain ends with; None until the
+    training is finished.
     """
 
     def __init__(self, header: dict, rows: list[dict] | None = None, lokr: str | None = None):
         self.header, self.rows, self.lokr = header, rows or [], lokr
 
     def append(self, row: dict) -> None:
-        self.rows.append(
-            row | {"chain": chain_hash(self.rows[-1]["chain"] if self.rows else header_hash(self.header), row)}
-        )
+        """Add a row without its chain hash, which is computed here."""
+        previous = self.rows[-1]["chain"] if self.rows else header_hash(self.header)
+        self.rows.append(row | {"chain": chain_hash(previous, row)})
 
-    def write(self, path) -> None:
-        """The file: the rows, and what the chain begins and ends with among its metadata."""
+    def write(self, path: Path) -> None:
+        """Write the rows; what the chain begins and ends with goes into the file's metadata."""
         end = {LOKR: self.lokr, SEAL: final_hash(self.rows[-1]["chain"], self.lokr)} if self.lokr else {}
         parquet.write(
             pa.Table.from_pylist(self.rows, schema=SCHEMA),
@@ -68,12 +68,12 @@ class Journal:
 
 
 def header_hash(header: dict) -> str:
-    """sha256 of the header: what the first row is chained to."""
+    """sha256 of the header; the first row is chained to it."""
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
-def chain_hash(before: str, row: dict) -> str:
-    """sha256 of the chain so far and the row's values."""
+def chain_hash(previous: str, row: dict) -> str:
+    """sha256 of the previous row's chain hash (the header's, for the first row) and the row's values."""
     lists = struct.pack(f"<{len(row['losses'])}f{len(row['lanes'])}Q", *row["losses"], *row["lanes"])
     numbers = struct.pack(
         "<iddddQQ",
@@ -85,28 +85,26 @@ def chain_hash(before: str, row: dict) -> str:
         row["weights"],
         row["optimizer"],
     )
-    return hashlib.sha256(before.encode() + row["visits"].encode() + lists + numbers + row["tensors"]).hexdigest()
+    return hashlib.sha256(previous.encode() + row["visits"].encode() + lists + numbers + row["tensors"]).hexdigest()
 
 
-def _link(before: str, row: dict) -> str | None:
-    """link, of a row that may be anything."""
+def _chain_hash_or_none(previous: str, row: dict) -> str | None:
+    """chain_hash() of a row read from a file; None if its values have no such hash."""
     try:
-        return chain_hash(before, row)
+        return chain_hash(previous, row)
     except (struct.error, TypeError, AttributeError, OverflowError):
         return None
 
 
 def final_hash(chain: str, lokr: str) -> str:
-    """sha256 of the last row's chain and the LoKr's content digest."""
+    """sha256 of the last row's chain hash and the LoKr's content digest."""
     return hashlib.sha256(f"{chain} {lokr}".encode()).hexdigest()
 
 
-def read_journal(path) -> Journal:
-    """A journal whose chain is whole. Refuses a file that is none, and names the first row that the chain does not
-    hold.
-    """
+def read_journal(path: Path) -> Journal:
+    """Read a journal and verify its chain. Raises UserError for another file, and names the first row that is wrong."""
     rows = parquet.read(path, SCHEMA.names).to_pylist()
-    metadata = pq.read_schema(Path(path)).metadata or {}
+    metadata = pq.read_schema(path).metadata or {}
     try:
         header = json.loads(metadata[HEADER.encode()])
         if not isinstance(header, dict):
@@ -115,16 +113,18 @@ def read_journal(path) -> Journal:
         raise UserError(
             f"{path} has no header ({HEADER} in its metadata): it is not a journal of this recipe's train stage."
         ) from None
-    before = header_hash(header)
-    for place, row in enumerate(rows):
-        if row["step"] != place or row["chain"] != _link(before, row):
+    previous = header_hash(header)
+    for index, row in enumerate(rows):
+        if row["step"] != index or row["chain"] != _chain_hash_or_none(previous, row):
             raise UserError(
-                f"{path}: the chain breaks at row {place}: its step is {row['step']}, and it does not follow from the rows before it. The journal was changed."
+                f"{path}: the chain breaks at row {index}: its step is {row['step']}, and it does not follow from the "
+                "rows before it. The journal was changed."
             )
-        before = row["chain"]
+        previous = row["chain"]
     lokr, sealed = (metadata.get(key.encode(), b"").decode("ascii", "replace") or None for key in (LOKR, SEAL))
-    if lokr and (not rows or sealed != final_hash(before, lokr)):
+    if lokr and (not rows or sealed != final_hash(previous, lokr)):
         raise UserError(
-            f"{path}: the chain breaks at its end: the LoKr that it names does not follow from row {len(rows) - 1}. The journal was changed."
+            f"{path}: the chain breaks at its end: the LoKr that it names does not follow from row {len(rows) - 1}. "
+            "The journal was changed."
         )
     return Journal(header, rows, lokr)

@@ -1,36 +1,45 @@
-"""Invariant: one update of Lion8bit from one summed gradient: scale off, clip, rate, step; the same on every rank.
+"""One optimizer update from one summed gradient: unscale, clip, set the learning rates, Lion8bit. Equal on every rank.
 
-Lion (Chen et al. 2023): c = β₁m + (1 − β₁)g; w ← w(1 − ηλ) − η·sign(c); m ← β₂m + (1 − β₂)g, with m in 8 bits
-(bitsandbytes; tensors under 4,096 elements keep fp32).
+Lion (Chen et al. 2023), learning rate η, weight decay λ, gradient g, momentum m:
+
+    c ← β₁·m + (1 − β₁)·g
+    w ← w·(1 − η·λ) − η·sign(c)
+    m ← β₂·m + (1 − β₂)·g
+
+bitsandbytes keeps m in 8 bits, in blocks of 256 numbers; tensors under 4,096 elements keep it in float32.
 """
 
 from importlib.metadata import version
+from math import isfinite
 
 import torch
 
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import Train
 
-BROKEN = ((0, 36, 0), (0, 41, 0))  # model card: 8-bit optimizers of these releases are wrong
+BROKEN = ((0, 36, 0), (0, 41, 0))  # first and last release with wrong 8-bit optimizers, says the model card
+STATE_KEYS = ("absmax1", "state1")
 
 
 def check_bitsandbytes(installed: str) -> None:
-    """Refuses bitsandbytes 0.36.0 to 0.41.0."""
+    """Raises UserError for bitsandbytes 0.36.0 to 0.41.0."""
     number = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
     if BROKEN[0] <= number <= BROKEN[1]:
         raise UserError(
-            f"bitsandbytes {installed} is installed; the 8-bit optimizers of 0.36.0 to 0.41.0 are broken. Install the version of the lock: `make repro` does."
+            f"bitsandbytes {installed} is installed; the 8-bit optimizers of 0.36.0 to 0.41.0 are broken. "
+            "Install the locked version: `make repro` does."
         )
 
 
-def learning_rate(step: int, base: float, warmup_steps: int) -> float:
-    """Constant after a linear warm-up whose first rate is 0; `step`: updates made before."""
-    return base * min(1.0, step / warmup_steps) if warmup_steps else base
+def learning_rate(updates: int, base: float, warmup_steps: int) -> float:
+    """Constant after a linear warm-up that starts at 0. `updates`: number of updates already made."""
+    return base * min(1.0, updates / warmup_steps) if warmup_steps else base
 
 
 class Scaler:
-    """Dynamic loss scaling for fp16 (torch's GradScaler defaults; that class refuses fp16 gradients, the release
-    patched the check away).
+    """Dynamic loss scaling for fp16, with the defaults of torch's GradScaler.
+
+    That class refuses fp16 gradients (the release's trainer patched the check away).
     """
 
     GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000
@@ -51,7 +60,7 @@ class Scaler:
 
 
 class Lion:
-    """The optimizer over an adapter's trained weights, in two groups: U-Net and text encoders."""
+    """Lion8bit over an adapter's trained weights, in two groups: U-Net and text encoders."""
 
     def __init__(self, trained: list[tuple[str, torch.nn.Parameter]], parameters: Train):
         check_bitsandbytes(version("bitsandbytes"))
@@ -60,56 +69,58 @@ class Lion:
         self.parameters = parameters
         self.trained = trained
         groups = [
-            {"params": [weight for name, weight in trained if name.startswith("lora_unet_")], "lr": 0.0},
-            {"params": [weight for name, weight in trained if name.startswith("lora_te")], "lr": 0.0},
+            {"params": [weight for name, weight in trained if name.startswith(prefix)], "lr": 0.0}
+            for prefix in ("lora_unet_", "lora_te")
         ]
         self.lion = bitsandbytes.optim.Lion8bit(
             groups, lr=0.0, betas=tuple(parameters.betas), weight_decay=parameters.weight_decay
         )
 
-    def step(self, step: int, gradient: torch.Tensor, scaler: Scaler) -> tuple[float, float, float]:
-        """gradient: the flat sum, float32, in the order of `trained`; changed in place. `step`: updates made before.
-        Returns (gradient norm, U-Net rate, text rate).
+    def step(self, updates: int, gradient: torch.Tensor, scaler: Scaler) -> tuple[float, float, float]:
+        """Update the weights; returns (gradient norm before clipping, U-Net rate, text encoder rate).
+
+        gradient: the flat scaled sum, float32, in the order of `trained`; changed in place. updates: number of updates
+        already made. A gradient that is not finite skips the update if the scaler is enabled, and is a UserError
+        otherwise.
         """
         gradient /= scaler.scale
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
-        finite = norm == norm and norm != float("inf")
-        rates = [
-            learning_rate(step, base, self.parameters.warmup_steps)
+        finite = isfinite(norm)
+        rate_unet, rate_text = (
+            learning_rate(updates, base, self.parameters.warmup_steps)
             for base in (self.parameters.learning_rate_unet, self.parameters.learning_rate_text)
-        ]
+        )
         if not finite and not scaler.enabled:
             raise UserError(
-                f"The gradient of step {step} is not finite ({norm}). Lower the learning rate, or look at the base and the images of this step."
+                f"The gradient of step {updates} is not finite ({norm}). "  # without a scaler, every step is an update
+                "Lower the learning rate, or look at the base and the images of this step."
             )
         if finite:
             if norm > self.parameters.clip_norm:
-                gradient *= self.parameters.clip_norm / (norm + 1e-6)
+                gradient *= self.parameters.clip_norm / (norm + 1e-6)  # 1e-6 as in torch's clip_grad_norm_
             start = 0
             for _, weight in self.trained:
                 weight.grad = gradient[start : start + weight.numel()].view(weight.shape).to(weight.dtype)
                 start += weight.numel()
-            for group, rate in zip(self.lion.param_groups, rates):
+            for group, rate in zip(self.lion.param_groups, (rate_unet, rate_text), strict=True):
                 group["lr"] = rate
             self.lion.step()
             for _, weight in self.trained:
                 weight.grad = None
         scaler.update(finite)
-        return norm, *rates
+        return norm, rate_unet, rate_text
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The optimizer's state: `<weight>.state1` (uint8 or float32) and `<weight>.absmax1`."""
+        """The optimizer's state: `<weight>.state1` (uint8 or float32) and, for 8-bit states, `<weight>.absmax1`."""
         return {
             f"{name}.{key}": self.lion.state[weight][key]
             for name, weight in self.trained
-            for key in ("absmax1", "state1")
+            for key in STATE_KEYS
             if key in self.lion.state[weight]
         }
 
     def load(self, tensors: dict[str, torch.Tensor], steps: int) -> None:
-        """Takes up a saved state after `steps` steps. It is empty while every step so far overflowed: the optimizer
-        then starts afresh.
-        """
+        """Load a state saved after `steps` steps. It is empty if every step so far overflowed; then nothing is done."""
         if not tensors:
             return
         for group_index, group in enumerate(self.lion.param_groups):
@@ -118,6 +129,6 @@ class Lion:
         for name, weight in self.trained:
             state = self.lion.state[weight]
             state["step"] = steps
-            for key in ("absmax1", "state1"):
+            for key in STATE_KEYS:
                 if key in state:
                     state[key].copy_(tensors[f"{name}.{key}"])

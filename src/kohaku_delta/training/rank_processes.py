@@ -1,6 +1,4 @@
-"""Invariant: ranks are started by torchrun's own launcher; a rank that ends badly ends the others, and its sentence is
-the last word.
-"""
+"""Starts the ranks with torchrun's launcher. A rank that fails ends the others, and its error is printed last."""
 
 import ctypes
 import logging
@@ -10,7 +8,8 @@ import sys
 
 from kohaku_delta.errors import UserError
 
-PATIENCE = 600  # seconds for a step under way to end and be saved; the release's takes 51, torchrun would wait 30
+# Seconds for the current step to end and be saved: a step of the release takes 51; torchrun's default is 30.
+PATIENCE = 600
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -20,12 +19,15 @@ def is_rank() -> bool:
 
 
 def die_with_parent() -> None:
-    """Ties this rank to its launcher: when that is killed, this process gets SIGTERM instead of going on as an orphan."""
+    """If the launcher is killed, this rank gets SIGTERM instead of continuing as an orphan."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def launch_ranks(count: int, arguments: list[str]) -> None:
-    """Runs this very command as `count` ranks on this machine (gloo or NCCL over the loopback), and waits for them."""
+    """Run this same command as `count` ranks on this machine (gloo or NCCL over the loopback) and wait for them.
+
+    Raises UserError that names the first rank that failed, or the signal that stopped this process.
+    """
     from torch.distributed.elastic.agent.server import api
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -33,15 +35,21 @@ def launch_ranks(count: int, arguments: list[str]) -> None:
 
     for logger in ("torch.distributed.elastic", api.__name__):  # the second has a level of its own
         logging.getLogger(logger).setLevel(logging.CRITICAL)
-    os.environ["GLOO_SOCKET_IFNAME"] = (
-        "lo"  # else gloo and the agent look up the host's name, and meet at the address that they are told
-    )
-    os.environ.pop(
-        "PYTHONSAFEPATH", None
-    )  # a rank is a script again: the first of its paths is the one that the stage changes
-    where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "127.0.0.1"}
+    # Otherwise gloo and the agent resolve the host's name and listen on the address that they get.
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    # A rank is started as a script again: it needs the first entry of its sys.path, which the stage replaces.
+    os.environ.pop("PYTHONSAFEPATH", None)
     config = LaunchConfig(
-        1, 1, count, run_id="train", max_restarts=0, monitor_interval=0.5, shutdown_timeout=PATIENCE, **where
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id="train",
+        max_restarts=0,
+        monitor_interval=0.5,
+        shutdown_timeout=PATIENCE,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="127.0.0.1",
     )
     try:
         elastic_launch(config, sys.executable)("-u", os.path.abspath(sys.argv[0]), *arguments)
@@ -54,6 +62,6 @@ def launch_ranks(count: int, arguments: list[str]) -> None:
         ended = (
             f"was killed by {signal.Signals(-failure.exitcode).name}"
             if failure.exitcode < 0
-            else f"ended with exit code {failure.exitcode}; its words stand above"
+            else f"ended with exit code {failure.exitcode}; its error is printed above"
         )
         raise UserError(f"Rank {rank} {ended}. The others were stopped; saved steps are kept.") from None

@@ -1,8 +1,8 @@
-"""Invariant: the whole order of training is known before it starts: posts and parameters decide it, nothing else.
+"""The schedule: every micro-batch of every step, known before training starts; posts and parameters alone decide it.
 
 A bucket's posts are shuffled and cut into micro-batches (the last one ragged); all micro-batches of the epoch are
-permuted; a step takes the next `micro_batches` of them; the one at place p belongs to lane p mod lanes. A visit's
-counter is epoch · N + row of the post in posts.parquet, so it does not depend on the order.
+permuted; a step takes the next `micro_batches` of them. The one at place p of its step belongs to lane p mod lanes.
+A visit's counter is epoch · N + row of the post in posts.parquet, so it does not depend on the order.
 """
 
 import numpy as np
@@ -16,8 +16,8 @@ SCHEMA = pa.schema(
     [
         ("step", pa.int32()),
         ("lane", pa.int16()),
-        ("place", pa.int16()),
-        ("width", pa.int32()),
+        ("place", pa.int16()),  # position of the micro-batch within its step
+        ("width", pa.int32()),  # of the bucket, pixels
         ("height", pa.int32()),
         ("posts", pa.list_(pa.int64())),
         ("visits", pa.list_(pa.int64())),
@@ -26,16 +26,16 @@ SCHEMA = pa.schema(
 
 
 def _keys(seed: int, epoch: int, stream: int, count: int) -> np.ndarray:
-    """uint64 sort keys of a counter-based generator: (seed, epoch, stream) names the sequence."""
+    """uint64 sort keys (count,) of a counter-based generator; (seed, epoch, stream) selects the sequence."""
     return np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, stream]).random_raw(count)
 
 
 def _epoch(epoch: int, bucket_of: np.ndarray, parameters: Schedule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Order of rows, and the start and length of each micro-batch in it, in training order."""
+    """The order of rows; start and length of each micro-batch in that order; the micro-batches in training order."""
     order = np.lexsort((_keys(parameters.seed, epoch, 0, len(bucket_of)), bucket_of))
     _, firsts, counts = np.unique(bucket_of[order], return_index=True, return_counts=True)
     starts = np.concatenate(
-        [np.arange(first, first + count, parameters.batch_size) for first, count in zip(firsts, counts)]
+        [np.arange(first, first + count, parameters.batch_size) for first, count in zip(firsts, counts, strict=True)]
     )
     ends = np.minimum(starts + parameters.batch_size, np.repeat(firsts + counts, -(-counts // parameters.batch_size)))
     permutation = np.argsort(_keys(parameters.seed, epoch, 1, len(starts)), kind="stable")
@@ -43,13 +43,14 @@ def _epoch(epoch: int, bucket_of: np.ndarray, parameters: Schedule) -> tuple[np.
 
 
 def build_schedule(posts: pa.Table, parameters: Schedule) -> tuple[pa.Table, list[tuple[tuple[int, int], int]]]:
-    """posts: post_id, width, height, ascending by post_id. Returns the schedule and (bucket, images) of each bucket
-    that occurs.
+    """The schedule (SCHEMA), and (bucket, number of images) of each bucket that occurs.
+
+    posts: post_id, width, height, ascending by post_id. Raises UserError if there are none.
     """
     count = posts.num_rows
     if count == 0:
         raise UserError(
-            "posts.parquet holds no post: there is nothing to train on. Look at dropped.parquet for the reasons."
+            "posts.parquet contains no posts: there is nothing to train on. See dropped.parquet for the reasons."
         )
     ids = posts["post_id"].to_numpy()
     sizes = buckets.all_buckets(parameters)
@@ -75,11 +76,11 @@ def build_schedule(posts: pa.Table, parameters: Schedule) -> tuple[pa.Table, lis
         ]
         tables.append(pa.Table.from_arrays(columns, schema=SCHEMA))
         steps += -(-len(starts) // parameters.micro_batches)
-    return pa.concat_tables(tables), [(sizes[index], int(n)) for index, n in zip(occurring, images)]
+    return pa.concat_tables(tables), [(sizes[index], int(n)) for index, n in zip(occurring, images, strict=True)]
 
 
 def bucket_lines(counts: list[tuple[tuple[int, int], int]]) -> str:
-    """The published form: `bucket 0: resolution (256, 3328), count: 177`."""
+    """The published format: `bucket 0: resolution (256, 3328), count: 177`."""
     return "".join(
         f"bucket {index}: resolution ({size[0]}, {size[1]}), count: {count}\n"
         for index, (size, count) in enumerate(counts)

@@ -1,8 +1,9 @@
-"""Invariant: the loss of a micro-batch is a function of (weights, batch): pictures → latents, captions → context, U-Net
-→ ε, min-SNR loss.
+"""The loss of a micro-batch, a function of (weights, batch).
+
+pixels → VAE → latents; captions → text encoders → context; U-Net → predicted noise; min-SNR loss.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -13,7 +14,7 @@ from kohaku_delta.training.batch_builder import Batch
 
 
 class ConditioningForm(NamedTuple):
-    """How time step and pooled output reach the U-Net: SDXL's own form, or that of the trainer that made the release.
+    """How time step and pooled output reach the U-Net: SDXL's own form, or that of the release's trainer.
 
     timestep_freq_shift: diffusers' `downscale_freq_shift`; the sinusoid's exponents are divided by half the width minus
     it (160 or 159). text_projection: `sdxl` projects the pooled state x to x · P, `transposed` to x · Pᵀ (P: the
@@ -33,13 +34,14 @@ SDXL = ConditioningForm()
 
 
 class Sdxl:
-    """The four parts of SDXL. `models`: unet, te1, te2, vae, all on `device`; the VAE in float32, because in fp16
-    SDXL's overflows on some pictures (the release put 0 there).
+    """The four models of SDXL: unet, te1, te2 and vae, all on `device`.
+
+    The VAE is float32, because in fp16 SDXL's overflows on some images (the release put 0 there).
     """
 
     def __init__(
         self,
-        models: dict[str, torch.nn.Module],
+        models: dict[str, Any],
         end_token: int,
         vae_scaling: float,
         gamma: float,
@@ -55,64 +57,61 @@ class Sdxl:
         self.set_form(form)
 
     def set_form(self, form: ConditioningForm) -> None:
-        """Computes in this form from now on. Refuses x · Pᵀ where P is not square."""
+        """Use this form from now on. Raises UserError for x · Pᵀ if P is not square."""
         outputs, inputs = self.models["te2"].text_projection.weight.shape
         if form.text_projection == "transposed" and outputs != inputs:
             raise UserError(
-                f"Text encoder 2 projects {inputs} numbers to {outputs}; train.text_projection: transposed needs as many as it gives. Set it to sdxl in params.yaml."
+                f"Text encoder 2's text_projection maps {inputs} numbers to {outputs}; train.text_projection: "
+                "transposed needs a square one. Set it to sdxl in params.yaml."
             )
         self.form = form
         self.models["unet"].time_proj.downscale_freq_shift = form.timestep_freq_shift
 
     def enable_gradient_checkpointing(self) -> None:
-        """Layers are computed again in the backward instead of being kept."""
+        """Recompute activations in the backward instead of storing them; only active in train mode."""
+        self.models["unet"].enable_gradient_checkpointing()
+        self.models["te1"].gradient_checkpointing_enable()
+        self.models["te2"].gradient_checkpointing_enable()
         for name in ("unet", "te1", "te2"):
-            getattr(
-                self.models[name],
-                "enable_gradient_checkpointing" if name == "unet" else "gradient_checkpointing_enable",
-            )()
             self.models[name].train()
 
     def conditions(self, ids1: torch.Tensor, ids2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Context and pooled output of token ids (B, chunks, 77) each, in this model's form."""
-        return conditioning.encode(
-            self.models["te1"],
-            self.models["te2"],
-            ids1,
-            ids2,
-            self.end_token,
-            self.form.text_projection == "transposed",
-        )
+        """Context and pooled output of token ids, (B, chunks, 77) each, in this model's form."""
+        te1, te2 = self.models["te1"], self.models["te2"]
+        return conditioning.encode(te1, te2, ids1, ids2, self.end_token, self.form.text_projection == "transposed")
 
     @torch.no_grad()
     def latent(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """The same of one image: a micro-batch at once would take more memory than the rest of a step."""
+        """latents() of one image, (1, 4, H/8, W/8) float32: encoding all at once would take more memory than a step."""
         posterior = self.models["vae"].encode(pixels[None].float() / 127.5 - 1.0).latent_dist
         return (posterior.mean + posterior.std * noise) * self.vae_scaling
 
     def latents(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """A sample of the VAE's posterior × its scaling factor, (B, 4, H/8, W/8); pixels uint8."""
-        sample = torch.cat([self.latent(*each) for each in zip(pixels, noise, strict=True)])
-        if not torch.isfinite(sample).all():
+        """Samples (mean + std · noise) of the VAE's posterior × its scaling factor, (B, 4, H/8, W/8) in `precision`.
+
+        pixels: (B, 3, H, W) uint8; noise: float32. Raises UserError if a sample is not finite.
+        """
+        samples = torch.cat([self.latent(*pair) for pair in zip(pixels, noise, strict=True)])
+        if not torch.isfinite(samples).all():
             raise UserError(
-                "The base's VAE gave a latent that is not finite, in float32: its weights are damaged. Look at the base checkpoint."
+                "The base's VAE gave a latent that is not finite, in float32: its weights are damaged. "
+                "Check the base checkpoint."
             )
-        return sample.to(self.precision)
+        return samples.to(self.precision)
 
     def losses(self, batch: Batch) -> torch.Tensor:
-        """The weighted loss of each image, float32 (B,), with its graph. The noise is the target and stays float32;
-        what the U-Net sees is rounded.
+        """The weighted loss of each image, float32 (B,), with its graph.
+
+        The noise is the target and stays float32; the U-Net's input is rounded to `precision`.
         """
         batch = batch.to(self.device)
         latents = self.latents(batch.pixels, batch.latent_noise)
         with torch.autocast(self.device, dtype=self.precision, enabled=self.precision != torch.float32):
             context, pooled = self.conditions(batch.ids1, batch.ids2)
             noisy = diffusion.add_noise(latents, batch.noise, batch.time_steps, self.amplitudes).to(self.precision)
-            conditions = {
-                "text_embeds": pooled,
-                "time_ids": batch.time_ids,
-            }  # float32: fp16 would round sizes above 2,048
-            predicted = self.models["unet"](
-                noisy, batch.time_steps, context, added_cond_kwargs=conditions, return_dict=False
-            )[0]
+            # time_ids stay float32: fp16 would round sizes above 2,048
+            added = {"text_embeds": pooled, "time_ids": batch.time_ids}
+            (predicted,) = self.models["unet"](
+                noisy, batch.time_steps, context, added_cond_kwargs=added, return_dict=False
+            )
         return diffusion.losses(predicted, batch.noise, diffusion.weights(batch.time_steps, self.acp, self.gamma))

@@ -56,7 +56,7 @@ def replay_steps(recipe: Recipe, files: Files, work: Path, first: int, last: int
     differs) at the first other one.
     """
     numerics.enforce(recipe.train.device)
-    from kohaku_delta.training import data_loader
+    from kohaku_delta.training import batch_builder
     from kohaku_delta.training.training_loop import TrainingLoop
 
     journal = journals.read_journal(files["journal"])
@@ -76,7 +76,7 @@ def replay_steps(recipe: Recipe, files: Files, work: Path, first: int, last: int
             yield begin - 1, error.message
             return
     rows = [row for step in range(begin, last + 1) for row in loop.rows(step)]
-    batches = data_loader.batches(context.source, loop.schedule, rows, recipe.execution.workers)
+    batches = batch_builder.load_batches(context.builder, loop.schedule, rows, recipe.execution.workers)
     names = sorted(context.adapter.tensors())
     for step in range(begin, last + 1):
         loop.step(step, batches)
@@ -205,7 +205,7 @@ def losses(recipe: Recipe, files: Files, lokr: Path, device: str, sample: int, s
     pairs = []
     for place in _draw([seed, step], len(rows), sample):
         row = rows[place]
-        batch = context.source.batch(row["posts"], row["visits"], (row["width"], row["height"]))
+        batch = context.builder.batch(row["posts"], row["visits"], (row["width"], row["height"]))
         with torch.no_grad():
             loss = context.model.losses(batch).mean().item()
         pairs.append(LossPair(place, journal.rows[step]["losses"][place], loss))

@@ -206,7 +206,7 @@ def test_queued_experiments_are_run(clone):
         clone,
         "git",
         "show",
-        f"{run(clone, 'git', 'for-each-ref', '--format=%(refname)', 'refs/exps/').split('queued')[0].split()[-1]}queued:./params.yaml",
+        f"{run(clone, 'git', 'for-each-ref', '--format=%(refname)', 'refs/exps/').split('queued')[0].split()[-1]}queued:./params.yaml",  # noqa: E501
     )
     assert up_to_date(clone)
     run(clone, "dvc", "exp", "remove", "queued", "queued-download")
@@ -269,7 +269,7 @@ def test_files_are_listed_fetched_imported_and_opened_from_the_repositorys_addre
         (f"miniature/{FINAL}", clone / FINAL),
         ("data/danbooru2023.db", clone.parent / "data" / "danbooru2023.db"),
     ):
-        code = f"import dvc.api\nwith dvc.api.open({name!r}, repo={address!r}, remote='published', mode='rb') as file: print(len(file.read()))"
+        code = f"import dvc.api\nwith dvc.api.open({name!r}, repo={address!r}, remote='published', mode='rb') as file: print(len(file.read()))"  # noqa: E501
         assert int(run(tmp_path, sys.executable, "-c", code).split()[-1]) == place.stat().st_size
 
 

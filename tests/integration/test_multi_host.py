@@ -45,7 +45,7 @@ def hosts(trained, tmp_path):
 def ends(processes):
     """(exit code, what was said) of each."""
     said = [process.communicate(timeout=600) for process in processes]
-    return [(process.returncode, out + err) for process, (out, err) in zip(processes, said)]
+    return [(process.returncode, out + err) for process, (out, err) in zip(processes, said)]  # noqa: B905
 
 
 def test_two_machines_with_two_ranks_each_give_the_bytes_of_one_process(trained, hosts):

@@ -83,6 +83,6 @@ def test_the_standard_librarys_select_is_not_hidden_by_ours():
     import subprocess
     import sys
 
-    code = "import runpy, sys; sys.argv = ['x', '--help']; sys.path[0] = 'stages'; runpy.run_path('stages/caption.py', run_name='__main__')"
+    code = "import runpy, sys; sys.argv = ['x', '--help']; sys.path[0] = 'stages'; runpy.run_path('stages/caption.py', run_name='__main__')"  # noqa: E501
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "Usage" in done.stdout, done.stderr

@@ -1,7 +1,7 @@
-"""Databases and tars in danbooru2023's layout for the tests, and what the release's tool makes of them, said slowly and
-obviously.
+"""Databases and tars in danbooru2023's layout for the tests, and a plain reference of the release's selection and
+captions.
 
-The reference asks SQLite for one post at a time and joins strings in Python; it shares no code with kohaku_delta.
+The reference queries SQLite for one post at a time and joins strings in Python; it shares no code with kohaku_delta.
 """
 
 import io
@@ -15,36 +15,41 @@ from PIL import Image
 
 from kohaku_delta.danbooru.database import Database
 
-COUNTS = "tag_count tag_count_general tag_count_artist tag_count_character tag_count_copyright tag_count_meta".split()
+COUNTS = ["tag_count", *(f"tag_count_{kind}" for kind in ("general", "artist", "character", "copyright", "meta"))]
 COLUMNS = {
-    "id": "INTEGER NOT NULL PRIMARY KEY", "created_at": "VARCHAR(255)", "uploader_id": "INTEGER", "source": "VARCHAR(255)", "md5": "VARCHAR(255)",
-    "parent_id": "INTEGER", "has_children": "INTEGER", "is_deleted": "INTEGER", "is_banned": "INTEGER", "pixiv_id": "INTEGER",
-    "has_active_children": "INTEGER", "bit_flags": "INTEGER", "has_large": "INTEGER", "has_visible_children": "INTEGER", "image_width": "INTEGER",
-    "image_height": "INTEGER", "file_size": "INTEGER", "file_ext": "VARCHAR(255)", "rating": "INTEGER", "score": "INTEGER", "up_score": "INTEGER",
-    "down_score": "INTEGER", "fav_count": "INTEGER", "file_url": "VARCHAR(255)", "large_file_url": "VARCHAR(255)", "preview_file_url": "VARCHAR(255)",
+    "id": "INTEGER NOT NULL PRIMARY KEY", "created_at": "VARCHAR(255)", "uploader_id": "INTEGER",
+    "source": "VARCHAR(255)", "md5": "VARCHAR(255)", "parent_id": "INTEGER", "has_children": "INTEGER",
+    "is_deleted": "INTEGER", "is_banned": "INTEGER", "pixiv_id": "INTEGER", "has_active_children": "INTEGER",
+    "bit_flags": "INTEGER", "has_large": "INTEGER", "has_visible_children": "INTEGER", "image_width": "INTEGER",
+    "image_height": "INTEGER", "file_size": "INTEGER", "file_ext": "VARCHAR(255)", "rating": "INTEGER",
+    "score": "INTEGER", "up_score": "INTEGER", "down_score": "INTEGER", "fav_count": "INTEGER",
+    "file_url": "VARCHAR(255)", "large_file_url": "VARCHAR(255)", "preview_file_url": "VARCHAR(255)",
 }  # fmt: skip
 GOOD = {
-    "created_at": "2019-06-03T11:20:00.000-04:00", "md5": "0" * 32, "file_ext": "png", "rating": 0, "fav_count": 5, "is_deleted": 0, "is_banned": 0,
+    "created_at": "2019-06-03T11:20:00.000-04:00", "md5": "0" * 32, "file_ext": "png", "rating": 0, "fav_count": 5,
+    "is_deleted": 0, "is_banned": 0,
     "file_url": "https://example.org/original.png",
 }  # fmt: skip
 RATINGS = {0: "general", 1: "sensitive", 2: "questionable", 3: "explicit"}
 GENERAL, ARTIST, CHARACTER, COPYRIGHT, META = range(5)
 TODAY = parserinfo()
-TODAY._year, TODAY._century = 2024, 2000  # what the release's tool took from the clock
+TODAY._year, TODAY._century = 2024, 2000  # the release's tool took the current date
 
 
 def write_database(path, posts, tags=(), pairs=(), later=False):
-    """posts: dicts over GOOD; tags: (id, name, type); pairs: (post_id, tag_id) in the order of their ids. `later`: the
-    schema of later revisions.
+    """Write a database: the values of posts override GOOD; tags are (id, name, type); pairs are (post_id, tag_id).
+
+    later: use the schema of later revisions.
     """
-    extra = {"updated_at": "VARCHAR(255)"} if later else {"tag_list": "TEXT", **{name: "INTEGER" for name in COUNTS}}
+    extra = {"updated_at": "VARCHAR(255)"} if later else {"tag_list": "TEXT", **dict.fromkeys(COUNTS, "INTEGER")}
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute(
             f"CREATE TABLE post ({', '.join(f'{name} {kind}' for name, kind in {**COLUMNS, **extra}.items())})"
         )
         connection.execute(
-            "CREATE TABLE tag (id INTEGER NOT NULL PRIMARY KEY, name VARCHAR(255) UNIQUE, type INTEGER, popularity INTEGER)"
+            "CREATE TABLE tag "
+            "(id INTEGER NOT NULL PRIMARY KEY, name VARCHAR(255) UNIQUE, type INTEGER, popularity INTEGER)"
         )
         connection.execute(
             "CREATE TABLE posttagrelation (id INTEGER NOT NULL PRIMARY KEY, post_id INTEGER, tag_id INTEGER)"
@@ -92,7 +97,7 @@ def write_tar(path, members, form=tarfile.GNU_FORMAT):
 
 
 def choose(ids, seed, ranges):
-    """The release's selection by Python's own random: id → how often. ranges: (from, below, draw)."""
+    """The release's selection with Python's random: {id: times drawn}. ranges: (first id, first id excluded, draw)."""
     numbers, drawn = random.Random(seed), {}
     for start, below, draw in ranges:
         population = [post for post in sorted(ids) if post >= start and (below is None or post < below)]
@@ -102,7 +107,7 @@ def choose(ids, seed, ranges):
 
 
 def caption(connection, post, parameters):
-    """(keep, general, caption) of one post, or None where the release's tool failed. parameters: recipe.caption."""
+    """(keep, general, caption) of one post, or None if the release's tool failed on it. parameters: recipe.caption."""
     created, rating, favourites = connection.execute(
         "SELECT created_at, rating, fav_count FROM post WHERE id = ?", (post,)
     ).fetchone()
@@ -111,7 +116,8 @@ def caption(connection, post, parameters):
     rating = rating if rating is None else list(RATINGS)[rating]  # as Python's lists do: -1 is the last
     classes = {kind: [] for kind in range(5)}
     rows = connection.execute(
-        "SELECT tag.name, tag.type FROM posttagrelation JOIN tag ON tag.id = posttagrelation.tag_id WHERE post_id = ? ORDER BY posttagrelation.id",
+        "SELECT tag.name, tag.type FROM posttagrelation JOIN tag ON tag.id = posttagrelation.tag_id "
+        "WHERE post_id = ? ORDER BY posttagrelation.id",
         (post,),
     )
     for name, kind in rows:

@@ -1,6 +1,4 @@
-"""Two machines on one: network namespaces joined by a virtual cable, each with its own addresses and nothing else to
-reach. Linux, root.
-"""
+"""Two machines on one host: network namespaces with their own addresses, connected only to each other. Linux, root."""
 
 import os
 import shutil
@@ -12,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 29577
-CABLE = "cable"  # what both call their end
+CABLE = "cable"  # the device's name in both namespaces
 
 
 def _ip(*arguments: str) -> None:
@@ -21,7 +19,7 @@ def _ip(*arguments: str) -> None:
 
 @contextmanager
 def two():
-    """The names of two namespaces. OSError where this host does not permit them."""
+    """The names of two namespaces. Raises OSError if this host does not permit them."""
     if not shutil.which("ip"):
         raise OSError("the command `ip` is not there (iproute2)")
     names = [f"kohaku-{os.getpid()}-{number}" for number in (0, 1)]
@@ -29,7 +27,7 @@ def two():
         for name in names:
             _ip("netns", "add", name)
         _ip("link", "add", CABLE, "netns", names[0], "type", "veth", "peer", "name", CABLE, "netns", names[1])
-        for name, address in zip(names, ADDRESSES):
+        for name, address in zip(names, ADDRESSES, strict=True):
             _ip("-n", name, "address", "add", f"{address}/24", "dev", CABLE)
             for device in ("lo", CABLE):
                 _ip("-n", name, "link", "set", device, "up")
@@ -43,7 +41,7 @@ def two():
 
 
 def processes(name: str) -> list[int]:
-    """The ids of all that runs in a namespace."""
+    """The ids of all processes in a namespace."""
     return [
         int(word)
         for word in subprocess.run(
@@ -53,21 +51,11 @@ def processes(name: str) -> list[int]:
 
 
 def torchrun(names: list[str], node: int, folder: Path, ranks: int) -> subprocess.Popen:
-    """Starts machine `node`'s share of a training, `ranks` processes, in its own folder: the command of docs/hosts.md."""
+    """Start `ranks` ranks of a training as machine `node`, in its own folder: the command of docs/hosts.md."""
     command = [
         *("ip", "netns", "exec", names[node], sys.executable, "-m", "torch.distributed.run"),
-        *(
-            "--nnodes",
-            "2",
-            "--nproc-per-node",
-            str(ranks),
-            "--node-rank",
-            str(node),
-            "--master-addr",
-            ADDRESSES[0],
-            "--master-port",
-            str(PORT),
-        ),
+        *("--nnodes", "2", "--nproc-per-node", str(ranks), "--node-rank", str(node)),
+        *("--master-addr", ADDRESSES[0], "--master-port", str(PORT)),
         *("--shutdown-timeout", "600", str(ROOT / "stages" / "train.py")),
     ]
     environment = os.environ | {"PYTHONPATH": "", "GLOO_SOCKET_IFNAME": CABLE}

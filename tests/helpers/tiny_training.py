@@ -1,6 +1,4 @@
-"""A lesson for the trainer: a few posts of the miniature, a toy base, and a recipe of a few steps, in a folder of its
-own.
-"""
+"""A tiny training: a few posts of the miniature, a tiny base and a recipe of a few steps, in its own folder."""
 
 import os
 import subprocess
@@ -25,10 +23,10 @@ yaml = YAML(typ="safe", pure=True)
 
 
 def write(folder: Path, posts: int, sections: dict[str, dict] | None = None, **train) -> Path:
-    """Everything that `stages/train.py` reads, under folder/build, and params.yaml: two images a micro-batch, four
-    micro-batches a step.
+    """Write params.yaml and, under folder/build, everything that `stages/train.py` reads.
 
-    `train` (of train or execution), and other `sections`: parameters that differ from the miniature's.
+    Two images per micro-batch, four micro-batches per step. `train` (keys of train or execution) and other `sections`:
+    parameters that differ from the miniature's.
     """
     content = yaml.load((ROOT / "miniature" / "params.yaml").read_text())
     content["schedule"] |= {"batch_size": 2, "micro_batches": 4, "lanes": 4}
@@ -89,7 +87,7 @@ def command(ranks: int) -> list[str]:
 
 
 def run(folder: Path, ranks: int = 1) -> subprocess.CompletedProcess:
-    """Trains in `folder`; what it said is in .stdout and .stderr."""
+    """Run the training in `folder`; its output is in .stdout and .stderr."""
     return subprocess.run(
         command(ranks), cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""}
     )

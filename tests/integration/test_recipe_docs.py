@@ -114,8 +114,9 @@ def test_the_values_that_repair_a_quirk_are_accepted(tmp_path):
     """Those that the table names; a recipe that repairs all of them is a recipe."""
     content = yaml.load(ROOT / "params.yaml")
     repaired = {
-        "selection.replacement": False, "caption.before_first_year": None, "caption.no_quality_above_id": None, "train.warmup_steps": 100,
-        "train.last_step_divisor": "actual", "train.crop_conditioning": "real", "train.timestep_freq_shift": 0, "train.text_projection": "sdxl",
+        "selection.replacement": False, "caption.before_first_year": None, "caption.no_quality_above_id": None,
+        "train.warmup_steps": 100, "train.last_step_divisor": "actual", "train.crop_conditioning": "real",
+        "train.timestep_freq_shift": 0, "train.text_projection": "sdxl",
     }  # fmt: skip
     meanings = {row[0].strip("`"): row[3] for row in EXPLAINED}
     for key, value in repaired.items():

@@ -1,4 +1,4 @@
-"""The contract holds whatever the host's settings are, and refuses where it would come too late."""
+"""The host's settings do not change the bits; fixing the numerics too late is refused."""
 
 import os
 import subprocess
@@ -15,7 +15,8 @@ import torch, tiny_sdxl
 from kohaku_delta.sdxl import model_loading
 unet = model_loading.build(tiny_sdxl.CONFIGS, ("unet",))["unet"]
 numbers = torch.Generator().manual_seed(1)
-unet.load_state_dict({name: torch.randn(value.shape, generator=numbers) * 0.05 for name, value in unet.state_dict().items()}, assign=True)
+weights = {name: torch.randn(value.shape, generator=numbers) * 0.05 for name, value in unet.state_dict().items()}
+unet.load_state_dict(weights, assign=True)
 for weight in unet.parameters(): weight.requires_grad_(True)
 x, context = torch.randn(2, 4, 16, 16, generator=numbers), torch.randn(2, 227, 112, generator=numbers)
 conditions = {"text_embeds": torch.randn(2, 64, generator=numbers), "time_ids": torch.full((2, 6), 128.0)}
@@ -31,7 +32,7 @@ def run(code, **environment):
     )
 
 
-def test_the_hosts_settings_reach_no_bit_of_a_step():
+def test_the_hosts_settings_change_no_bit_of_a_step():
     plain = run(STEP)
     other = run(
         STEP,

@@ -1,5 +1,5 @@
-"""No operator reaches the training, the VAE or the sampler whose bits a processor decides; the list is measured here
-and under emulation (test_emulated.py).
+"""Training, VAE and sampler run no operator whose bits depend on the processor; the digests are measured here and under
+emulation (test_emulated.py).
 """
 
 import json
@@ -38,21 +38,21 @@ VARIANTS = {
 }
 
 
-class Strangers(TorchDispatchMode):
-    """Collects the operators on the CPU's numbers that operators.py does not know."""
+class UnknownOperators(TorchDispatchMode):
+    """Collects the operators on CPU tensors that operators.py does not know."""
 
     def __init__(self):
         super().__init__()
-        self.seen, self.found = 0, set()
+        self.count, self.found = 0, set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         on_cpu = any(
-            isinstance(each, torch.Tensor) and each.device.type == "cpu"
-            for each in _pytree.tree_leaves((args, kwargs, result))
+            isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu"
+            for leaf in _pytree.tree_leaves((args, kwargs, result))
         )
         if on_cpu:
-            self.seen += 1
+            self.count += 1
             if not operators.is_known(str(function), args):
                 self.found.add(str(function))
         return result
@@ -61,7 +61,7 @@ class Strangers(TorchDispatchMode):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_operator_of_a_step_of_the_vae_and_of_the_sampler_is_known(variant, tmp_path):
     numerics.enforce()
-    folder = tiny_training.write(tmp_path / "lesson", 4, **VARIANTS[variant])
+    folder = tiny_training.write(tmp_path / "training", 4, **VARIANTS[variant])
     recipe, build = load(folder / "params.yaml"), folder / "build"
     files = {name: build / f"{name}.parquet" for name in ("posts", "captions", "schedule")}
     files |= {
@@ -72,33 +72,33 @@ def test_every_operator_of_a_step_of_the_vae_and_of_the_sampler_is_known(variant
         "tars": None,
     }
     _, texts = trainer.load_tokenizers(files)
-    with Strangers() as strangers:
-        made = trainer.build_context(recipe, files, texts, trainer.tar_paths(files), "cpu")
-        loop = TrainingLoop(recipe, made, folder / "work")
-        loop.step(0, batch_builder.load_batches(made.builder, loop.schedule, loop.rows(0), 0))
+    with UnknownOperators() as unknown:
+        context = trainer.build_context(recipe, files, texts, trainer.tar_paths(files), "cpu")
+        loop = TrainingLoop(recipe, context, folder / "work")
+        loop.step(0, batch_builder.load_batches(context.builder, loop.schedule, loop.rows(0), 0))
         if recipe.train.precision == "float32":
             model = trainer.load_sdxl(recipe, files["base"], texts, "cpu", torch.float32, SDXL)
             sampler.sample_images(
                 model, texts, recipe.preview.model_copy(update={"steps": 2, "prompts": ["circle"]}), 8, 75
             )
-    assert strangers.seen > 10_000 and strangers.found == set(), (
-        "make them exact (numpy's square root, a table), or prove them equal: operators.MEASURED"
+    assert unknown.count > 10_000 and unknown.found == set(), (
+        "make them exact (numpy's square root, a table), or measure them: operators.MEASURED"
     )
 
 
 @pytest.mark.parametrize(
     "compute", [torch.sqrt, torch.rsqrt, lambda x: x**0.5, torch.log, lambda x: x.std(), lambda x: x.cpu().erf()]
 )
-def test_an_operator_that_processors_may_decide_is_found(compute):
-    with Strangers() as strangers:
+def test_an_operator_that_may_differ_between_processors_is_found(compute):
+    with UnknownOperators() as unknown:
         compute(torch.rand(64))
-    assert strangers.found
+    assert unknown.found
 
 
 def test_the_digests_of_this_processor_are_the_committed_ones():
     numerics.enforce()
     assert operators.digests() == operators.known(), (
-        "compare with `kohaku-delta operators`: this processor, or the numerics of this process, give other bits"
+        "compare with `kohaku-delta operators`: this processor, or this process's settings, give other bits"
     )
 
 
@@ -121,21 +121,28 @@ LIBRARIES = (
     ids=str,
 )
 def test_numpy_opencv_and_pillow_give_the_same_bytes_with_other_kernels(environment):
-    """What emulation cannot reach: each library with the kernels of older processors, in a process of its own."""
-    code = f"import json; from kohaku_delta.numerics import operators as o; print(json.dumps({{name: o.digest(o.MEASURED[name][1]()) for name in {LIBRARIES!r}}}))"
+    """What emulation does not cover: each library with the kernels of older processors, in its own process."""
+    code = (
+        "import json; from kohaku_delta.numerics import operators as o; "
+        f"print(json.dumps({{name: o.digest(o.MEASURED[name][1]()) for name in {LIBRARIES!r}}}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment)
     assert json.loads(done.stdout) == {name: operators.known()[name] for name in LIBRARIES}, done.stderr
 
 
 def test_numpy_runs_without_avx512_in_every_stage():
-    """The package sets the pin before it, or any stage, imports numpy."""
-    code = "import sys, kohaku_delta; assert 'numpy' not in sys.modules; from numpy._core._multiarray_umath import __cpu_features__ as found; print(found['X86_V4'], found['AVX512_SKX'])"
+    """The package sets the variable before it, or any stage, imports numpy."""
+    code = (
+        "import sys, kohaku_delta; assert 'numpy' not in sys.modules; "
+        "from numpy._core._multiarray_umath import __cpu_features__ as found; "
+        "print(found['X86_V4'], found['AVX512_SKX'])"
+    )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("NPY_")}
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout.split() == ["False", "False"], done.stderr
 
 
-def test_the_command_says_which_operator_differs(tmp_path, monkeypatch):
+def test_the_command_names_the_operator_that_differs(tmp_path, monkeypatch):
     from click.testing import CliRunner
 
     from kohaku_delta.cli.main import main

@@ -7,10 +7,14 @@ from kohaku_delta.params import load
 from kohaku_delta.training import buckets
 
 RELEASE = load("params.yaml").schedule
-PUBLISHED = [(256, 3328), (256, 3392), (256, 3456), (256, 3520), (256, 3584), (256, 3648), (256, 3712), (256, 3776), (256, 3840), (256, 3904),
-             (256, 3968), (256, 4032), (256, 4096), (320, 2752), (320, 2816), (320, 2880), (320, 2944), (320, 3008), (320, 3072), (320, 3136),
-             (320, 3200), (320, 3264), (384, 2368), (384, 2432), (384, 2496), (384, 2560), (384, 2624), (384, 2688), (448, 2112), (448, 2176),
-             (448, 2240), (448, 2304), (512, 1856)]  # the first 33 lines of the published bucket.txt  # fmt: skip
+# the first 33 lines of the published bucket.txt
+PUBLISHED = [
+    (256, 3328), (256, 3392), (256, 3456), (256, 3520), (256, 3584), (256, 3648), (256, 3712), (256, 3776),
+    (256, 3840), (256, 3904), (256, 3968), (256, 4032), (256, 4096), (320, 2752), (320, 2816), (320, 2880),
+    (320, 2944), (320, 3008), (320, 3072), (320, 3136), (320, 3200), (320, 3264), (384, 2368), (384, 2432),
+    (384, 2496), (384, 2560), (384, 2624), (384, 2688), (448, 2112), (448, 2176), (448, 2240), (448, 2304),
+    (512, 1856),
+]  # fmt: skip
 
 
 def test_the_release_has_97_buckets_of_which_the_first_33_are_the_published_ones():
@@ -46,12 +50,12 @@ def test_every_image_takes_its_own_size_or_the_nearest_ratio():
     sizes = buckets.all_buckets(RELEASE)
     numbers = np.random.default_rng(1)
     widths, heights = numbers.integers(1, 5000, 3000), numbers.integers(1, 5000, 3000)
-    widths[:97], heights[:97] = zip(*sizes)
+    widths[:97], heights[:97] = zip(*sizes, strict=True)
     chosen = buckets.choose_bucket(widths, heights, sizes)
-    assert chosen.tolist() == [nearest(w, h, sizes) for w, h in zip(widths.tolist(), heights.tolist())]
+    assert chosen.tolist() == [nearest(w, h, sizes) for w, h in zip(widths.tolist(), heights.tolist(), strict=True)]
 
 
-def test_the_published_example_is_cut_by_16_px_and_told_10():
+def test_the_published_example_is_cut_by_16_px_and_conditioned_on_10():
     assert buckets.resized((1000, 1500), (832, 1216)) == (832, 1248)
     assert buckets.crop((1000, 1500), (832, 1216), "letterbox") == (0.0, 10.0)
     assert buckets.crop((1000, 1500), (832, 1216), "real") == (16.0, 0.0)
@@ -59,8 +63,8 @@ def test_the_published_example_is_cut_by_16_px_and_told_10():
 
 
 def test_resize_covers_the_bucket_by_less_than_a_pixel_too_much_and_the_letterbox_is_centred():
-    """In whole numbers: the side that binds fits exactly, the other is the ratio rounded half up; the told offset is
-    half of what a fitted image leaves free.
+    """In integers: one side fits exactly, the other is the ratio rounded half up; the letterbox offset is half of the
+    space that a fitted image would leave.
     """
     numbers = np.random.default_rng(3)
     sizes = buckets.all_buckets(RELEASE)
@@ -69,13 +73,13 @@ def test_resize_covers_the_bucket_by_less_than_a_pixel_too_much_and_the_letterbo
         wider = width * bucket[1] > bucket[0] * height
         if wider:
             expected = ((2 * width * bucket[1] + height) // (2 * height), bucket[1])
-            told = ((bucket[1] * width - bucket[0] * height) // (2 * width), 0)
+            letterbox = ((bucket[1] * width - bucket[0] * height) // (2 * width), 0)
         else:
             expected = (bucket[0], (2 * height * bucket[0] + width) // (2 * width))
-            told = (0, (bucket[0] * height - bucket[1] * width) // (2 * height))
+            letterbox = (0, (bucket[0] * height - bucket[1] * width) // (2 * height))
         resized = buckets.resized((width, height), bucket)
         assert resized == expected and resized[0] >= bucket[0] and resized[1] >= bucket[1]
-        assert buckets.crop((width, height), bucket, "letterbox") == told
+        assert buckets.crop((width, height), bucket, "letterbox") == letterbox
         assert buckets.crop((width, height), bucket, "real") == (
             (resized[1] - bucket[1]) // 2,
             (resized[0] - bucket[0]) // 2,

@@ -57,11 +57,11 @@ def test_the_time_step_is_the_sinusoid_of_its_form(model, width, form, divisor):
 
 def test_both_forms_of_the_time_step_are_as_far_apart_as_the_facts_say():
     """10 % at t = 100, 50 % at t = 500, 88 % at t = 999, measured with sd-scripts' own code."""
-    far = [
+    distances = [
         np.linalg.norm(sinusoid(step, 320, 159) - sinusoid(step, 320, 160)) / np.linalg.norm(sinusoid(step, 320, 160))
         for step in (100, 500, 999)
     ]
-    assert far == pytest.approx([0.10, 0.50, 0.88], abs=0.02)
+    assert distances == pytest.approx([0.10, 0.50, 0.88], abs=0.02)
 
 
 @pytest.mark.parametrize("form", [RELEASE, SDXL])
@@ -70,7 +70,7 @@ def test_the_pooled_output_is_projected_in_its_form(model, form):
     inputs).
     """
     matrix = tiny_sdxl.tensors(1)["conditioner.embedders.1.model.text_projection"].double()
-    assert not torch.allclose(matrix, matrix.T), "a symmetric one would tell nothing"
+    assert not torch.allclose(matrix, matrix.T), "with a symmetric P both forms are equal"
     ids = torch.full((2, 3, 77), 999)
     ids[:, :, 0] = 998
     ids[:, 0, 1:9] = torch.arange(1, 17).reshape(2, 8)
@@ -91,7 +91,7 @@ def test_a_projection_that_is_not_square_cannot_be_transposed(model):
         model.set_form(RELEASE)
 
 
-def test_a_model_computes_in_the_form_that_its_recipe_trains_in_unless_told_another(path):
+def test_a_model_computes_in_the_form_that_its_recipe_trains_in_unless_another_is_passed(path):
     recipe = load("params.yaml")
     recipe = recipe.model_copy(
         update={"model": tiny_sdxl.MODEL, "train": recipe.train.model_copy(update={"precision": "float32"})}
@@ -104,25 +104,23 @@ def test_a_model_computes_in_the_form_that_its_recipe_trains_in_unless_told_anot
 
 
 def test_the_held_out_loss_is_measured_in_both_forms_and_leaves_sdxls(model, monkeypatch):
-    asked = []
+    measured = []
 
     def loss(model, *data):
-        asked.append(model.form)
-        return float(len(asked))
+        measured.append(model.form)
+        return float(len(measured))
 
     monkeypatch.setattr(held_out_loss, "mean_loss", loss)
     assert (
         held_out_loss.losses_by_form(model, RELEASE) == {"sdxl": 1.0, "training": 2.0}
-        and asked == [SDXL, RELEASE]
+        and measured == [SDXL, RELEASE]
         and model.form == SDXL
     )
     assert held_out_loss.losses_by_form(model, SDXL) == {"sdxl": 3.0, "training": 3.0}
 
 
 def test_every_value_of_both_keys_trains_and_replays_in_its_own_form(tmp_path):
-    """Four trainings of one step: four journals; each is found equal again in its form. Replay takes the form from the
-    recipe.
-    """
+    """Four trainings of one step have four journals, and each is replayed in its form, which comes from the recipe."""
     losses = {}
     for shift in (0, 1):
         for projection in ("sdxl", "transposed"):

@@ -18,8 +18,8 @@ def test_the_schedule_is_bit_equal_to_diffusers():
 
 @pytest.mark.parametrize("part", ["signal", "noise"])
 def test_both_amplitudes_are_correctly_rounded_square_roots(part):
-    """IEEE 754: no float32 is nearer to √a, in exact arithmetic; torch.sqrt misses this for a share of the steps that
-    depends on the processor.
+    """IEEE 754: no float32 is nearer to √a, in exact arithmetic. torch.sqrt fails this for some steps, which depend on
+    the processor.
     """
     acp = diffusion.alphas_cumprod()
     under = (acp if part == "signal" else 1 - acp).tolist()
@@ -44,9 +44,7 @@ def test_adding_noise_is_diffusers_to_the_last_bit_of_the_square_roots(dtype):
 
 
 def test_float32_noise_is_not_rounded_to_the_latents_precision():
-    """As in the release's trainer: the noise with its offset, which is the target, stayed float32; x_t is rounded once,
-    for the U-Net.
-    """
+    """As in the release's trainer: the noise with its offset, the target, stays float32; x_t is rounded once."""
     latents, noise = torch.zeros(1, 4, 2, 2, dtype=torch.float16), torch.full((1, 4, 2, 2), 1.0001)
     noisy = diffusion.add_noise(latents, noise, torch.tensor([999]), diffusion.amplitudes(torch.float16))
     assert noisy.dtype == torch.float32 and torch.allclose(
@@ -54,7 +52,7 @@ def test_float32_noise_is_not_rounded_to_the_latents_precision():
     )
 
 
-def test_min_snr_is_one_where_the_noise_is_strong_and_gamma_over_snr_where_it_is_weak():
+def test_min_snr_is_one_for_strong_noise_and_gamma_over_snr_for_weak_noise():
     acp = diffusion.alphas_cumprod()
     weight = diffusion.weights(torch.arange(1000), acp, 5.0).double()
     snr = acp.double() / (1 - acp.double())
@@ -62,6 +60,6 @@ def test_min_snr_is_one_where_the_noise_is_strong_and_gamma_over_snr_where_it_is
     assert weight[999] == 1.0 and weight[0] < 0.01
 
 
-def test_the_loss_is_the_mean_square_an_image():
+def test_the_loss_is_the_mean_square_per_image():
     predicted, noise = torch.full((2, 4, 3, 3), 2.0), torch.zeros(2, 4, 3, 3)
     assert diffusion.losses(predicted, noise, torch.tensor([1.0, 0.25])).tolist() == [4.0, 1.0]

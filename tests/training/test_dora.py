@@ -1,4 +1,4 @@
-"""More than the release: two epochs of a LoKr with decomposed weights (DoRA), trained, killed between steps, baked."""
+"""Two epochs of a LoKr with decomposed weights (DoRA), which the release did not use: trained, resumed, baked."""
 
 import subprocess
 import sys
@@ -37,11 +37,11 @@ def test_every_post_is_visited_twice_under_another_counter(trained):
         (post, visit) for row in schedule.to_pylist() for post, visit in zip(row["posts"], row["visits"], strict=True)
     ]
     assert len(visits) == 2 * POSTS and {visit for _, visit in visits} == set(range(2 * POSTS))
-    assert all(sum(each == post for each, _ in visits) == 2 for post in {post for post, _ in visits})
+    assert all(sum(visited == post for visited, _ in visits) == 2 for post in {post for post, _ in visits})
     assert tiny_training.journal(trained).num_rows == schedule["step"][-1].as_py() + 1
 
 
-def test_magnitudes_are_trained_and_begin_as_the_norms_of_the_base(trained):
+def test_magnitudes_are_trained_and_start_as_the_norms_of_the_base(trained):
     recipe = load(trained / "params.yaml")
     models = model_loading.load(trained / "build" / "delta-base.safetensors", recipe.model)
     found = load_file(trained / "build" / "delta-lokr.safetensors")

@@ -1,4 +1,4 @@
-"""What goes wrong around a training is a sentence, ends soon, leaves no process behind, and costs no saved step."""
+"""Failures of a training: one error message, a prompt end, no process left behind, no saved step lost."""
 
 import ctypes
 import fcntl
@@ -15,21 +15,21 @@ import pytest
 import tiny_training
 
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # linux/prctl.h, linux/capability.h
-POSTS = 48  # six steps or more: time to interfere
-SOON = 20  # seconds; a lost peer would keep gloo waiting for ten minutes
+POSTS = 48  # six steps or more, enough time to interfere
+SOON = 20  # seconds; gloo would wait ten minutes for a lost rank
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A lesson taken without interruption, which keeps the state of every step."""
-    folder = tiny_training.write(tmp_path_factory.mktemp("lesson"), POSTS, keep_states=100)
+    """A finished training that kept the state of every step."""
+    folder = tiny_training.write(tmp_path_factory.mktemp("training"), POSTS, keep_states=100)
     done = tiny_training.run(folder)
     assert done.returncode == 0, done.stderr
     return folder
 
 
-def untouched(trained, tmp_path) -> Path:
-    """The same lesson, not taken yet, elsewhere."""
+def copy_inputs(trained, tmp_path) -> Path:
+    """A copy of the training in another folder, before its first step."""
     shutil.copytree(
         trained,
         tmp_path / "elsewhere",
@@ -39,7 +39,7 @@ def untouched(trained, tmp_path) -> Path:
 
 
 def start(folder, ranks):
-    """A training that has saved its first step."""
+    """Start a training and wait until it has saved its first step."""
     process = subprocess.Popen(
         tiny_training.command(ranks), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -53,7 +53,7 @@ def steps(folder) -> list[int]:
 
 
 def processes(folder) -> dict[int, int]:
-    """Every process that works in `folder`, as the kernel lists them: id → rank, -1 for the launcher."""
+    """{process id: rank, -1 for the launcher} of every process whose working directory is `folder`."""
     found = {}
     for place in Path("/proc").glob("[0-9]*"):
         try:
@@ -68,8 +68,8 @@ def processes(folder) -> dict[int, int]:
     return found
 
 
-def refused(said: str, *words: str) -> None:
-    assert "Traceback" not in said and all(word in said for word in words), said
+def assert_error(output: str, *words: str) -> None:
+    assert "Traceback" not in output and all(word in output for word in words), output
 
 
 def mounted(folder, options) -> bool:
@@ -81,41 +81,39 @@ def mounted(folder, options) -> bool:
     )
 
 
-def test_a_second_trainer_in_one_work_folder_is_refused_in_a_sentence(tmp_path):
-    folder = tiny_training.write(tmp_path / "lesson", 8)
+def test_a_second_trainer_in_one_work_folder_is_refused_in_one_line(tmp_path):
+    folder = tiny_training.write(tmp_path / "training", 8)
     (folder / "work").mkdir()
     with open(folder / "work" / "lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         done = tiny_training.run(folder)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    refused(done.stderr, "Another training uses work", "--work")
+    assert_error(done.stderr, "Another training uses work", "--work")
 
 
 def drop_root() -> None:
-    """Root's right to write everywhere is given up before the trainer starts; nobody else has it to give up."""
+    """Before the trainer starts, drop root's capability to write everywhere; other users do not have it."""
     ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE)
 
 
-def test_a_work_folder_that_cannot_be_written_is_refused_in_a_sentence(tmp_path):
-    folder = tiny_training.write(tmp_path / "lesson", 8)
+def test_a_work_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path):
+    folder = tiny_training.write(tmp_path / "training", 8)
     (folder / "work").mkdir()
     (folder / "work").chmod(0o555)
     done = subprocess.run(tiny_training.command(1), cwd=folder, capture_output=True, text=True, preexec_fn=drop_root)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    refused(done.stderr, "work/lock", "another place")
+    assert_error(done.stderr, "work/lock", "another place")
 
 
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_saved_steps_and_training_goes_on_to_the_same_bytes(trained, tmp_path):
-    folder = untouched(trained, tmp_path)
+    folder = copy_inputs(trained, tmp_path)
     if not mounted(folder / "work", "size=4m"):
-        pytest.skip(
-            "only a mount of its own can be filled to the brim, and none can be made here; the limit on file sizes, below, holds the same promise"
-        )
+        pytest.skip("no tmpfs can be mounted here; the test of the limit on file sizes, below, checks the same promise")
     try:
         done = tiny_training.run(folder, ranks=2)
         assert done.returncode == 1
-        refused(done.stderr, "No space left on device", "Free some space", "Rank 0 ended with exit code 1")
+        assert_error(done.stderr, "No space left on device", "Free some space", "Rank 0 ended with exit code 1")
         assert steps(folder) == [1, 2] and not list(folder.glob("work/*/.*")) and not processes(folder)
         subprocess.run(["mount", "-o", "remount,size=64m", folder / "work"], check=True)
         assert tiny_training.run(folder).returncode == 0
@@ -126,14 +124,17 @@ def test_a_full_disk_keeps_the_saved_steps_and_training_goes_on_to_the_same_byte
 
 @pytest.mark.slow
 def test_a_limit_on_file_sizes_keeps_the_saved_steps_and_training_goes_on_to_the_same_bytes(trained, tmp_path):
-    folder = untouched(trained, tmp_path)
+    folder = copy_inputs(trained, tmp_path)
     shutil.copytree(trained / "work", folder / "work")
     for step in steps(folder)[2:]:
         shutil.rmtree(next(folder.glob(f"work/*/step-{step:08d}")))
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
     done = subprocess.run(tiny_training.command(1), cwd=folder, capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 1
-    refused(done.stderr, "File too large")
+    assert_error(done.stderr, "File too large")
     assert steps(folder) == [1, 2] and not list(folder.glob("work/*/.*"))
     assert tiny_training.run(folder).returncode == 0
     assert tiny_training.outs(folder) == tiny_training.outs(trained)
@@ -142,22 +143,22 @@ def test_a_limit_on_file_sizes_keeps_the_saved_steps_and_training_goes_on_to_the
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_others_within_seconds_and_leaves_no_process(trained, tmp_path, victim):
-    folder = untouched(trained, tmp_path)
+    folder = copy_inputs(trained, tmp_path)
     process = start(folder, 2)
     ids = {rank: number for number, rank in processes(folder).items()}
     assert ids.keys() == {-1, 0, 1}
     os.kill(ids[victim], signal.SIGKILL)
-    _, said = process.communicate(timeout=SOON)
+    _, output = process.communicate(timeout=SOON)
     assert process.returncode == 1
-    refused(said, f"Error: Rank {victim} was killed by SIGKILL. The others were stopped; saved steps are kept.")
+    assert_error(output, f"Error: Rank {victim} was killed by SIGKILL. The others were stopped; saved steps are kept.")
     assert not processes(folder)
     assert tiny_training.run(folder).returncode == 0
     assert tiny_training.outs(folder) == tiny_training.outs(trained)
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_launcher_ends_after_the_step_under_way_however_long_it_takes(trained, tmp_path):
-    folder = untouched(trained, tmp_path)
+def test_sigterm_to_the_launcher_ends_after_the_current_step_however_long_it_takes(trained, tmp_path):
+    folder = copy_inputs(trained, tmp_path)
     process = start(folder, 2)
     before = steps(folder)[-1]
     ranks = [number for number, rank in processes(folder).items() if rank >= 0]
@@ -168,10 +169,10 @@ def test_sigterm_to_the_launcher_ends_after_the_step_under_way_however_long_it_t
     assert sorted(processes(folder)) == sorted([process.pid, *ranks])
     for each in ranks:
         os.kill(each, signal.SIGCONT)
-    _, said = process.communicate(timeout=SOON)
+    _, output = process.communicate(timeout=SOON)
     assert process.returncode == 1
     last = steps(folder)[-1]
-    refused(said, f"Stopped after step {last} of ", "Run the stage again", "Stopped by SIGTERM")
+    assert_error(output, f"Stopped after step {last} of ", "Run the stage again", "Stopped by SIGTERM")
     assert before <= last <= before + 2 and not processes(folder)
     assert tiny_training.run(folder).returncode == 0
     assert tiny_training.outs(folder) == tiny_training.outs(trained)
@@ -180,7 +181,7 @@ def test_sigterm_to_the_launcher_ends_after_the_step_under_way_however_long_it_t
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_ranks_do_not_outlive_their_launcher_and_stop_saved(trained, tmp_path, sent):
-    folder = untouched(trained, tmp_path)
+    folder = copy_inputs(trained, tmp_path)
     process = start(folder, 2)
     process.send_signal(sent)
     process.communicate(timeout=SOON)
@@ -194,7 +195,7 @@ def test_ranks_do_not_outlive_their_launcher_and_stop_saved(trained, tmp_path, s
 
 @pytest.mark.slow
 def test_ctrl_c_reaches_the_workers_too_and_still_ends_after_the_step_saved(trained, tmp_path):
-    folder = untouched(trained, tmp_path)
+    folder = copy_inputs(trained, tmp_path)
     params = (folder / "params.yaml").read_text()
     (folder / "params.yaml").write_text(params.replace("workers: 0", "workers: 2"))
     process = subprocess.Popen(
@@ -209,8 +210,8 @@ def test_ctrl_c_reaches_the_workers_too_and_still_ends_after_the_step_saved(trai
         time.sleep(0.02)
     assert len(processes(folder)) == 3
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=SOON)
+    _, output = process.communicate(timeout=SOON)
     assert process.returncode == 1 and not processes(folder)
-    refused(said, f"Stopped after step {steps(folder)[-1]} of ", "Run the stage again")
+    assert_error(output, f"Stopped after step {steps(folder)[-1]} of ", "Run the stage again")
     assert tiny_training.run(folder).returncode == 0
     assert tiny_training.outs(folder) == tiny_training.outs(trained)

@@ -1,6 +1,4 @@
-"""The release's precision on the CPU: fp16 weights and a gradient scaler run, skip what overflows, and resume to the
-same bytes.
-"""
+"""The release's precision, on the CPU: fp16 weights with a gradient scaler skip overflows and resume bit for bit."""
 
 import math
 import shutil
@@ -19,9 +17,7 @@ from kohaku_delta.formats import safetensors_io
 
 @pytest.fixture(scope="module")
 def trained_fp16(tmp_path_factory):
-    """Three or more steps in fp16 on a base whose last convolution is so strong that the first step overflows at the
-    scale 65,536.
-    """
+    """A finished training of three or more fp16 steps; the base's last convolution makes the first step overflow."""
     folder = tiny_training.write(
         tmp_path_factory.mktemp("half"), 24, precision="float16", weights="float16", keep_states=100
     )
@@ -50,7 +46,7 @@ def test_a_step_that_overflows_is_skipped_and_halves_the_scale(trained_fp16):
     assert any((array != 0).any() for name, array in second.items() if name.endswith("lokr_w2"))
 
 
-def test_the_adapter_and_what_the_scaler_left_are_of_half_precision(trained_fp16):
+def test_adapter_and_lokr_file_are_fp16(trained_fp16):
     weights = [array for name, array in state(trained_fp16, 3).items() if name.startswith("weights/")]
     assert {array.dtype for array in weights} == {np.dtype("float16")} and all(
         np.isfinite(array).all() for array in weights
@@ -61,8 +57,8 @@ def test_the_adapter_and_what_the_scaler_left_are_of_half_precision(trained_fp16
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2])
-def test_taken_up_by_two_ranks_after_any_step_it_gives_the_same_bytes(trained_fp16, tmp_path, step):
-    """After step 1 nothing but the scale has moved; after step 2 there are 8-bit states and halved weights."""
+def test_resumed_by_two_ranks_after_any_step_it_gives_the_same_bytes(trained_fp16, tmp_path, step):
+    """After step 1 only the scale has changed; after step 2 there are 8-bit states and fp16 weights."""
     folder = tmp_path / "elsewhere"
     shutil.copytree(
         trained_fp16,

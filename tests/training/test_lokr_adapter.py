@@ -1,4 +1,4 @@
-"""The LoKr starts as nothing, from weights that only seed and name decide; text encoder 1's last layer never moves."""
+"""A new LoKr changes nothing; its weights depend on seed and name; text encoder 1's last layer never changes."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def forward(models):
         return_dict=False,
     )[0]
     return torch.cat(
-        [each.flatten() for each in (picture, models["te1"](ids).last_hidden_state, models["te2"](ids).text_embeds)]
+        [output.flatten() for output in (picture, models["te1"](ids).last_hidden_state, models["te2"](ids).text_embeds)]
     )
 
 
@@ -78,8 +78,8 @@ def test_every_trained_weight_gets_a_gradient_and_text_encoder_1s_last_layer_get
 
 
 def test_rates_and_weight_decay_reach_exactly_the_trained_weights_norms_included(models):
-    """A step with a gradient of zero is weight decay alone: × (1 − 0.1 · rate) in each group, and not one bit in text
-    encoder 1's last layer.
+    """With a zero gradient only weight decay is left: × (1 − 0.1 · rate) per group, and nothing in text encoder 1's
+    last layer.
     """
     from kohaku_delta.training import optimizer
 

@@ -1,4 +1,4 @@
-"""A LoKr computed from its factors is kron(w1, w2)·x, with the gradients of that, at no more memory than its input."""
+"""A LoKr computed from its factors is kron(w1, w2)·x, with its gradients, and stores only its input."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def lokr_layer(kind: str, factor: int):
 
 
 def explicit(layer, kron, x):
-    """The layer with W + kron(w1, w2) put in its place."""
+    """The layer with the weight W + kron(w1, w2)."""
     w1, w2 = kron.lokr_w1, kron.lokr_w2
     whole = torch.kron(w1.view(*w1.shape, *[1] * (w2.dim() - 2)), w2)
     if isinstance(layer, nn.Linear):
@@ -54,7 +54,7 @@ def test_forward_and_gradients_are_those_of_the_whole_kronecker_product(kind, fa
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_its_derivative_is_that_of_finite_differences(kind):
+def test_the_gradient_is_that_of_finite_differences(kind):
     layer, kron, x = lokr_layer(kind, 4)
     kron.apply_to()
     assert torch.autograd.gradcheck(lambda x, w1, w2: layer(x), (x, kron.lokr_w1, kron.lokr_w2))
@@ -71,15 +71,15 @@ def test_the_factors_have_the_shapes_of_lycoris():
             assert ours.lokr_w1.shape == theirs.lokr_w1.shape and ours.lokr_w2.shape == theirs.lokr_w2.shape
 
 
-def test_what_is_kept_for_the_backward_is_the_input_and_the_factors():
+def test_only_the_input_and_the_factors_are_stored_for_the_backward():
     layer, kron, x = lokr_layer("linear", 4)
     kron.apply_to()
-    kept = []
+    stored = []
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+        lambda tensor: stored.append(tensor.numel()) or tensor, lambda tensor: tensor
     ):
         layer(x)
     assert (
-        max(kept) <= max(x.numel(), layer.weight.numel())
-        and sum(kept) <= 2 * x.numel() + sum(weight.numel() for weight in kron.parameters()) + layer.weight.numel()
+        max(stored) <= max(x.numel(), layer.weight.numel())
+        and sum(stored) <= 2 * x.numel() + sum(weight.numel() for weight in kron.parameters()) + layer.weight.numel()
     )

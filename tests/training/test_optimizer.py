@@ -55,7 +55,7 @@ def test_large_tensors_follow_lion_with_a_momentum_rounded_to_8_bits_a_block_of_
     for step in range(4):
         gradient = torch.randn(16384, generator=generator)
         lion.step(step, gradient.clone(), optimizer.Scaler(False))
-        for index, (rate, (_, weight)) in enumerate(zip((0.001, 0.01), trained)):
+        for index, (rate, (_, weight)) in enumerate(zip((0.001, 0.01), trained, strict=True)):
             g = gradient[8192 * index : 8192 * (index + 1)].to(dtype).float()
             moved = expected[index] * (1 - rate * 0.1) - rate * torch.sign(0.9 * momentum[index] + 0.1 * g)
             expected[index] = moved.to(dtype).float()
@@ -71,23 +71,23 @@ def test_a_zero_gradient_leaves_weight_decay_alone_at_each_groups_rate():
     lion, trained, _ = make_optimizer(100)
     before = [weight.detach().clone() for _, weight in trained]
     lion.step(0, torch.zeros(200), optimizer.Scaler(False))
-    for rate, weight, (_, after) in zip((0.001, 0.01), before, trained):
+    for rate, weight, (_, after) in zip((0.001, 0.01), before, trained, strict=True):
         assert torch.allclose(after, weight * (1 - rate * 0.1), rtol=1e-6, atol=0)
 
 
-def test_a_state_taken_up_continues_to_the_same_bits():
+def test_a_loaded_state_continues_to_the_same_bits():
     gradients = [torch.randn(16384, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     lion, trained, _ = make_optimizer(8192)
     for step, gradient in enumerate(gradients[:2]):
         lion.step(step, gradient.clone(), optimizer.Scaler(False))
     other, copied, _ = make_optimizer(8192)
-    for (_, to), (_, weight) in zip(copied, trained):
+    for (_, to), (_, weight) in zip(copied, trained, strict=True):
         to.data.copy_(weight.data)
     other.load({name: tensor.clone() for name, tensor in lion.tensors().items()}, 2)
     for step, gradient in enumerate(gradients[2:], 2):
         lion.step(step, gradient.clone(), optimizer.Scaler(False))
         other.step(step, gradient.clone(), optimizer.Scaler(False))
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(trained, copied))
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(trained, copied, strict=True))
 
 
 def test_the_gradient_is_clipped_to_norm_one():
@@ -154,8 +154,8 @@ def test_the_scale_is_taken_off_before_the_norm_and_moves_as_torchs_scaler_moves
         assert overflow or norm == pytest.approx(gradient.norm().item(), rel=1e-6)
 
 
-def test_a_state_without_an_update_is_taken_up():
-    """Every step so far has overflowed: nothing was initialised, nothing was saved."""
+def test_a_state_without_an_update_is_loaded():
+    """Every step so far overflowed: nothing was initialized, nothing was saved."""
     lion, trained, _ = make_optimizer(8192)
     lion.step(0, torch.full((16384,), float("nan")), optimizer.Scaler(True))
     assert lion.tensors() == {}
@@ -164,7 +164,7 @@ def test_a_state_without_an_update_is_taken_up():
     gradient = torch.randn(16384, generator=generator)
     for each in (lion, other):
         each.step(1, gradient.clone(), optimizer.Scaler(False))
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(trained, copied))
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(trained, copied, strict=True))
 
 
 def test_an_overflow_halves_the_scale_and_skips_the_update():
@@ -172,7 +172,7 @@ def test_an_overflow_halves_the_scale_and_skips_the_update():
     before = [weight.detach().clone() for _, weight in trained]
     scaler = optimizer.Scaler(True)
     lion.step(0, torch.full((200,), float("inf")), scaler)
-    assert scaler.scale == 32768 and all(torch.equal(a, b) for a, (_, b) in zip(before, trained))
+    assert scaler.scale == 32768 and all(torch.equal(a, b) for a, (_, b) in zip(before, trained, strict=True))
 
 
 def test_the_scale_doubles_after_2000_good_steps():

@@ -73,7 +73,7 @@ def test_an_empty_kept_part_leaves_no_comma_behind():
 def test_visits_do_not_depend_on_their_order_and_differ_from_each_other():
     forwards = [sample_rng.normal_for((4, 8, 8), 1, number, sample_rng.NOISE) for number in range(20)]
     backwards = [sample_rng.normal_for((4, 8, 8), 1, number, sample_rng.NOISE) for number in reversed(range(20))][::-1]
-    assert all((a == b).all() for a, b in zip(forwards, backwards))
+    assert all((a == b).all() for a, b in zip(forwards, backwards, strict=True))
     assert len({array.tobytes() for array in forwards}) == 20
     assert sample_rng.normal_for((4, 8, 8), 1, 0, sample_rng.LATENT).tobytes() != forwards[0].tobytes()
 

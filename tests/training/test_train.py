@@ -1,4 +1,4 @@
-"""Training's promises on a few steps: the same bytes with other ranks, after kills, in other folders; nothing
+"""A training of a few steps: the same bytes with other numbers of ranks, after kills, in other folders; nothing
 half-written.
 """
 
@@ -20,15 +20,15 @@ from kohaku_delta.formats import parquet
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A lesson of two or three steps, taken by one rank without interruption."""
-    folder = tiny_training.write(tmp_path_factory.mktemp("lesson"), 16)
+    """A finished training of two or three steps by one rank: (folder, completed process)."""
+    folder = tiny_training.write(tmp_path_factory.mktemp("training"), 16)
     done = tiny_training.run(folder)
     assert done.returncode == 0, done.stderr
     return folder, done
 
 
-def copy(trained, tmp_path):
-    """The same lesson, not taken yet, elsewhere."""
+def copy_inputs(trained, tmp_path):
+    """A copy of the training in another folder, before its first step."""
     shutil.copytree(
         trained[0],
         tmp_path / "elsewhere",
@@ -38,7 +38,7 @@ def copy(trained, tmp_path):
 
 
 def test_two_ranks_elsewhere_give_the_bytes_of_one_rank(trained, tmp_path):
-    other = copy(trained, tmp_path)
+    other = copy_inputs(trained, tmp_path)
     done = tiny_training.run(other, ranks=2)
     assert done.returncode == 0, done.stderr
     assert tiny_training.outs(other) == tiny_training.outs(trained[0])
@@ -46,7 +46,7 @@ def test_two_ranks_elsewhere_give_the_bytes_of_one_rank(trained, tmp_path):
 
 
 def test_killed_training_resumes_to_the_same_bytes(trained, tmp_path):
-    other = copy(trained, tmp_path)
+    other = copy_inputs(trained, tmp_path)
     process = subprocess.Popen(
         tiny_training.command(1), cwd=other, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -59,8 +59,8 @@ def test_killed_training_resumes_to_the_same_bytes(trained, tmp_path):
     assert tiny_training.outs(other) == tiny_training.outs(trained[0])
 
 
-def test_pictures_that_were_edited_during_the_training_are_refused_and_the_training_is_kept(trained, tmp_path):
-    other = copy(trained, tmp_path)
+def test_images_edited_during_the_training_are_refused_and_the_training_is_kept(trained, tmp_path):
+    other = copy_inputs(trained, tmp_path)
     listed = other / "build" / "inputs.json"
     content = json.loads(listed.read_text())
     for entry in content["inputs"]["tars"]:
@@ -75,16 +75,16 @@ def test_pictures_that_were_edited_during_the_training_are_refused_and_the_train
     while process.poll() is None and not list(other.glob("work/*/step-00000001")):
         time.sleep(0.02)
     last.write_bytes(whole[:-1] + b"x")
-    said = process.communicate()[1]
+    output = process.communicate()[1]
     assert (
         process.returncode == 1
-        and "data-2000.tar was edited or replaced" in said
+        and "data-2000.tar was edited or replaced" in output
         and not any((other / "build" / name).exists() for name in tiny_training.OUTS)
-    ), said
+    ), output
     last.write_bytes(whole)
     steps = len(next(iter(other.glob("work/*/log.csv"))).read_text().splitlines())
     assert tiny_training.run(other).returncode == 0 and tiny_training.outs(other) == tiny_training.outs(trained[0])
-    assert len(next(iter(other.glob("work/*/log.csv"))).read_text().splitlines()) == steps, "no step was made twice"
+    assert len(next(iter(other.glob("work/*/log.csv"))).read_text().splitlines()) == steps, "no step was computed twice"
 
 
 def test_the_lokr_moved_everywhere_but_in_text_encoder_1s_last_layer(trained):
@@ -94,18 +94,18 @@ def test_the_lokr_moved_everywhere_but_in_text_encoder_1s_last_layer(trained):
             assert (array == 0).all() == name.startswith("lora_te1_text_model_encoder_layers_2_"), name
 
 
-def test_the_journal_has_a_chained_row_a_step(trained):
+def test_the_journal_has_one_chained_row_per_step(trained):
     rows = tiny_training.journal(trained[0]).to_pylist()
     assert [row["step"] for row in rows] == list(range(len(rows)))
     assert len({row["chain"] for row in rows}) == len({row["weights"] for row in rows}) == len(rows)
     schedule = parquet.read(trained[0] / "build" / "schedule.parquet").to_pylist()
     assert [len(row["losses"]) for row in rows] == [
-        sum(each["step"] == step for each in schedule) for step in range(len(rows))
+        sum(row["step"] == step for row in schedule) for step in range(len(rows))
     ]
 
 
-def test_ranks_that_do_not_divide_the_lanes_are_refused_in_a_sentence(trained, tmp_path):
-    other = copy(trained, tmp_path)
+def test_ranks_that_do_not_divide_the_lanes_are_refused_in_one_line(trained, tmp_path):
+    other = copy_inputs(trained, tmp_path)
     done = tiny_training.run(other, ranks=3)
     assert done.returncode == 1 and "3 ranks cannot share 4 lanes" in done.stderr and "Traceback" not in done.stderr
     assert not any((other / "build" / name).exists() for name in tiny_training.OUTS)
@@ -113,17 +113,17 @@ def test_ranks_that_do_not_divide_the_lanes_are_refused_in_a_sentence(trained, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_ends_after_the_step_saved_and_is_resumed(trained, tmp_path, ranks):
-    other = copy(trained, tmp_path)
+def test_sigterm_saves_the_current_step_and_is_resumed(trained, tmp_path, ranks):
+    other = copy_inputs(trained, tmp_path)
     process = subprocess.Popen(
         tiny_training.command(ranks), cwd=other, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     while process.poll() is None and not list(other.glob("work/*/step-00000001")):
         time.sleep(0.02)
     process.terminate()
-    _, said = process.communicate()
+    _, output = process.communicate()
     if process.returncode:
-        assert "Traceback" not in said and "run the stage again" in said.lower(), said
+        assert "Traceback" not in output and "run the stage again" in output.lower(), output
     assert tiny_training.run(other).returncode == 0
     assert tiny_training.outs(other) == tiny_training.outs(trained[0])
 
@@ -131,7 +131,7 @@ def test_sigterm_ends_after_the_step_saved_and_is_resumed(trained, tmp_path, ran
 @pytest.mark.slow
 def test_sigkill_at_random_instants_and_other_ranks_change_nothing(trained, tmp_path):
     numbers = random.Random(int(os.environ.get("KILL_SEED", "1")))
-    other = copy(trained, tmp_path)
+    other = copy_inputs(trained, tmp_path)
     for _ in range(20):
         process = subprocess.Popen(
             tiny_training.command(numbers.choice([1, 2, 4])),

@@ -2,27 +2,28 @@
 
 PYTHON ?= python3.11
 VENV ?= .venv
+LINT_VENV ?= .venv-lint
 REPRO ?=
 RECIPE ?= miniature
 BENCH ?=
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-# --quiet leaves the stages' own lines, without DVC's progress bars and hints; it hides DVC's errors too, so a failure names the command that shows them.
+# --quiet shows only the stages' own lines; it hides DVC's errors too, so a failure names the command that shows them.
 failed = { echo "Error: DVC failed. If no line above says why, this shows it: $(1)" >&2; exit 1; }
 
-.PHONY: repro begin report test test-slow miniature-data bench-dataset bench-checkpoint bench-train bench-audit image image-check wheels environment lock
+.PHONY: repro begin report test test-slow lint miniature-data bench-dataset bench-checkpoint bench-train bench-audit image image-check wheels environment lock
 
 repro: $(VENV)/requirements.txt
 	@dvc pull --quiet --remote embedded data.dvc || $(call failed,dvc pull --remote embedded data.dvc)
 	@cd miniature && dvc repro --quiet $(REPRO) || $(call failed,cd miniature && dvc repro)
 	@python miniature/verdict.py
 
-# Before the first `dvc repro` of the release: DVC reads the dvc.yaml of this folder from now on. Commit the change together with dvc.lock.
+# Once, before the first `dvc repro` of the release: DVC reads the dvc.yaml of this folder from now on. Commit the change together with dvc.lock.
 begin:
 	@sed -i '\,^/dvc\.yaml$$,d' .dvcignore
 	@echo "DVC reads dvc.yaml of this folder from now on (.dvcignore): \`dvc repro\` makes the release."
 
-# The build as one page, miniature/build/report.html, and its model card beside it. RECIPE=. for the release's.
+# The build as one page, miniature/build/report.html, and its model card. RECIPE=. for the release's.
 report: $(VENV)/requirements.txt
 	@kohaku-delta card $(RECIPE)
 	@kohaku-delta report $(RECIPE)
@@ -35,7 +36,13 @@ test-slow: $(VENV)/requirements.txt
 	@dvc pull --quiet --remote embedded data.dvc || $(call failed,dvc pull --remote embedded data.dvc)
 	@python -m pytest -q -n auto --dist loadfile -m slow
 
-# Draws the dataset, writes the tokenizers, trains the three tiny checkpoints, and writes their pins into miniature/params.yaml.
+# Format, lint and types. The tools have a lock and a virtual environment of their own; mypy reads the libraries of $(VENV).
+lint: $(VENV)/requirements.txt $(LINT_VENV)/requirements.txt
+	@$(LINT_VENV)/bin/ruff format --check --quiet .
+	@$(LINT_VENV)/bin/ruff check --quiet .
+	@$(LINT_VENV)/bin/mypy --no-error-summary --python-executable $(VENV)/bin/python
+
+# Draws the dataset, writes the tokenizers, trains the three tiny checkpoints, and pins them in miniature/params.yaml.
 miniature-data: $(VENV)/requirements.txt
 	python tools/make_miniature
 
@@ -50,31 +57,37 @@ bench-checkpoint: $(VENV)/requirements.txt
 bench-train: $(VENV)/requirements.txt
 	python benchmarks/train.py $(BENCH)
 
-# How fast outs are hashed anew, against sha256sum. Needs 14 GB of disk; BENCH="--gib 1" for less.
+# How fast outputs are hashed, compared with sha256sum. Needs 14 GB of disk; BENCH="--gib 1" for less.
 bench-audit: $(VENV)/requirements.txt
 	python benchmarks/digests.py $(BENCH)
 
-# The container image of HEAD (LOCK=cuda or cpu), and whether it holds what docs/container.md promises (STOP=1: `docker stop` amid the training too).
+# The container image of HEAD (LOCK=cuda or cpu), and a test of what docs/container.md promises (STOP=1: also stops it during training).
 image:
 	@container/build.sh
 
 image-check:
 	@container/check.sh
 
-# Every archive of a lock in one folder, with uv's: for the setup (WHEELS=build/wheels-cpu) and for the image (WHEELS=build/wheels-cuda) without a network.
+# Downloads every archive of a lock, and uv's: for setup (WHEELS=build/wheels-cpu) and image (WHEELS=build/wheels-cuda) without a network.
 wheels: $(VENV)/requirements.txt
 	@VENV="$(VENV)" LOCK=$(or $(LOCK),cuda) tools/download_wheels.sh
 
-# The locks of requirements/recipe.in, with hashes: one for the CPU build of torch, one for its CUDA build; and the lock of uv itself. Needs uv.
+# The locks of requirements/recipe.in, with hashes: one for the CPU build of torch, one for its CUDA build; and the locks of uv and of the lint tools. Needs uv.
 lock:
 	uv pip compile requirements/recipe.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate --quiet --override requirements/cpu.override --output-file requirements/cpu.txt
 	uv pip compile requirements/recipe.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate --quiet --output-file requirements/cuda.txt
 	uv pip compile requirements/uv.in --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet --output-file requirements/uv.txt
+	uv pip compile requirements/lint.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate --quiet --output-file requirements/lint.txt
 
-# The virtual environment of one lock (LOCK=cpu or cuda; WHEELS=folder: without a network). The script says how.
+# The virtual environment of one lock (LOCK=cpu or cuda; WHEELS=folder: without a network).
 environment:
 	@rm -f $(VENV)/requirements.txt
 	@VENV="$(VENV)" PYTHON="$(PYTHON)" LOCK=$(or $(LOCK),cpu) WHEELS="$(WHEELS)" tools/setup_environment.sh
 
 $(VENV)/requirements.txt: requirements/cpu.txt pyproject.toml
 	@VENV="$(VENV)" PYTHON="$(PYTHON)" LOCK=cpu WHEELS="$(WHEELS)" tools/setup_environment.sh
+
+$(LINT_VENV)/requirements.txt: requirements/lint.txt | $(VENV)/requirements.txt
+	@"$(VENV)/bin/python" -m venv --clear "$(LINT_VENV)"
+	@"$(LINT_VENV)/bin/pip" install --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes -r requirements/lint.txt
+	@cp requirements/lint.txt "$@"

@@ -1,15 +1,13 @@
-"""Invariant: every tool merges or bakes the same files in the same run, as a whole process, from a cold page cache
-until its bytes lie on the disk.
+"""Merge and bake against cp, sd-mecha and LyCORIS: the same files in the same run, each tool as a whole process, from a
+cold page cache until its output is on the disk.
 
-Run: `make bench-checkpoint`, or `python benchmarks/checkpoint.py`; `--scale 0.4` gives a fifth of the size in a minute
-or two. Three checkpoints and a LoKr file are made on the first run (benchmarks/synthetic_checkpoints.py, 22 GB at scale
-1). Rounds alternate between `cp` of one checkpoint, our merge and our bake; figures are medians. sd-mecha gets an
-environment of its own, on top of this one's torch, with its default threads and then with none beside its own. LyCORIS
-merges into a model in memory, computed in fp32 as ours is. Ours also runs with other piece sizes and numbers of
-threads: one hash is expected.
+Run `make bench-checkpoint`, or `python benchmarks/checkpoint.py`; `--scale 0.4` takes a sixth of the size and a minute
+or two. The first run makes three checkpoints and a LoKr file (benchmarks/synthetic_checkpoints.py, 22 GB at scale 1).
+Rounds alternate between `cp` of one checkpoint, merge and bake; the figures are medians. sd-mecha runs in its own
+environment with this one's torch, with its default threads and with none. LyCORIS merges into a model in memory, in
+float32 like bake. Merge and bake also run with other piece sizes and numbers of threads, which must give one hash.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,6 +23,7 @@ sys.path.insert(1, str(HERE.parent / "src"))
 import click
 
 import competitor_env
+from kohaku_delta.formats.hashing import hash_file
 from kohaku_delta.verify import compare_tensors
 
 SD_MECHA = (
@@ -36,11 +35,10 @@ SD_MECHA = (
     "scipy==1.17.1",
 )
 OTHERS = ((1 << 14, 1), (1 << 20, 3))  # piece sizes and threads beside the default
-PIECE = 4 << 20
 
 
 def evict(paths: list[Path]) -> None:
-    """Takes files out of the page cache."""
+    """Remove files from the page cache."""
     for path in paths:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -48,36 +46,27 @@ def evict(paths: list[Path]) -> None:
 
 
 def timed(command: list, inputs: list[Path], out: Path, log: Path) -> tuple[float, float, str]:
-    """Seconds until `out` lies on the disk, peak MiB of the process, and the last line it printed. Raises
-    CalledProcessError.
-    """
+    """Seconds until `out` is on the disk, the process's peak MiB, and its last line. Raises CalledProcessError."""
     out.unlink(missing_ok=True)
     evict(inputs)
-    with open(log, "w+") as said, open(log.with_suffix(".err"), "w") as complaints:
+    with open(log, "w+") as output, open(log.with_suffix(".err"), "w") as errors:
         started = time.perf_counter()
-        process = subprocess.Popen([str(each) for each in command], stdout=said, stderr=complaints)
+        process = subprocess.Popen([str(part) for part in command], stdout=output, stderr=errors)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, command, f"see {complaints.name}")
+            raise subprocess.CalledProcessError(process.returncode, command, f"see {errors.name}")
         with open(out, "rb") as file:
             os.fsync(file.fileno())
         seconds = time.perf_counter() - started
-        said.seek(0)
-        return seconds, used.ru_maxrss / 1024, (said.read().splitlines() or [""])[-1]
+        output.seek(0)
+        return seconds, used.ru_maxrss / 1024, (output.read().splitlines() or [""])[-1]
 
 
-def sha256(path: Path) -> str:
-    whole = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while piece := file.read(PIECE):
-            whole.update(piece)
-    return whole.hexdigest()
-
-
-def equal(ours: Path, theirs: Path) -> str:
-    found = compare_tensors.compare_files(ours, theirs)
-    return f"{found.tensors - len(found.differences) - len(found.other_shape):,} of {found.tensors:,} tensors equal, bit for bit"
+def equal_tensors(ours: Path, theirs: Path) -> str:
+    compared = compare_tensors.compare_files(ours, theirs)
+    equal = compared.tensors - len(compared.differences) - len(compared.other_shape)
+    return f"{equal:,} of {compared.tensors:,} tensors equal, bit for bit"
 
 
 @click.command()
@@ -103,7 +92,8 @@ def main(scale: float, rounds: int, others: bool, seed: int, work: Path) -> None
         work.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(work).free) < needed:
             raise click.ClickException(
-                f"{needed >> 20:,} MiB are needed in {work}; {free >> 20:,} MiB are free. Ask for a smaller --scale, or name another place with --work."
+                f"{needed >> 20:,} MiB are needed in {work}; {free >> 20:,} MiB are free. Choose a smaller --scale, or "
+                "another folder with --work."
             )
         click.echo(f"making {needed * 22 // 36 >> 30} GiB of files in {folder} …")
         subprocess.run(
@@ -157,7 +147,7 @@ def main(scale: float, rounds: int, others: bool, seed: int, work: Path) -> None
                 theirs,
                 folder / "log",
             )
-            found.append((run[0], sha256(theirs)))
+            found.append((run[0], hash_file(theirs)))
             show(f"sd-mecha, {'default threads' if threads is None else f'threads {threads}'}", run, found[-1][1][:16])
         figures["merge_speed_ratio_sd_mecha"] = round(min(each[0] for each in found) / seconds["merge"], 2)
         figures["sd_mecha_seconds"], figures["sd_mecha_distinct_hashes"] = (
@@ -165,7 +155,7 @@ def main(scale: float, rounds: int, others: bool, seed: int, work: Path) -> None
             len({each[1] for each in found}),
         )
         timed(merged, parents, out, folder / "log")
-        click.echo(f"merge and sd-mecha: {equal(out, theirs)} (ours has the donor's four embeddings)")
+        click.echo(f"merge and sd-mecha: {equal_tensors(out, theirs)} (ours has the donor's four embeddings)")
     if others:
         found = []
         for dtype in ("float32", "float16"):
@@ -179,7 +169,7 @@ def main(scale: float, rounds: int, others: bool, seed: int, work: Path) -> None
             show(f"LyCORIS, {dtype}", run, run[2])
             if dtype == "float32":
                 timed(baked, trained, out, folder / "log")
-                click.echo(f"bake and LyCORIS in fp32: {equal(out, theirs)}")
+                click.echo(f"bake and LyCORIS in fp32: {equal_tensors(out, theirs)}")
         figures |= {
             "bake_speed_ratio_lycoris": round(found[0][0] / seconds["bake"], 2),
             "bake_speed_ratio_lycoris_fp16": round(found[1][0] / seconds["bake"], 2),

@@ -1,6 +1,4 @@
-"""Invariant: a competitor runs in an environment of its own, made once; where it cannot be installed, its figures are
-left out with a sentence.
-"""
+"""An environment per competitor, made once. If it cannot be installed, a message says that its figures are left out."""
 
 import subprocess
 import sys
@@ -11,8 +9,8 @@ import click
 
 
 def ensure_venv(folder: Path, name: str, packages: tuple[str, ...], borrowing: bool = False) -> Path | None:
-    """The Python that has `packages`, and with `borrowing` what this environment has (torch) instead of what they ask
-    for. None, where they cannot be had.
+    """The Python that has `packages`; with `borrowing`, this environment's packages (torch) replace their dependencies.
+    None if they cannot be installed.
     """
     python = folder / "bin" / "python"
     if (folder / "done").is_file():

@@ -1,13 +1,13 @@
-"""Invariant: both tools see the same database, tars, seed and ranges in the same run, and every figure is measured
-here.
+"""Measures select + filter + caption against HakuBooru: speed, memory, and equality of the results, in one run on the
+same database, tars, seed and ranges.
 
-Run: `make bench-dataset`, or `python benchmarks/dataset.py --posts 200000 --posts 1000000`. For each size a collection
-is made (benchmarks/synthetic_danbooru.py), then select, filter and caption run on it, as a whole process from start to
-end. HakuBooru runs at the largest size up to --hakubooru (half a million posts take it a quarter of an hour and 8 GB),
-in an environment of its own that is made on the first run; ids and captions are compared post for post. Each ends with
-what a trainer can read: HakuBooru with an image and a text file for each post, ours with tables that say where in the
-tars each image lies. --spare-files spares HakuBooru the files. The release's ranges are kept, with draws in proportion
-to the size.
+Run: `make bench-dataset`, or `python benchmarks/dataset.py --posts 200000 --posts 1000000`. For each size a
+collection is made (benchmarks/synthetic_danbooru.py), then the three stages run on it, timed as a whole process.
+HakuBooru runs at the largest size up to --hakubooru (half a million posts take it a quarter of an hour and 8 GB), in
+an environment of its own that is made on the first run; ids and captions are compared post for post. Each ends with
+what a trainer can read: HakuBooru with an image and a text file per post, ours with tables that say where in the tars
+each image is. Without its files HakuBooru runs with --spare-files. The release's ranges are kept, with draws in
+proportion to the size.
 """
 
 import json
@@ -34,10 +34,8 @@ PACKAGES = (
     "webdataset==0.2.86",
     "tqdm",
 )  # of the release's time, or nearest to it
-BYTES_A_POST = 3600  # of a collection
-# of ours, whose seconds scatter by a tenth and more; the median counts. HakuBooru's minutes do not scatter so: it runs
-# once
-RUNS = 3
+BYTES_PER_POST = 3600  # of a collection
+RUNS = 3  # of ours; the median counts. HakuBooru runs once: its minutes vary less
 RELEASE = 7_100_000  # posts that the release's draws belong to
 
 
@@ -55,7 +53,7 @@ def recipe(posts: int, seed: int, folder: Path) -> tuple[Path, list[dict]]:
 
 def run_timed(command: list, log: Path) -> tuple[float, float]:
     """Seconds and peak MiB of a whole process. Raises CalledProcessError."""
-    os.sync()  # what was written before is not paid for by this one
+    os.sync()  # what was written before is not this one's cost
     with open(log, "w") as file:
         started = time.perf_counter()
         process = subprocess.Popen([str(each) for each in command], stdout=file, cwd=log.parent)
@@ -67,7 +65,7 @@ def run_timed(command: list, log: Path) -> tuple[float, float]:
     return seconds, used.ru_maxrss / 1024
 
 
-def same(theirs: Path, ours: Path) -> tuple[bool, int]:
+def compare(theirs: Path, ours: Path) -> tuple[bool, int]:
     """Whether ids and captions are equal, post for post, and how many posts HakuBooru wrote."""
     table = pq.read_table(ours, columns=["post_id", "caption"])
     with open(theirs, encoding="utf-8") as file:
@@ -125,9 +123,10 @@ def main(sizes: tuple[int, ...], largest: int, spare_files: bool, seed: int, wor
         made = folder / "made.json"
         if not made.is_file():
             free = shutil.disk_usage(work).free
-            if free < size * BYTES_A_POST:
+            if free < size * BYTES_PER_POST:
                 raise click.ClickException(
-                    f"A collection of {size:,} posts needs {size * BYTES_A_POST >> 20:,} MiB in {work}; {free >> 20:,} MiB are free. Ask for fewer posts."
+                    f"A collection of {size:,} posts needs {size * BYTES_PER_POST >> 20:,} MiB in {work}; "
+                    f"{free >> 20:,} MiB are free. Choose fewer posts."
                 )
             pairs = synthetic_danbooru.write(folder, size, seed, later=False)
             made.write_text(json.dumps({"pairs": pairs}))
@@ -147,7 +146,8 @@ def main(sizes: tuple[int, ...], largest: int, spare_files: bool, seed: int, wor
         captions = pq.read_metadata(out / "captions.parquet").num_rows
         each = ", ".join(f"{seconds:.2f}" for seconds, _ in took)
         click.echo(
-            f"{size:>9,} posts, {pairs:>11,} tag pairs: ours {seconds:8.2f} s (median of {each}), {peak:6,.0f} MiB, {captions:,} captions"
+            f"{size:>9,} posts, {pairs:>11,} tag pairs: ours {seconds:8.2f} s (median of {each}), {peak:6,.0f} MiB, "
+            f"{captions:,} captions"
         )
         if python is None or size != opposed:
             continue
@@ -167,11 +167,12 @@ def main(sizes: tuple[int, ...], largest: int, spare_files: bool, seed: int, wor
         command += [] if spare_files else ["--files", files]
         slow, much = run_timed([*command, "--out", out / "hakubooru.jsonl"], folder / "hakubooru.log")
         shutil.rmtree(files, ignore_errors=True)
-        equal, count = same(out / "hakubooru.jsonl", out / "captions.parquet")
+        equal, count = compare(out / "hakubooru.jsonl", out / "captions.parquet")
         values = (round(slow / seconds, 1), round(peak), round(much), size, count, equal, round(slow, 2))
         figures |= dict(zip(keys, values, strict=True))
         click.echo(
-            f"{'':9} HakuBooru: {slow:.2f} s, {much:,.0f} MiB; ratio {slow / seconds:.1f}; {count:,} ids and captions {'equal' if equal else 'NOT equal'}"
+            f"{'':9} HakuBooru: {slow:.2f} s, {much:,.0f} MiB; ratio {slow / seconds:.1f}; "
+            f"{count:,} ids and captions {'equal' if equal else 'NOT equal'}"
         )
     if figures["posts"] is None:
         figures |= {"posts": max(sizes), "peak_mib": figures[f"peak_mib_{max(sizes)}"]}

@@ -1,5 +1,5 @@
-"""How fast outs are hashed anew, against sha256sum: one file (an SDXL checkpoint has 6.9 GB) and two at once. `make
-bench-audit`; --help for the size.
+"""How fast outputs are hashed, against sha256sum and md5sum: one file (an SDXL checkpoint has 6.9 GB) and two at once.
+Run `make bench-audit`; --help shows the size.
 """
 
 import os
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import click
 
-from kohaku_delta.formats import path_digests
+from kohaku_delta.formats import hashing
 
 
 def timed(function) -> float:
@@ -26,7 +26,7 @@ def timed(function) -> float:
 @click.option("--rounds", type=int, default=3, show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), default="work/bench", show_default=True)
 def main(gib: float, rounds: int, folder: Path) -> None:
-    """Times in turn, so that what else runs here meets all; the best of the rounds counts."""
+    """The ways alternate, so other load hits all of them; the best of the rounds counts."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "a.bin", folder / "b.bin"]
     size = int(gib * (1 << 30))
@@ -37,11 +37,11 @@ def main(gib: float, rounds: int, folder: Path) -> None:
     ways = {
         "sha256sum": lambda: subprocess.run(["sha256sum", paths[0]], check=True, capture_output=True),
         "md5sum": lambda: subprocess.run(["md5sum", paths[0]], check=True, capture_output=True),
-        "ours, sha256": lambda: path_digests.digest_path(paths[0], md5=False),
-        "ours, sha256 and md5": lambda: path_digests.digest_path(paths[0]),
+        "ours, sha256": lambda: hashing.digest_path(paths[0], md5=False),
+        "ours, sha256 and md5": lambda: hashing.digest_path(paths[0]),
         "sha256sum of both": lambda: subprocess.run(["sha256sum", *paths], check=True, capture_output=True),
-        "ours, sha256 of both": lambda: path_digests.digest_paths(paths, md5=False),
-        "ours, sha256 and md5 of both": lambda: path_digests.digest_paths(paths),
+        "ours, sha256 of both": lambda: hashing.digest_paths(paths, md5=False),
+        "ours, sha256 and md5 of both": lambda: hashing.digest_paths(paths),
     }
     seconds = {name: [] for name in ways}
     try:

@@ -1,9 +1,9 @@
-"""Invariant: whatever bytes stand in a file, reading it ends with tensors that safetensors reads too, or with a
-Refusal; never with a crash, nor with much memory.
+"""Fuzzing: reading any file ends with the tensors that safetensors reads too, or with a UserError; never with a crash
+or with much memory.
 
-Run: `python benchmarks/fuzz.py --seconds 300`. Two targets take turns: `header`, mutated safetensors files; `lokr`,
-well-formed files of odd LoKr entries, planned and prepared for a bake. The seed and the count repeat a run; a case that
-breaks the promise is kept in the folder of --work and named.
+Run `python benchmarks/fuzz.py --seconds 300`. Two targets take turns: `header`, mutated safetensors files; `lokr`,
+well-formed files with odd LoKr entries, planned and loaded for a bake. Seed and count repeat a run; a case that breaks
+the promise is kept in the folder of --work.
 """
 
 import json
@@ -16,11 +16,9 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[1:1] = [str(HERE.parent / "src"), str(HERE.parent / "tests")]
+sys.path[1:1] = [str(HERE.parent / "src"), str(HERE.parent / "tests" / "helpers")]
 
-logging.getLogger("bitsandbytes").setLevel(
-    logging.ERROR
-)  # diffusers loads it, and it asks for kernels that nothing here uses
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers loads it; it warns about kernels not used here
 
 import click
 import numpy as np
@@ -28,19 +26,20 @@ from safetensors import safe_open
 
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import dtypes, safetensors_io
-from kohaku_delta.weights import bake
+from kohaku_delta.weights import bake, lokr_format
 
 TOKENS = (
-    b'"dtype"', b'"shape"', b'"data_offsets"', b'"__metadata__"', b'"F16"', b'"BF16"', b'"F8_E4M3"', b'"F4"', b'"I64"', b"[", b"]", b"{", b"}", b",", b":", b'"', b"\\", b"null", b"true",
-    b"-1", b"0", b"1e3", b"1.0", b"NaN", b"Infinity", b"18446744073709551615", b"18446744073709551616", b"9223372036854775807", b"4294967296", b"\\u0000", b"\\ud800", b"\xff", b"\xf0\x9f\x98\x80",
-    b'{"a":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}}', b"[" * 2000, b'{"":' * 1500, b" " * 64, b"PK\x03\x04", b"\x80\x02",
+    b'"dtype"', b'"shape"', b'"data_offsets"', b'"__metadata__"', b'"F16"', b'"BF16"', b'"F8_E4M3"', b'"F4"', b'"I64"',
+    b"[", b"]", b"{", b"}", b",", b":", b'"', b"\\", b"null", b"true", b"-1", b"0", b"1e3", b"1.0", b"NaN", b"Infinity",
+    b"18446744073709551615", b"18446744073709551616", b"9223372036854775807", b"4294967296", b"\\u0000", b"\\ud800",
+    b"\xff", b"\xf0\x9f\x98\x80", b'{"a":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}}', b"[" * 2000,
+    b'{"":' * 1500, b" " * 64, b"PK\x03\x04", b"\x80\x02",
 )  # fmt: skip
 LORAS = (
     "lora_unet_input_blocks_1_0_in_layers_2",
     "lora_unet_middle_block_1_proj_in",
     "lora_te2_text_model_encoder_layers_1_self_attn_k_proj",
     "lora_te1_text_model_encoder_layers_0_mlp_fc1",
-    # fmt: skip
     "lora_unet_out_0",
     "lora_te2_text_projection",
     "lora_unet_mid_block_attentions_0_proj_in",
@@ -48,26 +47,10 @@ LORAS = (
     "",
     "lora_unet_input_blocks_0_0",
 )
-SUFFIXES = (
-    "lokr_w1",
-    "lokr_w2",
-    "lokr_w1_a",
-    "lokr_w1_b",
-    "lokr_w2_a",
-    "lokr_w2_b",
-    "lokr_t2",
-    "alpha",
-    "dora_scale",
-    "w_norm",
-    "b_norm",
-    "diff",
-    "diff_b",
-    "lora_up.weight",
-    "",
-)
+SUFFIXES = (*(suffix for kind in lokr_format.KINDS.values() for suffix in kind), "lora_up.weight", "")
 RIGHT = (
-    (LORAS[0], (8, 8), (3, 3, 3, 3)), (LORAS[0], (4, 4), (6, 6, 3, 3)), (LORAS[1], (4, 4), (12, 12)), (LORAS[2], (2, 2), (32, 32)), (LORAS[3], (4, 4), (24, 12)),
-    (LORAS[5], (8, 8), (8, 8)),
+    (LORAS[0], (8, 8), (3, 3, 3, 3)), (LORAS[0], (4, 4), (6, 6, 3, 3)), (LORAS[1], (4, 4), (12, 12)),
+    (LORAS[2], (2, 2), (32, 32)), (LORAS[3], (4, 4), (24, 12)), (LORAS[5], (8, 8), (8, 8)),
 )  # fmt: skip
 SIDES = (0, 1, 2, 3, 4, 6, 8, 9, 12, 16, 24, 48, 64)
 
@@ -190,18 +173,18 @@ def built(chance: random.Random) -> bytes:
 
 
 def read(path: Path) -> str:
-    """Tries one file; says how it ended. Raises what breaks the promise."""
+    """Read one file; return "read" or "refused". Raises what breaks the promise."""
     try:
         with safetensors_io.open_file(path) as file:
             ours = {
                 name: (spec.dtype, list(spec.shape), file.read(name).tobytes()) for name, spec in file.specs.items()
             }
-            said = file.metadata
+            metadata = file.metadata
     except UserError as refusal:
         assert len(refusal.message) < 2000 and path.name in refusal.message, refusal.message
         return "refused"
     with safe_open(path, "np") as theirs:
-        assert set(theirs.keys()) == set(ours) and (theirs.metadata() or {}) == said
+        assert set(theirs.keys()) == set(ours) and (theirs.metadata() or {}) == metadata
         for name, (dtype, shape, content) in ours.items():
             part = theirs.get_slice(name)
             assert (part.get_dtype(), part.get_shape()) == (dtype, shape), name
@@ -238,14 +221,14 @@ def entries(chance: random.Random) -> dict[str, np.ndarray]:
 
 
 def planned(model: safetensors_io.SafetensorsFile, path: Path) -> str:
-    """Tries one LoKr file; says how it ended."""
+    """Plan and load one LoKr file; return "planned" or "refused"."""
     try:
         with safetensors_io.open_file(path) as trained:
-            for changes in bake.plan_updates(model, trained, force=True)[0].values():
-                for change in changes:
-                    prepared = bake.load_update(model, trained, change)
-                    rows = prepared.delta.rows(0, prepared.shape[0])
-                    assert rows.size == np.prod(prepared.shape) and rows.dtype == np.float32
+            for updates in bake.plan_updates(model, trained, force=True)[0].values():
+                for update in updates:
+                    loaded = bake.load_update(model, trained, update)
+                    rows = loaded.delta.rows(0, loaded.shape[0])
+                    assert rows.size == np.prod(loaded.shape) and rows.dtype == np.float32
     except UserError as refusal:
         assert len(refusal.message) < 2000, refusal.message
         return "refused"
@@ -264,7 +247,7 @@ def planned(model: safetensors_io.SafetensorsFile, path: Path) -> str:
     help="Where a broken case is kept.",
 )
 def main(seconds: float, seed: int, target: str, work: Path) -> None:
-    """Read files that nobody wrote on purpose."""
+    """Read malformed files until the time is up."""
     chance, counts = random.Random(seed), {}
     memory = Path("/dev/shm")  # where a flush costs nothing
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
@@ -292,7 +275,8 @@ def main(seconds: float, seed: int, target: str, work: Path) -> None:
                     work.mkdir(parents=True, exist_ok=True)
                     (work / "broken.safetensors").write_bytes(path.read_bytes())
                     raise click.ClickException(
-                        f"case {turn:,} of seed {seed} ({now}) ended with {type(fault).__name__}: {fault}. It is kept as {work / 'broken.safetensors'}."
+                        f"case {turn:,} of seed {seed} ({now}) ended with {type(fault).__name__}: {fault}. "
+                        f"It is kept as {work / 'broken.safetensors'}."
                     ) from fault
                 counts[now, result] = counts.get((now, result), 0) + 1
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024

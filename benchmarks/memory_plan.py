@@ -1,10 +1,10 @@
-"""Invariant: no number is computed here: every tensor of a full-size step is a shape and a count of bytes, alive as
-long as the real one would be.
+"""The GPU memory of a full-size step, planned without computing a number: every tensor is a shape and a count of
+bytes, alive as long as the real one would be.
 
-The step is the loop's own (training/training_loop.py), on torch's fake tensors: the release's preset, batch, precision
-and checkpointing, one micro-batch in each lane of one of two cards. torch's CPU build knows no fake card, so the
-operators are the CPU's; attention is its flash form, which like the card's memory-efficient one never holds the scores.
-Kernels' workspaces, the allocator's losses and CUDA's own 0.5 GiB or so are not in the figure.
+The step is the loop's own (training/training_loop.py) on torch's fake tensors: the release's preset, batch, precision
+and checkpointing, one micro-batch in each lane of one of two cards. torch's CPU build has no fake card, so the
+operators are the CPU's; attention uses its flash form, which never stores the scores, like the card's memory-efficient
+one. Not included: workspaces of kernels, fragmentation of the allocator, and CUDA's own 0.5 GiB or so.
 """
 
 import weakref

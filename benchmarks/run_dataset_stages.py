@@ -1,6 +1,4 @@
-"""Invariant: what is timed here is what `dvc repro` runs: the stages select, filter and caption, one after another, in
-one process.
-"""
+"""Runs what `dvc repro` runs: the stages select, filter and caption, one after another, in one process."""
 
 import runpy
 import sys

@@ -1,8 +1,7 @@
-"""Invariant: what is timed and compared is HakuBooru's own code, given the release's figures; nothing of it is repeated
-here.
+"""Runs HakuBooru's own code with the release's settings; nothing of it is repeated here.
 
 Runs in an environment of its own (benchmarks/dataset.py makes it), which holds the package and not this project. The
-package on the index is younger than the release, so the release's choices go in from outside: its processors (year,
+package on the index is younger than the release, so the release's settings are set from outside: its processors (year,
 rating, quality by p95 … p10, none above 7,000,000), artists named "banned" kept, and dateutil's idea of today, which
 the release's tool took from the clock.
 """
@@ -29,9 +28,7 @@ TODAY = datetime.datetime(2024, 2, 14)
 
 
 class Saver(FileSaver):
-    """HakuBooru's own, which writes what a trainer reads: an image and a text for each post. Keeps the captions as
-    well, to compare them.
-    """
+    """HakuBooru's own saver, which writes an image and a text per post. Keeps the captions too, for the comparison."""
 
     def __init__(self, folder: str | None):
         self.captions = {}

@@ -1,8 +1,7 @@
-"""Invariant: lycoris.utils.merge, as it comes, on a whole model in memory: a checkpoint and a LoKr file in, a
-checkpoint out.
+"""lycoris.utils.merge, unchanged, on a whole model in memory: reads a checkpoint and a LoKr file, writes a checkpoint.
 
-Run by benchmarks/checkpoint.py; `python benchmarks/run_lycoris.py BASE LOKR OUT --dtype float32`. Its last line says
-how the seconds were spent.
+Run by benchmarks/checkpoint.py: `python benchmarks/run_lycoris.py BASE LOKR OUT --dtype float32`. The last line shows
+how long each part took.
 """
 
 import json
@@ -25,13 +24,13 @@ RECIPE = Path(__file__).resolve().parents[1] / "params.yaml"
 
 
 def under_lokr_names(models: dict[str, torch.nn.Module]) -> tuple[list[torch.nn.Module], torch.nn.Module]:
-    """The text encoders and the U-Net under the names that the LoKr file uses: LyCORIS finds a layer by its path."""
+    """The text encoders and the U-Net with the LoKr file's names as paths, by which LyCORIS finds a layer."""
     unet, te1 = torch.nn.Module(), torch.nn.Module()
     for entry in TensorNameMap(Layout.of_modules(models)).entries:
-        if entry.part == "unet" and (entry.part, entry.path) and entry.path.endswith(".weight"):
+        if entry.part == "unet" and entry.path.endswith(".weight"):
             try:
                 layer = models["unet"].get_submodule(entry.path.removesuffix(".weight"))
-            except AttributeError:  # a shortcut that this resnet has not
+            except AttributeError:  # a shortcut that this resnet does not have
                 continue
             *path, last = entry.key.removeprefix(PREFIX["unet"]).removesuffix(".weight").split(".")
             place = unet

@@ -1,7 +1,6 @@
-"""Invariant: one merge or bake of ours in one process, as the stage does it, with any piece size and number of threads;
-its last line is the file's sha256.
+"""One merge or bake as the stage does it, with any piece size and number of threads. The last line is the sha256.
 
-Run by benchmarks/checkpoint.py; `python benchmarks/run_ours.py merge FOLDER OUT --numbers 16384 --threads 1`.
+Run by benchmarks/checkpoint.py: `python benchmarks/run_ours.py merge FOLDER OUT --numbers 16384 --threads 1`.
 """
 
 import sys

@@ -1,6 +1,4 @@
-"""Invariant: sd-mecha's own weighted sum of two files, with its defaults. Runs in an environment of its own, which
-benchmarks/checkpoint.py makes.
-"""
+"""sd-mecha's weighted sum of two files, with its defaults, in the environment that benchmarks/checkpoint.py makes."""
 
 import argparse
 from pathlib import Path
@@ -9,14 +7,14 @@ import sd_mecha
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser()
-    arguments.add_argument("a", type=Path)
-    arguments.add_argument("b", type=Path)
-    arguments.add_argument("out", type=Path)
-    arguments.add_argument("--threads", type=int, default=None)
-    given = arguments.parse_args()
-    summed = sd_mecha.weighted_sum(sd_mecha.model(given.a.resolve()), sd_mecha.model(given.b.resolve()), alpha=0.5)
-    sd_mecha.merge(summed, output=given.out.resolve(), threads=given.threads)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("a", type=Path)
+    parser.add_argument("b", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--threads", type=int, default=None)
+    options = parser.parse_args()
+    summed = sd_mecha.weighted_sum(sd_mecha.model(options.a.resolve()), sd_mecha.model(options.b.resolve()), alpha=0.5)
+    sd_mecha.merge(summed, output=options.out.resolve(), threads=options.threads)
 
 
 if __name__ == "__main__":

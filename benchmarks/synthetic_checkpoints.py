@@ -1,9 +1,8 @@
-"""Invariant: (scale, seed) name one file: SDXL's real tensor names, and at scale 1 its real shapes, 6.9 GB of fp16; the
-same on every host.
+"""Checkpoints with SDXL's tensor names and, at scale 1, its shapes (6.9 GB of fp16). Scale and seed decide every byte.
 
-Run: `python benchmarks/synthetic_checkpoints.py work/bench/files`. Numbers are drawn once, a block of them, and laid
-over the tensors again and again: a file is written at the disk's speed. Below scale 1 the widths shrink, in steps of
-one attention head; names, depths and the preset's targets stay.
+Run `python benchmarks/synthetic_checkpoints.py work/bench/files`. One block of numbers is drawn and repeated over all
+tensors, so a file is written at the disk's speed. Below scale 1 the widths shrink, in steps of one attention head;
+names, depths and the preset's targets stay.
 """
 
 import logging
@@ -13,9 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT / "src"))
-logging.getLogger("bitsandbytes").setLevel(
-    logging.ERROR
-)  # LyCORIS loads it, and it asks for kernels that nothing here uses
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # LyCORIS loads it; it warns about kernels not used here
 
 import click
 import numpy as np
@@ -33,13 +30,8 @@ from kohaku_delta.weights import lokr_format, lokr_preset
 
 BLOCK = (1 << 22) + 4099  # numbers drawn; no tensor's width divides it
 HEAD = 64
-WORDS = {
-    "bos_token_id": 49406,
-    "eos_token_id": 49407,
-    "pad_token_id": None,
-    "max_position_embeddings": 77,
-    "vocab_size": 49408,
-}
+WORDS = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": None}
+WORDS |= {"max_position_embeddings": 77, "vocab_size": 49408}
 TRANSFORMERS = (
     ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -66,16 +58,29 @@ def configs(scale: float) -> dict[str, dict]:
     }
     return clip | {
         "unet": {
-            "sample_size": 128, "in_channels": 4, "out_channels": 4, "down_block_types": TRANSFORMERS[0], "up_block_types": TRANSFORMERS[1],
-            "block_out_channels": tuple(HEAD * count for count in levels), "layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10),
-            "attention_head_dim": tuple(levels), "cross_attention_dim": HEAD * (te1 + te2), "use_linear_projection": True, "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": HEAD * te2 + 6 * 256,
+            "sample_size": 128,
+            "in_channels": 4,
+            "out_channels": 4,
+            "down_block_types": TRANSFORMERS[0],
+            "up_block_types": TRANSFORMERS[1],
+            "block_out_channels": tuple(HEAD * count for count in levels),
+            "layers_per_block": 2,
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": tuple(levels),
+            "cross_attention_dim": HEAD * (te1 + te2),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": HEAD * te2 + 6 * 256,
         },
         "vae": {
-            "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (128, 256, 512, 512),
-            "layers_per_block": 2, "latent_channels": 4,
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "block_out_channels": (128, 256, 512, 512),
+            "layers_per_block": 2,
+            "latent_channels": 4,
         },
-    }  # fmt: skip
+    }
 
 
 def drawn(seed: int, spread: float = 0.02) -> np.ndarray:
@@ -83,7 +88,7 @@ def drawn(seed: int, spread: float = 0.02) -> np.ndarray:
 
 
 def tile_block(block: np.ndarray, start: int, count: int) -> Iterator[np.ndarray]:
-    """`count` numbers of the block from its place `start` on, around and around."""
+    """`count` numbers of the block from its index `start` on, starting again at its end."""
     place = start % len(block)
     while count:
         piece = block[place : place + count]
@@ -93,11 +98,12 @@ def tile_block(block: np.ndarray, start: int, count: int) -> Iterator[np.ndarray
 
 def checkpoint(path: Path, seed: int, scale: float = 1.0) -> WriteResult:
     """A checkpoint in the layout of sd_xl_base_1.0.safetensors."""
-    held = model_loading.to_checkpoint(model_loading.build(configs(scale)))
+    tensors = model_loading.to_checkpoint(model_loading.build(configs(scale)))
     specs = {
-        name: TensorSpec("I64" if name == POSITION_IDS else "F16", tuple(value.shape)) for name, value in held.items()
+        name: TensorSpec("I64" if name == POSITION_IDS else "F16", tuple(value.shape))
+        for name, value in tensors.items()
     }
-    constants = {name: held[name].numpy().astype("<i8" if name == POSITION_IDS else "<f2") for name in NO_PARAMETER}
+    constants = {name: tensors[name].numpy().astype("<i8" if name == POSITION_IDS else "<f2") for name in NO_PARAMETER}
     block = drawn(seed)
 
     def produce(order: list[str]) -> Iterator[tuple[str, np.ndarray]]:
@@ -113,7 +119,7 @@ def checkpoint(path: Path, seed: int, scale: float = 1.0) -> WriteResult:
 
 
 def trained(path: Path, base: WriteResult, seed: int, scale: float = 1.0) -> int:
-    """A LoKr file of the release's preset on a checkpoint of `scale`; returns the number of its parameters."""
+    """Write a LoKr file with the release's preset for a checkpoint of `scale`; return its number of parameters."""
     recipe = params.load(ROOT / "params.yaml")
     models, shapes = model_loading.build(configs(scale), ("te1", "te2", "unet")), {}
     with torch.device("meta"):
@@ -139,7 +145,7 @@ def trained(path: Path, base: WriteResult, seed: int, scale: float = 1.0) -> int
 
 
 def write(folder: Path, seed: int, scale: float) -> int:
-    """sdxl, gamma, beta (the donor and the parents), and lokr, which was "trained" on gamma. Returns the LoKr's
+    """Write sdxl, gamma, beta (the donor and the parents) and lokr, "trained" on gamma; return the LoKr's number of
     parameters.
     """
     folder.mkdir(parents=True, exist_ok=True)

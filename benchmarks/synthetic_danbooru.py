@@ -1,10 +1,11 @@
-"""Invariant: (posts, seed) name one collection: a database in danbooru2023's schema and its tars, of any size, the same
+"""Makes a collection in danbooru2023's layout, a database and its tars, of any size; (posts, seed) give the same bytes
 on every host.
 
-Run: `python benchmarks/synthetic_danbooru.py work/bench/200000 --posts 200000`. A million posts (35 million tag pairs)
-take about two minutes: numpy draws, Arrow builds the texts, ADBC writes rows in C. Tags are Zipf-like, about 35 a post.
-Two posts in a hundred are odd in one of the ways of ODD, and some tag names are: what the release's tool can read, and
-what it can read but not caption. Tars hold real webp files of one colour: right sizes in about a hundred bytes.
+Run: `python benchmarks/synthetic_danbooru.py work/bench/200000 --posts 200000`. A million posts (37 million tag pairs)
+take about two minutes: numpy draws, Arrow builds the texts, ADBC writes rows in C. Tags are Zipf-like, about 35 per
+post. Two posts in a hundred are odd in one of the ways of ODD, and some tag names are: some that the release's tool
+could read, and some that it could read but not caption. Tars hold real WebP files of one colour: real sizes in about a
+hundred bytes.
 """
 
 import io
@@ -26,11 +27,16 @@ RECENT, ADDED = 6_000_000, 7_100_000  # the first ids of the recent tars and of 
 LATE = 50  # of a chunk's pairs one in so many is written after all others, as tags that were added later are
 
 POST = {
-    "id": "INTEGER NOT NULL PRIMARY KEY", "created_at": "VARCHAR(255)", "uploader_id": "INTEGER", "source": "VARCHAR(255)", "md5": "VARCHAR(255)",
-    "parent_id": "INTEGER", "has_children": "INTEGER", "is_deleted": "INTEGER", "is_banned": "INTEGER", "pixiv_id": "INTEGER",
-    "has_active_children": "INTEGER", "bit_flags": "INTEGER", "has_large": "INTEGER", "has_visible_children": "INTEGER", "image_width": "INTEGER",
-    "image_height": "INTEGER", "file_size": "INTEGER", "file_ext": "VARCHAR(255)", "rating": "INTEGER", "score": "INTEGER", "up_score": "INTEGER",
-    "down_score": "INTEGER", "fav_count": "INTEGER", "file_url": "VARCHAR(255)", "large_file_url": "VARCHAR(255)", "preview_file_url": "VARCHAR(255)",
+    "id": "INTEGER NOT NULL PRIMARY KEY", "created_at": "VARCHAR(255)", "uploader_id": "INTEGER",
+    "source": "VARCHAR(255)", "md5": "VARCHAR(255)",
+    "parent_id": "INTEGER", "has_children": "INTEGER", "is_deleted": "INTEGER", "is_banned": "INTEGER",
+    "pixiv_id": "INTEGER",
+    "has_active_children": "INTEGER", "bit_flags": "INTEGER", "has_large": "INTEGER",
+    "has_visible_children": "INTEGER", "image_width": "INTEGER",
+    "image_height": "INTEGER", "file_size": "INTEGER", "file_ext": "VARCHAR(255)", "rating": "INTEGER",
+    "score": "INTEGER", "up_score": "INTEGER",
+    "down_score": "INTEGER", "fav_count": "INTEGER", "file_url": "VARCHAR(255)", "large_file_url": "VARCHAR(255)",
+    "preview_file_url": "VARCHAR(255)",
 }  # fmt: skip
 COUNTS = {f"tag_count{kind}": "INTEGER" for kind in ("", "_general", "_artist", "_character", "_copyright", "_meta")}
 EARLIER, LATER = {"tag_list": "TEXT", **COUNTS}, {"updated_at": "VARCHAR(255)"}  # the two schemas of danbooru2023
@@ -51,11 +57,14 @@ KINDS = {
     META: ("meta", 0.01, 4.0),
 }
 KNOWN = {
-    GENERAL: "1girl solo long_hair breasts 1boy 2girls male_focus multiple_girls ^_^ o_o :d 3girls multiple_boys 2boys 4girls 1other 6+girls 5girls 3boys 6+boys 4boys "
+    GENERAL: "1girl solo long_hair breasts 1boy 2girls male_focus multiple_girls ^_^ o_o :d 3girls "
+    "multiple_boys 2boys 4girls 1other 6+girls 5girls 3boys 6+boys 4boys "
     "5boys 2others multiple_others 3others 6+others 4others 5others _ _a__ a_b",
-    META: "highres absurdres commentary_request commentary bad_id translated translation_request md5_mismatch revision video has_audio photoshop_(medium) "
+    META: "highres absurdres commentary_request commentary bad_id translated translation_request md5_mismatch "
+    "revision video has_audio photoshop_(medium) "
     "artist_request scan a_c third-party_edit resolution_mismatch",
-    ARTIST: "banned_artist male_focus_(artist) x_y", CHARACTER: "hatsune_miku rice_shower_(umamusume) o-o", COPYRIGHT: "original touhou_project 1girl_(series)",
+    ARTIST: "banned_artist male_focus_(artist) x_y", CHARACTER: "hatsune_miku rice_shower_(umamusume) o-o",
+    COPYRIGHT: "original touhou_project 1girl_(series)",
 }  # fmt: skip
 # fmt: skip
 ODD_NAMES = [
@@ -75,9 +84,12 @@ ODD_NAMES = [
     "nul_\u2028_sep",
 ]
 ODD_DATES = [
-    None, "", "unknown", "2023-02-30T00:00:00.000-05:00", "0000-00-00T00:00:00", "2015", "2015-13-05", "13/02/2019", "Feb 3 2011 10:00", "15-03-02", "2025-01-01T00:00:00Z",
-    "2004-12-31T23:59:59.000-05:00", "1999-01-01 00:00", "2010-12-31T23:59:59.999-12:00", "2011-01-01T00:00:00.000+14:00", "20140630T101112", "12:30", "2024-02-29T00:00:00Z",
-    "2030-01-01T00:00:00.000-05:00", "10000-01-01", "2019-06-03T11:20:00.000-99:00", "2016-06-03T25:00:00", "２０１７-01-01", "2017-06-03T11:20:00.000 -04:00", "Thu Sep 25 2003",
+    None, "", "unknown", "2023-02-30T00:00:00.000-05:00", "0000-00-00T00:00:00", "2015", "2015-13-05", "13/02/2019",
+    "Feb 3 2011 10:00", "15-03-02", "2025-01-01T00:00:00Z",
+    "2004-12-31T23:59:59.000-05:00", "1999-01-01 00:00", "2010-12-31T23:59:59.999-12:00",
+    "2011-01-01T00:00:00.000+14:00", "20140630T101112", "12:30", "2024-02-29T00:00:00Z",
+    "2030-01-01T00:00:00.000-05:00", "10000-01-01", "2019-06-03T11:20:00.000-99:00", "2016-06-03T25:00:00",
+    "２０１７-01-01", "2017-06-03T11:20:00.000 -04:00", "Thu Sep 25 2003",
 ]  # fmt: skip
 ODD = (
     "date",
@@ -200,13 +212,20 @@ def rows(posts: Posts, tags: pa.Table, seed: int, later: bool) -> pa.Table:
     width, height = rng.integers(300, 4000, count), rng.integers(300, 4000, count)
     types = tags["type"].fill_null(-1).to_numpy()[posts.tag]
     columns = {
-        "id": posts.id, "created_at": created, "uploader_id": rng.integers(1, 10**6, count), "source": address, "md5": pc.if_else(hidden, None, md5),
-        "parent_id": pa.array(posts.id - 7, mask=rng.random(count) < 0.9), "has_children": zero, "is_deleted": is_odd("deleted", "deleted but there").astype(np.int64),
-        "is_banned": is_odd("banned").astype(np.int64), "pixiv_id": pa.array(rng.integers(1, 10**8, count), mask=rng.random(count) < 0.4), "has_active_children": zero,
-        "bit_flags": zero, "has_large": zero + 1, "has_visible_children": zero, "image_width": width, "image_height": height, "file_size": width * height // 5,
-        "file_ext": pc.if_else(pa.array(is_odd("film")), "mp4", pc.if_else(pa.array(rng.random(count) < 0.6), "jpg", "png")),
-        "rating": pa.array(rating, mask=is_odd("no rating")), "score": favourites.astype(np.int64), "up_score": favourites.astype(np.int64), "down_score": zero,
-        "fav_count": pa.array(favourites.astype(np.int64), mask=is_odd("no favourites")), "file_url": pc.if_else(hidden, None, address),
+        "id": posts.id, "created_at": created, "uploader_id": rng.integers(1, 10**6, count), "source": address,
+        "md5": pc.if_else(hidden, None, md5),
+        "parent_id": pa.array(posts.id - 7, mask=rng.random(count) < 0.9), "has_children": zero,
+        "is_deleted": is_odd("deleted", "deleted but there").astype(np.int64),
+        "is_banned": is_odd("banned").astype(np.int64), "pixiv_id": pa.array(rng.integers(1, 10**8, count),
+        mask=rng.random(count) < 0.4), "has_active_children": zero,
+        "bit_flags": zero, "has_large": zero + 1, "has_visible_children": zero, "image_width": width,
+        "image_height": height, "file_size": width * height // 5,
+        "file_ext": pc.if_else(pa.array(is_odd("film")), "mp4", pc.if_else(pa.array(rng.random(count) < 0.6), "jpg",
+        "png")),
+        "rating": pa.array(rating, mask=is_odd("no rating")), "score": favourites.astype(np.int64),
+        "up_score": favourites.astype(np.int64), "down_score": zero,
+        "fav_count": pa.array(favourites.astype(np.int64), mask=is_odd("no favourites")),
+        "file_url": pc.if_else(hidden, None, address),
         "large_file_url": pc.if_else(hidden, None, address), "preview_file_url": pc.if_else(hidden, None, address),
     }  # fmt: skip
     if later:

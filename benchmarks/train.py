@@ -1,11 +1,11 @@
-"""Invariant: what is compared runs on the same micro-batches, turn by turn in one process, and a figure that was not
-measured is null.
+"""Speed and memory of a training step: what is compared runs on the same micro-batches, alternating in one process; a
+figure that was not measured is null.
 
-Run: `make bench-train` after `make repro`. On any machine: the miniature's forward and backward with the LoKr computed
+Run `make bench-train` after `make repro`. On any machine: the miniature's forward and backward with the LoKr computed
 from its factors (ours), by LyCORIS's default and by its bypass form; deterministic against not; the loop against bare
-forward and backward; what the journal costs; what workers gain; and the memory that a full-size step needs, planned
-with fake tensors (benchmarks/memory_plan.py). On a CUDA card also one micro-batch of SDXL at full size, with random
-weights. Figures: work/bench/train.json.
+forward and backward; the cost of the journal; the gain from workers; and the memory of a full-size step, planned with
+fake tensors (memory_plan.py). On a CUDA card also one micro-batch of SDXL at full size, with random weights. Figures:
+work/bench/train.json.
 """
 
 import json
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,7 +162,8 @@ def bench_miniature(recipe, folder: Path, rounds: int, steps: int) -> dict:
         + ", ".join(f"{form} {images / found[form]:.2f} images/s" for form in FORMS)
     )
     click.echo(
-        f"  ours is {found['delta'] / found['factors']:.2f} times LyCORIS's default, {found['bypass'] / found['factors']:.2f} times its bypass form"
+        f"  ours is {found['delta'] / found['factors']:.2f} times LyCORIS's default, "
+        f"{found['bypass'] / found['factors']:.2f} times its bypass form"
     )
     click.echo(f"  deterministic mode costs {100 * (found['factors'] / found['loose'] - 1):+.1f} %")
     whole = alternate_rounds(
@@ -206,17 +208,17 @@ def bench_full_size(recipe, rounds: int, schedule) -> dict:
         parts = TrainingContext(*memory_plan.models(with_lokr_form(recipe, form), "cuda"), None, schedule, {})
         use_bypass_form(parts.adapter, form)
         torch.cuda.reset_peak_memory_stats()
-        seconds |= alternate_rounds(rounds, {form: lambda: time_forward_backward(parts, [batch])})
+        once = partial(time_forward_backward, parts, [batch])
+        seconds |= alternate_rounds(rounds, {form: once})
         if form == "factors":
-            seconds |= alternate_rounds(
-                rounds, {"loose": nondeterministic(lambda: time_forward_backward(parts, [batch]))}
-            )
+            seconds |= alternate_rounds(rounds, {"loose": nondeterministic(once)})
         click.echo(
-            f"{form}: {recipe.schedule.batch_size / seconds[form]:.2f} images/s, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB without the lanes' buffers"
+            f"{form}: {recipe.schedule.batch_size / seconds[form]:.2f} images/s, "
+            f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB without the lanes' buffers"
         )
         if form == "factors":
             loop = TrainingLoop(recipe, parts, Path("."))
-            for own in loop.lanes:
+            for _ in loop.lanes:
                 loop.lane_gradient(1, iter([batch]), 1, [])
             gradient = loop.lane_gradient(1, iter([batch]), 1, [])
             loop.optimizer.step(0, gradient, loop.scaler)
@@ -225,7 +227,7 @@ def bench_full_size(recipe, rounds: int, schedule) -> dict:
                 recipe.schedule.micro_batches * seconds[form]
             )
             del loop, gradient
-        del parts
+        del parts, once
         torch.cuda.empty_cache()
     return {
         "images_per_second": round(recipe.schedule.batch_size / seconds["factors"], 3),
@@ -258,7 +260,8 @@ def main(rounds: int, steps: int, work: Path) -> None:
     for form in FORMS[:2]:
         planned = memory_plan.peak_bytes(with_lokr_form(release, form), schedule, release.execution.ranks) / 2**30
         click.echo(
-            f"a full-size step on one of {release.execution.ranks} cards, {form}: {planned:.1f} GiB at its peak (planned)"
+            f"a full-size step on one of {release.execution.ranks} cards, {form}: "
+            f"{planned:.1f} GiB at its peak (planned)"
         )
         figures |= {"planned_peak_gib": round(planned, 2)} if form == "factors" else {}
     if torch.cuda.is_available():

@@ -6,9 +6,9 @@ cd "$(dirname "$0")/.."
 . container/engine.sh
 
 lock=${LOCK:-cuda}
-export SOURCE_DATE_EPOCH=315532800  # the Dockerfile's: 1980, the first second that every archive can hold; constant, so one lock is one layer
-[ -f "requirements/$lock.txt" ] || { echo "Error: requirements/$lock.txt is not there. Say LOCK=cuda or LOCK=cpu." >&2; exit 1; }
-git diff --quiet HEAD || echo "Note: what is not committed will not be in the image." >&2
+export SOURCE_DATE_EPOCH=315532800  # the Dockerfile's: 1980, the earliest time that every archive format can hold; constant, so a lock gives one layer
+[ -f "requirements/$lock.txt" ] || { echo "Error: requirements/$lock.txt is not there. Use LOCK=cuda or LOCK=cpu." >&2; exit 1; }
+git diff --quiet HEAD || echo "Note: uncommitted changes will not be in the image." >&2
 
 context=$(mktemp -d)
 trap 'rm -rf "$context"' EXIT

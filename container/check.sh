@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # `make image-check`: builds the CPU image twice without a cache and compares the file systems; moves it through an archive, as an offline host would;
-# rebuilds the miniature in it (another user, no network) and compares dvc.lock with the committed one. STOP=1: `stop` comes in the midst of the training.
-# BASE, WHEELS: as in build.sh; without them the wheels are fetched first, and where no Docker engine runs the base is made here (base.sh).
+# rebuilds the miniature in it (another user, no network) and compares dvc.lock with the committed one. STOP=1: stops it during training.
+# BASE, WHEELS: as in build.sh; without them the wheels are fetched first, and without a Docker engine the base is made here (base.sh).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . container/engine.sh
@@ -37,9 +37,9 @@ for each in first second; do
     $engine export listing-check | python3 container/listing.py > "$work/$each.txt"
     $engine rm listing-check > /dev/null
 done
-diff "$work/first.txt" "$work/second.txt" || { say "different: the lines above are not the same in two builds"; exit 1; }
+diff "$work/first.txt" "$work/second.txt" || { say "different: the lines above differ between two builds"; exit 1; }
 say "equal: $(wc -l < "$work/first.txt") files and folders of two builds, listing's sha256 $(sha256sum < "$work/first.txt" | cut -c-16)…"
-if grep -P '^(opt/)?recipe/.*(\.pyc|\.egg-info|/pip)\t' "$work/first.txt"; then say "left over: the files above belong to the build"; exit 1; fi
+if grep -P '^(opt/)?recipe/.*(\.pyc|\.egg-info|/pip)\t' "$work/first.txt"; then say "left over: the files above belong to the build stage"; exit 1; fi
 [ "$(id first)" != "$(id second)" ] || say "equal: both are the image $(id first)"
 
 say "through an archive: save, remove, load"
@@ -54,12 +54,12 @@ say "the miniature, as user $user, without a network"
 $engine run --detach --name miniature-check --network none --user "$user" "${limits[@]}" "$image:first" > /dev/null
 if [ -n "${STOP:-}" ]; then
     while steps=$($engine exec miniature-check sh -c "cat $training/*/log.csv 2> /dev/null | wc -l") && [ "$steps" -lt 14 ]; do sleep 0.3; done
-    say "stop, in the midst of the training"
+    say "stopping it during training"
     $engine stop --time 600 miniature-check > /dev/null
     $engine cp "miniature-check:$training" "$work/stopped"
     last=$(tail -n 1 "$work"/stopped/*/log.csv | cut -d, -f1)
     ls -d "$work"/stopped/*/"$(printf 'step-%08d' $((last + 1)))" > /dev/null || { say "lost: the last step, $last, was not saved"; exit 1; }
-    say "saved: all $((last + 1)) steps that were made. Starting again"
+    say "saved: all $((last + 1)) computed steps. Starting again"
     $engine start miniature-check
 fi
 $engine logs --follow miniature-check &
@@ -70,6 +70,6 @@ $engine cp miniature-check:/tmp/miniature/miniature/dvc.lock "$work/dvc.lock"
 say "equal: the dvc.lock that the container wrote is the committed one"
 if [ -n "${STOP:-}" ]; then
     $engine cp "miniature-check:$training" "$work/ended"
-    [ "$(cut -d, -f1 "$work"/ended/*/log.csv | sort | uniq -d | wc -l)" = 0 ] || { say "lost: some steps were made twice"; exit 1; }
-    say "saved: no step was made twice"
+    [ "$(cut -d, -f1 "$work"/ended/*/log.csv | sort | uniq -d | wc -l)" = 0 ] || { say "lost: some steps were computed twice"; exit 1; }
+    say "saved: no step was computed twice"
 fi

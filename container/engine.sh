@@ -1,4 +1,4 @@
-# Which engine builds and runs images here, for the scripts beside this file: Docker where its engine answers, else buildah and podman, which need none.
+# Sourced by the scripts in this folder: chooses the engine that builds and runs images. Docker if its engine answers, else buildah and podman.
 if docker info > /dev/null 2>&1; then
     engine=docker
     build() { docker buildx build --load "$@"; }
@@ -6,7 +6,7 @@ if docker info > /dev/null 2>&1; then
 elif command -v buildah > /dev/null && command -v podman > /dev/null; then
     engine=podman
     build() { buildah bud --timestamp "$SOURCE_DATE_EPOCH" "$@"; }
-    save() { podman save --format oci-archive "$@"; }  # its other format writes the image anew, under another id
+    save() { podman save --format oci-archive "$@"; }  # the other format changes the image's id
 else
     echo "Error: no Docker engine answers, and buildah and podman are not there. Start Docker, or install both (Debian: buildah, podman, runc)." >&2
     exit 1

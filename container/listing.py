@@ -1,5 +1,5 @@
-"""Invariant: two file systems with the same listing have the same names, kinds, modes, owners, times, links and bytes.
-Reads a tar on standard input.
+"""List a file system, from a tar on standard input: two with the same listing have the same names, kinds, modes,
+owners, times, links and bytes.
 
 docker export CONTAINER | python3 container/listing.py > listing.txt
 """
@@ -12,7 +12,7 @@ KINDS = {tarfile.REGTYPE: "file", tarfile.DIRTYPE: "folder", tarfile.SYMTYPE: "l
 
 
 def lines(archive: tarfile.TarFile) -> list[str]:
-    """A line a member, by name: name, kind, mode, owner, time, size, and the sha256 or what it links to."""
+    """A line per member, sorted by name: name, kind, mode, owner, time, size, and the sha256 or the link's target."""
     found = []
     for member in archive:
         kind = KINDS.get(member.type, f"device or pipe {member.devmajor}:{member.devminor}")

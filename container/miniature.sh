@@ -1,10 +1,10 @@
 #!/bin/sh
-# Rebuilds the miniature in a scratch copy of the recipe whose dvc.lock has lost all hashes, and compares what comes out with the committed dvc.lock.
-# The image's default command; needs no network. A stopped container that is started again goes on where the training was saved.
+# Rebuilds the miniature in a copy of the repository whose dvc.lock has no valid hashes, and compares the result with the committed dvc.lock.
+# The image's default command; needs no network. A container that is stopped and started again continues from the last saved state.
 set -eu
 recipe=$(cd "$(dirname "$0")/.." && pwd)
 copy=${1:-/tmp/miniature}
-trap 'echo "Stopped. Start this container again to go on."; exit 130' INT
+trap 'echo "Stopped. Start this container again to continue."; exit 130' INT
 
 if [ ! -d "$copy" ]; then
     aside=$copy.$$
@@ -21,8 +21,8 @@ dvc pull --quiet --remote embedded data.dvc
 cd miniature
 dvc repro --quiet || { echo "Error: DVC failed. If no line above says why, \`dvc repro\` in $copy/miniature shows it." >&2; exit 1; }
 if diff "$recipe/miniature/dvc.lock" dvc.lock; then
-    echo "equal: miniature/dvc.lock came out as it was committed, bit for bit"
+    echo "equal: miniature/dvc.lock is the committed one, bit for bit"
 else
-    echo "different: the lines above say what came out otherwise (<: committed, >: here). The first stage in dvc.lock that differs is where to look."
+    echo "different: the lines above differ (<: committed, >: here). Look at the first stage in dvc.lock that differs."
     exit 1
 fi

@@ -1,5 +1,5 @@
-"""The last line of `make repro`: the final model, its sha256, and whether the committed lock still holds. Runs
-anywhere: `python miniature/verdict.py`.
+"""The last line of `make repro`: the final model, its sha256, and whether dvc.lock is still the committed one. `python
+miniature/verdict.py` runs anywhere.
 """
 
 import hashlib

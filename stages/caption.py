@@ -1,5 +1,5 @@
-"""caption: what is said of each image. Reads posts and the database; writes captions.parquet and the lists of artists
-and characters.
+"""caption: writes the caption of each image. Reads posts and the database; writes captions.parquet and the lists of
+artists and characters.
 """
 
 import os
@@ -18,44 +18,20 @@ from kohaku_delta.dataset import captions, tag_counts
 from kohaku_delta.formats import parquet
 from kohaku_delta.hub import inputs_manifest as listed
 
+FILE = click.Path(path_type=Path)
+
 
 @click.command(cls=StageCommand)
-@click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True, help="The recipe.")
+@click.option("--params", type=FILE, default="params.yaml", show_default=True, help="The recipe.")
+@click.option("--inputs", type=FILE, default="build/inputs.json", show_default=True, help="The verified inputs.")
+@click.option("--database", type=FILE, help="danbooru2023.db.  [default: the database of --inputs]")
+@click.option("--posts", type=FILE, default="build/posts.parquet", show_default=True, help="The posts to caption.")
 @click.option(
-    "--inputs",
-    type=click.Path(path_type=Path),
-    default="build/inputs.json",
-    show_default=True,
-    help="The list of verified inputs.",
+    "--out", "--captions", "out", type=FILE, default="build/captions.parquet", show_default=True, help="The captions."
 )
+@click.option("--artists", type=FILE, help="Images per artist.  [default: artists-kxl-delta.json beside --out]")
 @click.option(
-    "--database", type=click.Path(path_type=Path), help="danbooru2023.db.  [default: the database of --inputs]"
-)
-@click.option(
-    "--posts",
-    type=click.Path(path_type=Path),
-    default="build/posts.parquet",
-    show_default=True,
-    help="The posts to caption.",
-)
-@click.option(
-    "--out",
-    "--captions",
-    "out",
-    type=click.Path(path_type=Path),
-    default="build/captions.parquet",
-    show_default=True,
-    help="The captions.",
-)
-@click.option(
-    "--artists",
-    type=click.Path(path_type=Path),
-    help="Images of each artist.  [default: artists-kxl-delta.json beside --out]",
-)
-@click.option(
-    "--characters",
-    type=click.Path(path_type=Path),
-    help="Images of each character.  [default: characters-kxl-delta.json beside --out]",
+    "--characters", type=FILE, help="Images per character.  [default: characters-kxl-delta.json beside --out]"
 )
 def main(
     params: Path,
@@ -70,17 +46,17 @@ def main(
     recipe = recipes.load(params)
     ids = parquet.read(posts, ["post_id"])["post_id"].to_numpy()
     source = Database(database or listed.path(inputs, "database"))
-    artists, characters = (
-        artists or out.with_name("artists-kxl-delta.json"),
-        characters or out.with_name("characters-kxl-delta.json"),
-    )
+    artists = artists or out.with_name("artists-kxl-delta.json")
+    characters = characters or out.with_name("characters-kxl-delta.json")
     counts = tag_counts.TagCounter()
     captions.write_captions(source, ids, recipe.caption, out, counts)
-    tag_counts.write_tag_counts(counts.artists(), artists)
-    tag_counts.write_tag_counts(counts.characters(), characters)
+    artist_counts, character_counts = counts.artists(), counts.characters()
+    tag_counts.write_tag_counts(artist_counts, artists)
+    tag_counts.write_tag_counts(character_counts, characters)
     print_summary(
         "caption",
-        f"{len(ids):,} captions, {len(counts.artists()):,} artists, {len(counts.characters()):,} characters → {out}, {artists}, {characters}",
+        f"{len(ids):,} captions, {len(artist_counts):,} artists, {len(character_counts):,} characters → "
+        f"{out}, {artists}, {characters}",
     )
 
 

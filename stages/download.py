@@ -1,5 +1,5 @@
-"""download: fetches and verifies every pinned input (params.yaml: download.inputs). Writes inputs.json; the files stay
-in the mirror.
+"""download: downloads and verifies every pinned input (params.yaml: download.inputs). Writes inputs.json; the files
+stay in the mirror.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from kohaku_delta import params as recipes
-from kohaku_delta.cli.stage_command import StageCommand, print_summary
+from kohaku_delta.cli.stage_command import StageCommand, format_counts, print_summary
 from kohaku_delta.dataset import fetch_inputs
 from kohaku_delta.hub import inputs_manifest
 
@@ -24,7 +24,7 @@ from kohaku_delta.hub import inputs_manifest
     "others",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="Another mirror, only read: looked at before the network is asked. May be repeated.",
+    help="Another mirror, only read: files are looked for there before they are downloaded. May be repeated.",
 )
 @click.option(
     "--out",
@@ -34,15 +34,13 @@ from kohaku_delta.hub import inputs_manifest
     help="The list of verified inputs.",
 )
 def main(params: Path, others: tuple[Path, ...], out: Path) -> None:
-    """Fetch and verify every pinned input."""
+    """Download and verify every pinned input."""
     recipe = recipes.load(params)
     entries = fetch_inputs.fetch_inputs(recipe, params.parent, others)
     inputs_manifest.write(entries, params.parent, recipe.merge.start, out)
-    files = [each for entry in entries.values() for each in (entry if isinstance(entry, list) else [entry])]
-    print_summary(
-        "download",
-        f"{len(files):,} files, {sum(each['bytes'] for each in files):,} bytes, every one hashed ({inputs_manifest.format_counts(files)}) → {out}",
-    )
+    files = [file for entry in entries.values() for file in (entry if isinstance(entry, list) else [entry])]
+    size, counts = sum(file["bytes"] for file in files), format_counts(inputs_manifest.pin_counts(files))
+    print_summary("download", f"{len(files):,} files, {size:,} bytes, all hashed ({counts}) → {out}")
 
 
 if __name__ == "__main__":

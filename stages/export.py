@@ -16,36 +16,18 @@ from kohaku_delta import params as recipes
 from kohaku_delta.cli.stage_command import StageCommand, print_summary
 from kohaku_delta.hub import inputs_manifest as listed
 
+FILE = click.Path(path_type=Path)
+
 
 @click.command(cls=StageCommand)
-@click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True, help="The recipe.")
+@click.option("--params", type=FILE, default="params.yaml", show_default=True, help="The recipe.")
+@click.option("--inputs", type=FILE, default="build/inputs.json", show_default=True, help="The verified inputs.")
 @click.option(
-    "--inputs",
-    type=click.Path(path_type=Path),
-    default="build/inputs.json",
-    show_default=True,
-    help="The list of verified inputs.",
+    "--model", type=FILE, default="build/kohaku-xl-delta.safetensors", show_default=True, help="The checkpoint."
 )
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    default="build/kohaku-xl-delta.safetensors",
-    show_default=True,
-    help="The checkpoint to export.",
-)
-@click.option(
-    "--tokenizer",
-    type=click.Path(path_type=Path),
-    help="Folder with vocab.json and merges.txt.  [default: the tokenizer of --inputs]",
-)
-@click.option(
-    "--tokenizer-2",
-    type=click.Path(path_type=Path),
-    help="The same for the second text encoder.  [default: the tokenizer_2 of --inputs]",
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), default="build/diffusers", show_default=True, help="The folder."
-)
+@click.option("--tokenizer", type=FILE, help="Folder with vocab.json and merges.txt.  [default: tokenizer of --inputs]")
+@click.option("--tokenizer-2", type=FILE, help="For the second text encoder.  [default: tokenizer_2 of --inputs]")
+@click.option("--out", type=FILE, default="build/diffusers", show_default=True, help="The folder.")
 def main(params: Path, inputs: Path, model: Path, tokenizer: Path | None, tokenizer_2: Path | None, out: Path) -> None:
     """Write the folder that StableDiffusionXLPipeline.from_pretrained loads."""
     recipe = recipes.load(params).model
@@ -54,7 +36,7 @@ def main(params: Path, inputs: Path, model: Path, tokenizer: Path | None, tokeni
         "tokenizer_2": listed.tokenizer(inputs, "tokenizer_2", tokenizer_2),
     }
     numerics.prepare()
-    from kohaku_delta.weights import export_diffusers  # imports torch, which must find the numerics fixed
+    from kohaku_delta.weights import export_diffusers  # imports torch, after the numerics are set
 
     written = export_diffusers.export(model, tokenizers, recipe, out)
     print_summary("export", f"{written:,} bytes of tensors, vae scaling factor {recipe.vae_scaling_factor} → {out}")

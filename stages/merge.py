@@ -1,5 +1,5 @@
-"""merge: the delta base. Reads the two parents and the SDXL donor (inputs.json), or the published base; writes
-delta-base.safetensors.
+"""merge: the base that is trained on. Reads the two parents and the SDXL donor, or the published base (inputs.json);
+writes delta-base.safetensors.
 """
 
 import os
@@ -16,34 +16,22 @@ from kohaku_delta.cli.stage_command import StageCommand, print_summary
 from kohaku_delta.hub import inputs_manifest as listed
 from kohaku_delta.weights import merge
 
+FILE = click.Path(path_type=Path)
+
 
 @click.command(cls=StageCommand)
-@click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True, help="The recipe.")
-@click.option(
-    "--inputs",
-    type=click.Path(path_type=Path),
-    default="build/inputs.json",
-    show_default=True,
-    help="The list of verified inputs.",
-)
-@click.option(
-    "--sdxl", type=click.Path(path_type=Path), help="The donor of the original embeddings.  [default: sdxl of --inputs]"
-)
-@click.option("--gamma", type=click.Path(path_type=Path), help="A parent.  [default: gamma of --inputs]")
-@click.option("--beta", type=click.Path(path_type=Path), help="The other parent.  [default: beta of --inputs]")
+@click.option("--params", type=FILE, default="params.yaml", show_default=True, help="The recipe.")
+@click.option("--inputs", type=FILE, default="build/inputs.json", show_default=True, help="The verified inputs.")
+@click.option("--sdxl", type=FILE, help="The donor of the original embeddings.  [default: sdxl of --inputs]")
+@click.option("--gamma", type=FILE, help="A parent.  [default: gamma of --inputs]")
+@click.option("--beta", type=FILE, help="The other parent.  [default: beta of --inputs]")
 @click.option(
     "--published",
     "delta_base",
-    type=click.Path(path_type=Path),
-    help="The base to take as it is, with merge.start: published.  [default: delta_base of --inputs]",
+    type=FILE,
+    help="With merge.start: published, the base to copy.  [default: delta_base of --inputs]",
 )
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default="build/delta-base.safetensors",
-    show_default=True,
-    help="The delta base.",
-)
+@click.option("--out", type=FILE, default="build/delta-base.safetensors", show_default=True, help="The delta base.")
 def main(
     params: Path,
     inputs: Path,
@@ -53,7 +41,7 @@ def main(
     delta_base: Path | None,
     out: Path,
 ) -> None:
-    """Give both parents the donor's embeddings back and add them up."""
+    """Give both parents the donor's embeddings and add them up, or copy the published base."""
     recipe = recipes.load(params).merge
     if recipe.start == "published":
         written = merge.copy_published_base(

@@ -15,60 +15,42 @@ from kohaku_delta import numerics
 from kohaku_delta import params as recipes
 from kohaku_delta.cli.stage_command import StageCommand, print_summary
 
-FILE = click.Path(path_type=Path)
+
+def file_option(name: str, default: str | None = None, help: str | None = None):
+    return click.option(name, type=click.Path(path_type=Path), default=default, show_default=bool(default), help=help)
 
 
 @click.command(cls=StageCommand)
-@click.option("--params", type=FILE, default="params.yaml", show_default=True, help="The recipe.")
-@click.option(
-    "--inputs",
-    type=FILE,
-    default="build/inputs.json",
-    show_default=True,
-    help="The verified inputs (tokenizers, database, tars).",
-)
-@click.option("--database", type=FILE, help="danbooru2023.db.  [default: that of --inputs]")
-@click.option("--tars", type=FILE, help="The folder of the tars.  [default: that of --inputs]")
-@click.option(
-    "--tokenizer", type=FILE, help="Folder with vocab.json and merges.txt.  [default: the tokenizer of --inputs]"
-)
-@click.option(
-    "--tokenizer-2", type=FILE, help="The same for the second text encoder.  [default: the tokenizer_2 of --inputs]"
-)
-@click.option(
+@file_option("--params", "params.yaml", "The recipe.")
+@file_option("--inputs", "build/inputs.json", "The verified inputs (tokenizers, database, tars).")
+@file_option("--database", help="danbooru2023.db.  [default: that of --inputs]")
+@file_option("--tars", help="The folder of the tars.  [default: that of --inputs]")
+@file_option("--tokenizer", help="Folder with vocab.json and merges.txt.  [default: the tokenizer of --inputs]")
+@file_option("--tokenizer-2", help="The same for text encoder 2.  [default: the tokenizer_2 of --inputs]")
+@file_option(
     "--references",
-    type=FILE,
-    help="Folder with a drawing per prompt, in the prompts' order (*.png).  [default: those of --inputs, if it has any]",
+    help="Folder with one drawing per prompt, in the prompts' order (*.png).  [default: those of --inputs, if any]",
 )
-@click.option(
-    "--selection",
-    type=FILE,
-    default="build/selection.parquet",
-    show_default=True,
-    help="What was drawn: held-out posts are none of these.",
-)
-@click.option("--base", type=FILE, default="build/delta-base.safetensors", show_default=True)
-@click.option(
-    "--model", type=FILE, default="build/kohaku-xl-delta.safetensors", show_default=True, help="The baked checkpoint."
-)
-@click.option("--out", type=FILE, default="build/preview.png", show_default=True)
-@click.option("--held-out", type=FILE, default="build/held-out.json", show_default=True)
+@file_option("--selection", "build/selection.parquet", "The selected posts: held-out posts are none of these.")
+@file_option("--base", "build/delta-base.safetensors")
+@file_option("--model", "build/kohaku-xl-delta.safetensors", "The baked checkpoint.")
+@file_option("--out", "build/preview.png")
+@file_option("--held-out", "build/held-out.json")
 def main(params: Path, **files) -> None:
     """Draw base beside final, and measure both on posts that were not selected."""
     recipe = recipes.load(params)
     numerics.enforce(recipe.train.device)
     from kohaku_delta.preview import base_and_final
 
-    losses = base_and_final.compare_base_and_final(recipe, files)
-    distance = (
-        f", distance {losses['base']['distance']['mean']:.1f} → {losses['final']['distance']['mean']:.1f}"
-        if "flat" in losses
-        else ""
-    )
-    measured = f"no held-out loss ({losses.get('reason')})"
-    if losses["posts"]:
-        measured = f"held-out loss {losses['base']['loss']['sdxl']:.4f} → {losses['final']['loss']['sdxl']:.4f} on {losses['posts']} posts"
-    print_summary("preview", f"{measured}{distance} → {files['out']}, {files['held_out']}")
+    measured = base_and_final.compare_base_and_final(recipe, files)
+    base, final = measured.get("base", {}), measured.get("final", {})
+    summary = f"no held-out loss ({measured.get('reason')})"
+    if measured["posts"]:
+        losses = f"{base['loss']['sdxl']:.4f} → {final['loss']['sdxl']:.4f}"
+        summary = f"held-out loss {losses} on {measured['posts']} posts"
+    if "flat" in measured:
+        summary += f", distance {base['distance']['mean']:.1f} → {final['distance']['mean']:.1f}"
+    print_summary("preview", f"{summary} → {files['out']}, {files['held_out']}")
 
 
 if __name__ == "__main__":

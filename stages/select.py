@@ -1,4 +1,4 @@
-"""select: which posts are trained on. Reads the database (inputs.json); writes selection.parquet (post_id, drawn)."""
+"""select: draws the posts to train on. Reads the database (inputs.json); writes selection.parquet (post_id, drawn)."""
 
 import os
 import sys
@@ -18,37 +18,24 @@ from kohaku_delta.dataset import selection
 from kohaku_delta.formats import parquet
 from kohaku_delta.hub import inputs_manifest as listed
 
+FILE = click.Path(path_type=Path)
+
 
 @click.command(cls=StageCommand)
-@click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True, help="The recipe.")
-@click.option(
-    "--inputs",
-    type=click.Path(path_type=Path),
-    default="build/inputs.json",
-    show_default=True,
-    help="The list of verified inputs.",
-)
-@click.option(
-    "--database", type=click.Path(path_type=Path), help="danbooru2023.db.  [default: the database of --inputs]"
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default="build/selection.parquet",
-    show_default=True,
-    help="Each distinct post, and how often it was drawn.",
-)
+@click.option("--params", type=FILE, default="params.yaml", show_default=True, help="The recipe.")
+@click.option("--inputs", type=FILE, default="build/inputs.json", show_default=True, help="The verified inputs.")
+@click.option("--database", type=FILE, help="danbooru2023.db.  [default: the database of --inputs]")
+@click.option("--out", type=FILE, default="build/selection.parquet", show_default=True, help="The selected posts.")
 def main(params: Path, inputs: Path, database: Path | None, out: Path) -> None:
-    """Draw the posts that are trained on."""
+    """Draw the posts to train on."""
     recipe = recipes.load(params)
     source = Database(database or listed.path(inputs, "database"))
-    for doubt in schema.check_schema(source):
-        click.echo(f"select: {doubt}", err=True)
+    for warning in schema.check_schema(source):
+        click.echo(f"select: {warning}", err=True)
     selected = selection.select(source, recipe.selection)
     parquet.write(selected, out)
-    print_summary(
-        "select", f"{selected.num_rows:,} distinct posts, drawn {pc.sum(selected['drawn']).as_py():,} times → {out}"
-    )
+    drawn = pc.sum(selected["drawn"]).as_py()
+    print_summary("select", f"{selected.num_rows:,} distinct posts, drawn {drawn:,} times → {out}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""statistics: what the dataset is, in figures and pictures. Reads what select, filter, caption and schedule wrote;
-writes dataset.json and statistics/.
+"""statistics: counts and plots of the dataset. Reads the outputs of select, filter, caption and schedule; writes
+dataset.json and statistics/.
 """
 
 import os
@@ -27,9 +27,7 @@ FILE = click.Path(path_type=Path)
 
 @click.command(cls=StageCommand)
 @click.option("--params", type=FILE, default="params.yaml", show_default=True, help="The recipe.")
-@click.option(
-    "--inputs", type=FILE, default="build/inputs.json", show_default=True, help="The list of verified inputs."
-)
+@click.option("--inputs", type=FILE, default="build/inputs.json", show_default=True, help="The verified inputs.")
 @click.option("--database", type=FILE, help="danbooru2023.db.  [default: the database of --inputs]")
 @click.option(
     "--tokenizer", type=FILE, help="The folder of vocab.json and merges.txt.  [default: the tokenizer of --inputs]"
@@ -37,57 +35,49 @@ FILE = click.Path(path_type=Path)
 @click.option(
     "--selection", type=FILE, default="build/selection.parquet", show_default=True, help="The selected posts."
 )
-@click.option("--posts", type=FILE, default="build/posts.parquet", show_default=True, help="What is trained on.")
-@click.option("--dropped", type=FILE, default="build/dropped.parquet", show_default=True, help="What is not, and why.")
+@click.option("--posts", type=FILE, default="build/posts.parquet", show_default=True, help="The posts to train on.")
+@click.option("--dropped", type=FILE, default="build/dropped.parquet", show_default=True, help="The dropped posts.")
 @click.option("--captions", type=FILE, default="build/captions.parquet", show_default=True, help="The captions.")
 @click.option(
-    "--artists", type=FILE, default="build/artists-kxl-delta.json", show_default=True, help="Images of each artist."
+    "--artists", type=FILE, default="build/artists-kxl-delta.json", show_default=True, help="Images per artist."
 )
 @click.option(
     "--characters",
     type=FILE,
     default="build/characters-kxl-delta.json",
     show_default=True,
-    help="Images of each character.",
+    help="Images per character.",
 )
-@click.option("--buckets", type=FILE, default="build/bucket.txt", show_default=True, help="Images of each bucket.")
+@click.option("--buckets", type=FILE, default="build/bucket.txt", show_default=True, help="Images per bucket.")
 @click.option("--out", type=FILE, default="build/dataset.json", show_default=True, help="The figures.")
 @click.option(
-    "--pictures", "folder", type=FILE, default="build/statistics", show_default=True, help="The folder of the pictures."
+    "--pictures", "folder", type=FILE, default="build/statistics", show_default=True, help="The folder of the plots."
 )
 def main(
     params: Path, inputs: Path, database: Path | None, tokenizer: Path | None, out: Path, folder: Path, **files: Path
 ) -> None:
-    """Count the dataset, compare it with the published figures, and draw it."""
+    """Count the dataset, compare it with the published counts, and plot it."""
     recipe = recipes.load(params)
     source = Database(database or listed.path(inputs, "database"))
-    target = recipe.published.dataset if recipe.published else None
+    published = recipe.published.dataset if recipe.published else None
+    ids = parquet.read(files["posts"], ["post_id"])["post_id"].to_numpy()
+    tokens = ClipTokenizer(*listed.tokenizer(inputs, "tokenizer", tokenizer))
+    length = recipe.train.max_token_length
     figures = dataset_statistics.filter_counts(files["selection"], files["posts"], files["dropped"])
-    figures |= dataset_statistics.metadata_counts(
-        source, parquet.read(files["posts"], ["post_id"])["post_id"].to_numpy(), recipe.caption
-    )
+    figures |= dataset_statistics.metadata_counts(source, ids, recipe.caption)
     figures |= dataset_statistics.bucket_counts(files["buckets"], recipe.schedule)
-    figures |= dataset_statistics.tag_and_token_counts(
-        files["captions"], source, recipe.caption, ClipTokenizer(*listed.tokenizer(inputs, "tokenizer", tokenizer))
-    )
-    figures |= {
-        "artists": dataset_statistics.most_frequent(files["artists"]),
-        "characters": dataset_statistics.most_frequent(files["characters"]),
-    }
-    comparison = published_counts.compare_counts(figures, target)
-    dataset_plots.draw_plots(figures, recipe.caption, recipe.train.max_token_length, target, folder)
+    figures |= dataset_statistics.tag_and_token_counts(files["captions"], source, recipe.caption, tokens)
+    figures |= {name: dataset_statistics.most_frequent(files[name]) for name in ("artists", "characters")}
+    comparison = published_counts.compare_counts(figures, published)
+    dataset_plots.draw_plots(figures, recipe.caption, length, published, folder)
+    metrics = dataset_statistics.metrics(figures, recipe.caption, length) | {"published": comparison}
     with atomic_files.atomic_write(out, "w") as file:
-        json.dump(
-            dataset_statistics.metrics(figures, recipe.caption, recipe.train.max_token_length)
-            | {"published": comparison},
-            file,
-            indent=1,
-            ensure_ascii=False,
-        )
+        json.dump(metrics, file, indent=1, ensure_ascii=False)
         file.write("\n")
     print_summary(
         "statistics",
-        f"{figures['trained']:,} posts, {figures['steps']:,} steps; {published_counts.comparison_sentence(comparison)} → {out}, {folder}",
+        f"{figures['trained']:,} posts, {figures['steps']:,} steps; "
+        f"{published_counts.comparison_sentence(comparison)} → {out}, {folder}",
     )
 
 

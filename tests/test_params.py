@@ -1,5 +1,7 @@
 """A recipe is read whole or refused by a sentence that names the key and what was expected."""
 
+from pathlib import Path
+
 import pytest
 from ruamel.yaml import YAML
 
@@ -10,7 +12,7 @@ yaml = YAML(typ="safe", pure=True)
 
 
 def changed(tmp_path, change):
-    content = yaml.load(open("params.yaml"))
+    content = yaml.load(Path("params.yaml"))
     change(content)
     path = tmp_path / "params.yaml"
     with open(path, "w") as file:
@@ -26,7 +28,7 @@ def test_both_recipes_are_valid_and_have_the_same_keys(recipe):
         return {path}
 
     load(recipe)
-    assert keys(yaml.load(open(recipe))) == keys(yaml.load(open("params.yaml")))
+    assert keys(yaml.load(Path(recipe))) == keys(yaml.load(Path("params.yaml")))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,8 @@ def test_both_recipes_are_valid_and_have_the_same_keys(recipe):
         (lambda c: c["schedule"].update(area=4000), "schedule: area 4000 gives a square bucket of side 0"),
         (
             lambda c: c["schedule"].update(max_side=512),
-            "square bucket of side 1024 (in steps of side_step, 64); it must lie between min_side (256) and max_side (512)",
+            "square bucket of side 1024 (in steps of side_step, 64); "
+            "it must lie between min_side (256) and max_side (512)",
         ),
         (lambda c: c["preview"].update(width=1020), "preview.width is 1020; it must be a multiple of 8"),
         (lambda c: c["preview"].update(height=1001), "preview.height is 1001; it must be a multiple of 8"),

@@ -1,6 +1,6 @@
-"""Invariant: a path either holds what was there before or the whole new content; never a part of it.
+"""Files and folders that are replaced as a whole: a path holds either its old content or all of the new one.
 
-Everything is written aside in the same folder, flushed to the disk and renamed.
+The new content is written beside the path, flushed to the disk and renamed.
 """
 
 import os
@@ -24,11 +24,12 @@ def _flush_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_write(path, mode: str = "wb"):
-    """A file object whose content appears at `path` when the block ends well, and nowhere when it does not."""
+    """A file object for a with block. Its content appears at `path` if the block succeeds; otherwise nothing does."""
     path = Path(path)
     aside = _temp_path(path)
     try:
-        with open(aside, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
+        binary = "b" in mode
+        with open(aside, mode, encoding=None if binary else "utf-8", newline=None if binary else "\n") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -40,7 +41,7 @@ def atomic_write(path, mode: str = "wb"):
 
 @contextmanager
 def atomic_dir(path):
-    """The Path of an empty folder that takes the place of `path` when the block ends well."""
+    """The Path of an empty folder for a with block. The folder replaces `path` if the block succeeds."""
     path = Path(path)
     aside = _temp_path(path)
     shutil.rmtree(aside, ignore_errors=True)

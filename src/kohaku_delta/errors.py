@@ -1,10 +1,12 @@
-"""Invariant: what a user did wrong reaches them as sentences and exit code 1, never as a traceback."""
+"""Errors that a user sees: sentences and an exit code, never a traceback."""
+
+from collections.abc import Sequence
 
 import click
 
 
 class UserError(click.ClickException):
-    """Bad input. The message says what was wrong, where (file, key) and what to do."""
+    """Bad input; exit code 1. The message says what is wrong, where (file, key) and what to do."""
 
 
 class Interrupted(UserError):
@@ -16,6 +18,12 @@ class Interrupted(UserError):
         super().__init__("Interrupted. Nothing unfinished was left behind; run the same command to go on.")
 
 
+def first_lines(lines: Sequence[str], limit: int = 20) -> str:
+    """The first lines of a list, indented under a message, and how many more there are."""
+    rest = [f"… and {len(lines) - limit} more"] if len(lines) > limit else []
+    return "".join(f"\n  {line}" for line in [*lines[:limit], *rest])
+
+
 def version_option(command: click.Command) -> None:
-    """Give a command the option --version: that of the installed package, which is no code of a stage."""
+    """Give a command the option --version, which names the version of the installed package."""
     click.version_option(package_name="kohaku-delta", prog_name="kohaku-delta", message="%(prog)s %(version)s")(command)

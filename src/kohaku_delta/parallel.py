@@ -1,28 +1,29 @@
-"""Invariant: results come in the order of their items, whatever the number of threads, and no more than a few wait in
-memory.
+"""Maps a function over items in threads. Results keep the order of the items, whatever the number of threads.
 
-numpy, Arrow, Pillow, SQLite, hashlib and the file system let go of the interpreter's lock, so threads really share the
-work.
+numpy, Arrow, Pillow, SQLite, hashlib and the file system release the interpreter's lock, so threads share the work.
 """
 
 import os
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
+from kohaku_delta.errors import UserError
+
 Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
-THREADS = min(
-    8, len(os.sched_getaffinity(0))
-)  # one a processor that this process may use; a disk gives no more to more
+THREADS = min(8, len(os.sched_getaffinity(0)))  # one per processor of this process; a disk is no faster with more
+DOWNLOADS = 8  # threads of map_all, which wait for a network
+SHOWN = 5  # error messages
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS) -> Iterator[Result]:
-    """function(item) for every item, in order; up to `threads` at once, `2 · threads` begun or waiting. An item is
-    drawn only when it is due.
+    """function(item) for every item, in order. At most `threads` run at once, and `2 * threads` results wait in memory.
 
-    What one of them raises is raised at its place, and the rest is not begun.
+    An exception of one of them is raised in its place, and the rest is not started.
     """
     waiting: deque = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -36,3 +37,27 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], threa
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def map_all(function: Callable[[Key, threading.Event], Result], items: Sequence[Key]) -> dict[Key, Result]:
+    """{item: function(item, stop)} for every item, even if some raise UserError: these are raised together at the end.
+    Any other exception (Ctrl-C too) sets `stop` for all.
+    """
+    results, errors, stop = {}, {}, threading.Event()
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        futures = {pool.submit(function, item, stop): number for number, item in enumerate(items)}
+        try:
+            for future in as_completed(futures):
+                try:
+                    results[items[futures[future]]] = future.result()
+                except UserError as error:
+                    errors[futures[future]] = error.message
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if errors:
+        messages = list(dict.fromkeys(message for _, message in sorted(errors.items())))
+        more = [f"{len(messages) - SHOWN:,} more files failed."] if len(messages) > SHOWN else []
+        raise UserError("\n".join(messages[:SHOWN] + more))
+    return results

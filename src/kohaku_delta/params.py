@@ -1,43 +1,37 @@
-"""Invariant: a recipe is read whole or refused: no unknown key, no wrong type, no default that the file does not show.
-
-`load("params.yaml")` gives the recipe as attributes named as the keys. YAML 1.2, as DVC reads it (4e-5 is a number).
+"""The recipe: params.yaml as a model with an attribute per key. No unknown key, no wrong type, no default: the file
+shows every value.
 """
 
 import math
-from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
-from ruamel.yaml import YAML, YAMLError
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from kohaku_delta.errors import UserError
+from kohaku_delta import strict_model, yaml_file
+from kohaku_delta.strict_model import StrictModel
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
-Pixels = Annotated[int, Field(gt=0, multiple_of=8)]  # of a side: SDXL's VAE makes one latent of 8 × 8 pixels
+Pixels = Annotated[int, Field(gt=0, multiple_of=8)]  # SDXL's VAE makes one latent of 8 × 8 pixels
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
-def _numbers(mapping):
-    """The mapping with its keys as whole numbers. They are texts in the file: a number as a key makes `dvc params diff`
-    fail for the whole file.
+def _numbers(mapping: Any) -> Any:
+    """The mapping with its keys as whole numbers. In the file they are strings, because `dvc params diff` fails for a
+    file with numbers as keys.
     """
     if not isinstance(mapping, dict):
         return mapping
     for key in mapping:
         if not isinstance(key, str):
             raise ValueError(
-                f'the key {key} needs quotes ("{key}"): DVC compares no params.yaml that has numbers as keys'
+                f'the key {key} needs quotes ("{key}"): DVC cannot compare a params.yaml with numbers as keys'
             )
         if not key.isascii() or not key.isdecimal():
             raise ValueError(f'the key "{key}" must be a whole number, in quotes')
     return {int(key): value for key, value in mapping.items()}
-
-
-class StrictModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=False)
 
 
 class Pin(StrictModel):
@@ -61,7 +55,7 @@ class Download(StrictModel):
 
 
 class Range(StrictModel):
-    """Posts with from <= id < below (no upper end when null)."""
+    """Posts with from <= id < below (null: no upper end)."""
 
     from_: Count = Field(alias="from")
     below: Positive | None
@@ -107,12 +101,14 @@ class Caption(StrictModel):
             raise ValueError("years is not in ascending order; each year is the last one of its tag")
         if self.quality_above.keys() != self.ratings.keys():
             raise ValueError(
-                f"quality_above has the ratings {list(self.quality_above)}, ratings has {list(self.ratings)}; both need the same"
+                f"quality_above has the ratings {list(self.quality_above)}, ratings has {list(self.ratings)}; both "
+                "need the same"
             )
         for rating, thresholds in self.quality_above.items():
             if len(thresholds) != len(self.quality) - 1 or thresholds != sorted(thresholds, reverse=True):
                 raise ValueError(
-                    f"quality_above.{rating} needs {len(self.quality) - 1} falling thresholds, one between each two of the quality tags"
+                    f"quality_above.{rating} needs {len(self.quality) - 1} falling thresholds, one between each two of "
+                    "the quality tags"
                 )
         return self
 
@@ -170,7 +166,7 @@ class Preset(StrictModel):
 
 class Lokr(StrictModel):
     dim: Positive
-    alpha: Annotated[int, Field(gt=0, lt=65520)]  # as fp16 it would become inf
+    alpha: Annotated[int, Field(gt=0, lt=65520)]  # from 65520 on, fp16 rounds to infinity
     seed: int
     forward: Literal["factors", "delta"]
     dora: bool
@@ -210,7 +206,7 @@ class Train(StrictModel):
 
 
 class Execution(StrictModel):
-    """How the training is run: what decides time and place, and no bits. No stage declares it."""
+    """How the training is run: settings that change time and place but no bits. No stage depends on them."""
 
     ranks: Positive
     workers: Count
@@ -250,7 +246,7 @@ class PublishedDataset(StrictModel):
 
 
 class Published(StrictModel):
-    """What the release published: targets of the audit and of the report, which nothing is made of."""
+    """What the release published: the targets of audit and report. No stage computes with it."""
 
     dataset: PublishedDataset
     base: PublishedFile
@@ -278,68 +274,7 @@ class Recipe(StrictModel):
     published: Published | None
 
 
-EXPECTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "a text",
-    "list_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-}
-
-
-def _error_messages(file: Path, errors: list[dict]) -> list[str]:
-    wanted: dict[str, list[str]] = {}
-    given: dict[str, object] = {}
-    sentences = []
-    for error in errors:
-        # pydantic names the member of a union in the location; a reader knows only the file's keys
-        parts = [
-            str(part)
-            for part in error["loc"]
-            if part not in ("Pin", "Pins") and not str(part).startswith(("literal[", "constrained-", "int"))
-        ]
-        path = ".".join(parts) or "the file's content"
-        if error["type"] == "extra_forbidden":
-            sentences.append(f"{file}: the key {path} is not known. Remove it, or check its spelling.")
-        elif error["type"] == "missing":
-            sentences.append(f"{file}: the key {path} is missing.")
-        elif error["type"] == "value_error":
-            sentences.append(f"{file}: {path}: {error['ctx']['error']}.")
-        else:
-            at_least = (
-                f"a list with at least {error['ctx']['min_length']} entries" if error["type"] == "too_short" else None
-            )
-            expected = (
-                EXPECTED.get(error["type"])
-                or at_least
-                or error["msg"]
-                .replace("Input should be ", "")
-                .replace("String should match pattern", "a text of the form")
-            )
-            wanted.setdefault(path, []).append(expected)
-            given[path] = error["input"]
-    return sentences + [
-        f"{file}: {path} is {given[path]!r}; it must be {' or '.join(kinds)}." for path, kinds in wanted.items()
-    ]
-
-
-def load(path) -> Recipe:
-    """The recipe of a params.yaml. Refuses a file that is missing, not YAML, or that has wrong or unknown keys."""
+def load(path: Path | str) -> Recipe:
+    """The recipe in a params.yaml. Raises UserError if it is missing, not YAML, or has wrong or unknown keys."""
     path = Path(path)
-    try:
-        return _parse(path, path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there. Run in a recipe's folder, or name the file with --params.") from None
-
-
-@lru_cache(maxsize=1)  # a stage and what holds it to its declarations read the same recipe
-def _parse(path: Path, content: bytes) -> Recipe:
-    try:
-        return Recipe.model_validate(YAML(typ="safe", pure=True).load(content.decode("utf-8")))
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML that can be read: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        raise UserError("\n".join(_error_messages(path, error.errors())[:5])) from None
+    return strict_model.validate(path, Recipe, yaml_file.read_yaml(path))

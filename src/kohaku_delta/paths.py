@@ -3,6 +3,8 @@
 Strings, not Paths: DVC's files hold the same strings, and the stages use them as the defaults of their options.
 """
 
+from pathlib import Path
+
 BUILD = "build"
 
 INPUTS = "build/inputs.json"  # download: the verified inputs and where they lie
@@ -30,3 +32,8 @@ RECORDS = "build/records"  # every stage: a record of its run; no DVC output
 AUDIT = "build/audit.json"  # `kohaku-delta audit`
 REPORT = "build/report.html"  # `kohaku-delta report`
 CARD = "build/README.md"  # `kohaku-delta card`: the name that Hugging Face shows
+
+
+def stamps_path(inputs: Path) -> Path:
+    """Where the stamps of the verified inputs are kept: beside inputs.json, as inputs.verified.json."""
+    return inputs.with_name(f"{inputs.stem}.verified.json")

@@ -36,7 +36,7 @@ def test_years_read_in_bulk_are_those_that_dateutil_reads(texts):
     ]
 
 
-def test_a_date_says_the_year_that_is_written_whatever_its_offset_and_todays_date():
+def test_the_year_is_the_written_one_whatever_the_offset_and_todays_date():
     texts = [
         "2010-12-31T23:59:59.999-12:00",
         "2011-01-01T00:00:00.000+14:00",

@@ -1,4 +1,5 @@
 import shutil
+import sqlite3
 import subprocess
 import sys
 from functools import partial
@@ -29,7 +30,7 @@ def path(tmp_path):
 
 @pytest.mark.parametrize("name", ["post", "tag", "posttagrelation"])
 def test_a_missing_table_is_named(path, parameters, name):
-    with pytest.raises(UserError, match=f"has no table {name}. Is it danbooru2023.db"):
+    with pytest.raises(UserError, match=f"has no table {name}. Check that it is the whole"):
         captions.caption_posts(change(path, f"DROP TABLE {name}"), [1, 2], parameters)
 
 
@@ -41,8 +42,11 @@ def test_a_missing_column_is_named(path, parameters, name, column):
         captions.caption_posts(change(path, f"ALTER TABLE {name} RENAME COLUMN {column} TO other"), [1, 2], parameters)
 
 
-def test_a_locked_database_is_told_as_such(path):
-    code = "import sqlite3, sys; held = sqlite3.connect(sys.argv[1], isolation_level=None); held.execute('BEGIN EXCLUSIVE'); print('held', flush=True); input()"
+def test_a_locked_database_is_reported_as_locked(path):
+    code = (
+        "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], isolation_level=None); c.execute('BEGIN EXCLUSIVE'); "
+        "print('locked', flush=True); input()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
@@ -61,7 +65,7 @@ def test_a_truncated_database_is_refused_before_it_is_read(path, kept):
         Database(path)
 
 
-def test_a_damaged_database_is_told_as_such(path, parameters):
+def test_a_damaged_database_is_reported_as_damaged(path, parameters):
     data = bytearray(path.read_bytes())
     data[4096 * 3 : 4096 * 40] = bytes(4096 * 37)
     path.write_bytes(data)
@@ -70,18 +74,18 @@ def test_a_damaged_database_is_told_as_such(path, parameters):
 
 
 @pytest.mark.parametrize(
-    "data, said",
+    "data, message",
     [
         (b"", "is empty"),
         (b"PK\3\4" + b"x" * 5000, "is not an SQLite database"),
         (b"SQLite format 3\0" + b"\xff" * 5000, "is not an SQLite database|is damaged|cannot be read|is truncated"),
     ],
 )
-def test_what_is_no_database_is_refused(tmp_path, data, said):
+def test_a_file_that_is_no_database_is_refused(tmp_path, data, message):
     (tmp_path / "a.db").write_bytes(data)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         Database(tmp_path / "a.db").post_ids()
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         Database(tmp_path / "none.db")
 
 
@@ -97,7 +101,7 @@ def test_the_order_of_rows_does_not_depend_on_spans_or_threads(path, monkeypatch
         monkeypatch.undo()
 
 
-def test_ids_far_apart_and_tables_without_a_primary_key_are_read_all_the_same(tmp_path, parameters):
+def test_sparse_ids_and_tables_without_a_primary_key_are_read_too(tmp_path, parameters):
     path = write_database(
         tmp_path / "a.db", [{"id": post} for post in (-5, 0, 7, 2**62)], [(1, "solo", GENERAL)], [(7, 1)]
     )
@@ -116,7 +120,7 @@ def test_ids_far_apart_and_tables_without_a_primary_key_are_read_all_the_same(tm
     ]
 
 
-def test_an_id_that_stands_twice_is_refused(path):
+def test_a_repeated_id_is_refused(path):
     change(
         path,
         "CREATE TABLE loose AS SELECT * FROM post",
@@ -148,3 +152,32 @@ def test_the_database_is_never_written(path, parameters):
     captions.caption_posts(Database(read_only), [1], parameters)
     assert path.read_bytes() == before == read_only.read_bytes()
     assert sorted(each.name for each in path.parent.iterdir()) == ["a.db", "b.db"]
+
+
+@pytest.mark.parametrize(
+    "odd", [-1, -(2**40), 2**31, 2**40, 2**62, 1.5, "x", "12", b"\1\2", None, 0, 127, 128, -128, 2**15, 2**23, -(2**31)]
+)
+def test_odd_ids_of_pairs_are_read_as_sqlite_reads_them(tmp_path, odd):
+    path = write_database(tmp_path / "a.db", [{"id": 1}], (), [(1, 2)] * 50 + [(odd, 7), (7, odd)] + [(1, 3)] * 50)
+    with sqlite3.connect(path) as connection:
+        rows = connection.execute("SELECT post_id << 32 | tag_id FROM posttagrelation ORDER BY id").fetchall()
+    connection.close()
+    pairs = np.concatenate(list(Database(path).relations(np.copy)))
+    assert pairs.tolist() == [pair for (pair,) in rows if pair is not None]
+
+
+def test_a_database_with_random_damage_is_read_as_sqlite_reads_it_or_refused(tmp_path):
+    path = write_database(tmp_path / "a.db", [{"id": 1}], (), [(post, 5) for post in range(3000)])
+    plain, refused = path.read_bytes(), 0
+    for seed in range(40):
+        rng, data = np.random.default_rng(seed), bytearray(plain)
+        for _ in range(rng.integers(1, 15)):
+            place, length = int(rng.integers(600, len(data) - 4)), int(rng.integers(1, 4))
+            data[place : place + length] = rng.bytes(length)
+        path.write_bytes(data)
+        try:
+            list(Database(path).relations(np.copy))
+        except UserError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert 0 < refused < 40

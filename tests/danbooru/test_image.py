@@ -8,10 +8,8 @@ from danbooru_factory import picture
 from kohaku_delta.danbooru import image
 
 
-def heads(files):
-    return np.frombuffer(b"".join(data[: image.HEAD].ljust(image.HEAD, b"\0") for data in files), np.uint8).reshape(
-        -1, image.HEAD
-    ), np.array([len(data) for data in files])
+def header_size(data):
+    return image.webp_size(data[: image.HEAD], len(data))
 
 
 def webps():
@@ -31,21 +29,16 @@ def webps():
         yield file.getvalue()
 
 
-def test_webp_headers_say_what_pillow_says():
-    files = list(webps())
-    webp, width, height = image.webp_sizes(*heads(files))
-    assert webp.all()
-    assert list(zip(width.tolist(), height.tolist(), strict=True)) == [
-        image.image_size(io.BytesIO(data)) for data in files
-    ]
+def test_webp_headers_give_the_sizes_that_pillow_gives():
+    for data in webps():
+        assert header_size(data) == image.image_size(io.BytesIO(data))
 
 
 def test_a_truncated_webp_has_no_size():
-    files = [data[: len(data) * part // 10] for data in webps() for part in range(1, 10)]
-    _, width, height = image.webp_sizes(*heads(files))
-    assert not width.any() and not height.any()
-    webp, _, _ = image.webp_sizes(*heads([b"", b"RIFF", picture(kind="PNG")]))
-    assert not webp.any()
+    for data in webps():
+        for part in range(1, 10):
+            assert header_size(data[: len(data) * part // 10]) in ((0, 0), None)
+    assert header_size(b"") is header_size(b"RIFF") is header_size(picture(kind="PNG")) is None
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
@@ -88,7 +81,7 @@ def test_an_animation_is_its_first_frame():
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
     ],
 )
-def test_what_is_no_image_is_unreadable_and_nothing_worse(data):
+def test_a_file_that_is_no_image_is_unreadable_and_nothing_worse(data):
     with pytest.raises(image.UnreadableImage):
         image.decode(data)
 

@@ -39,7 +39,7 @@ def index(path):
 def hub(monkeypatch):
     """A hub with the miniature's tars and an index of each."""
     monkeypatch.setattr(partial_download, "GAP", 512)
-    monkeypatch.setattr(partial_download, "RUN", 1 << 16)
+    monkeypatch.setattr(partial_download, "RANGE", 1 << 16)
     with trust_fake_hub(monkeypatch) as hub:
         for name in NAMES:
             path = ROOT / "data" / "images" / f"{name}.tar"
@@ -174,7 +174,7 @@ def test_an_index_without_sound_hashes_is_refused(hub, recipe, tmp_path, damage)
         "length": {"filesize": -1},
     }[damage]
     hub.add(name, json.dumps(told).encode(), lfs=False)
-    with pytest.raises(UserError, match="no sha256|is not the index of") as refusal:
+    with pytest.raises(UserError, match="lacks the sha256|is not the index of") as refusal:
         gather(recipe, tmp_path)
     assert "\x1b" not in refusal.value.message and hub.requests("storage") == []
 
@@ -197,6 +197,7 @@ def test_a_sparse_tar_takes_the_room_of_its_members(hub, recipe, tmp_path):
 def test_a_parent_that_only_the_user_can_bring_is_asked_for_with_the_other_way(tmp_path):
     with pytest.raises(
         UserError,
-        match=r"kohakuXLGamma_rev2.safetensors is not there: gamma is supplied by you \(prefix 38942904e9\).*merge.start: published",
+        match=r"kohakuXLGamma_rev2.safetensors does not exist: gamma is supplied by you \(prefix 38942904e9\)"
+        ".*merge.start: published",
     ):
         fetch_inputs.fetch_inputs(load("params.yaml"), tmp_path)

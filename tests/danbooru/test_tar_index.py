@@ -174,7 +174,7 @@ def test_a_public_index_that_cannot_be_read_is_named(folder, text):
 
 
 def test_partial_drops_posts_of_absent_tars_and_says_so(folder):
-    with pytest.raises(UserError, match="1 main tars of selected posts are not there: data-0005.tar.*--partial"):
+    with pytest.raises(UserError, match="1 main tars of selected posts do not exist: data-0005.tar.*--partial"):
         look(folder, [1, 5, 1002])
     posts, dropped = look(folder, [1, 5, 1002], partial=True)
     assert posts["post_id"].to_pylist() == [1, 1002]

@@ -19,10 +19,14 @@ from kohaku_delta.formats import parquet
 from kohaku_delta.parallel import ordered_map
 
 TAGS = [
-    (3, "1girl", GENERAL), (5, "long_hair", GENERAL), (6, "^_^", GENERAL), (7, "a_b", META), (8, "highres", META), (9, "bad_id", META),
-    (10, "rice_shower_(umamusume)", CHARACTER), (11, "umamusume", COPYRIGHT), (12, "some_artist", ARTIST), (13, "1girl_(series)", COPYRIGHT),
-    (14, "solo", GENERAL), (15, "name,_with_comma", GENERAL), (16, "a|||b", GENERAL), (17, "初音ミク_(例)", CHARACTER), (18, "photo_(medium)", META),
-    (19, "6+boys", GENERAL), (20, "other_artist", ARTIST), (21, "\u3000 \x1c", GENERAL), (22, "é_e", GENERAL), (23, None, GENERAL), (24, "odd_type", 9),
+    (3, "1girl", GENERAL), (5, "long_hair", GENERAL), (6, "^_^", GENERAL), (7, "a_b", META), (8, "highres", META), (9,
+    "bad_id", META),
+    (10, "rice_shower_(umamusume)", CHARACTER), (11, "umamusume", COPYRIGHT), (12, "some_artist", ARTIST), (13,
+    "1girl_(series)", COPYRIGHT),
+    (14, "solo", GENERAL), (15, "name,_with_comma", GENERAL), (16, "a|||b", GENERAL), (17, "初音ミク_(例)", CHARACTER),
+    (18, "photo_(medium)", META),
+    (19, "6+boys", GENERAL), (20, "other_artist", ARTIST), (21, "\u3000 \x1c", GENERAL), (22, "é_e", GENERAL), (23,
+    None, GENERAL), (24, "odd_type", 9),
     (25, "no_type", None), (26, "male_focus", ARTIST),
 ]  # fmt: skip
 
@@ -46,7 +50,8 @@ def test_a_caption_is_the_one_that_the_release_wrote(tmp_path, parameters):
     path = write_database(tmp_path / "a.db", [{"id": 1, "rating": 3, "fav_count": 300}], TAGS, pairs)
     written = captions.caption_posts(Database(path), [1], parameters)
     assert written["caption"].to_pylist() == [
-        "1girl, rice shower (umamusume), umamusume, some artist, |||long hair, solo, ^_^, highres, recent, explicit, nsfw, masterpiece"
+        "1girl, rice shower (umamusume), umamusume, some artist, |||"
+        "long hair, solo, ^_^, highres, recent, explicit, nsfw, masterpiece"
     ]
     assert written["keep"].to_pylist() == [["1girl", "rice shower (umamusume)", "umamusume", "some artist"]]
 

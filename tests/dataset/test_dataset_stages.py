@@ -96,8 +96,8 @@ def test_bad_input_is_a_sentence_and_leaves_nothing_behind(place):
     params, out = ("--params", place / "params.yaml"), ("--out", place / "out.parquet")
     (place / "text.db").write_text("hello " * 1000)
     assert "is not an SQLite database" in run("select", *params, "--database", place / "text.db", *out, ok=False)
-    assert "is not there" in run("select", *params, "--database", place / "none.db", *out, ok=False)
-    assert "is not there" in run("select", *params, "--inputs", place / "none.json", *out, ok=False)
+    assert "does not exist" in run("select", *params, "--database", place / "none.db", *out, ok=False)
+    assert "does not exist" in run("select", *params, "--inputs", place / "none.json", *out, ok=False)
     (place / "tars" / "data-0001.tar").unlink()
     run("select", *params, "--database", place / "other.db", "--out", place / "selection.parquet")
     options = (

@@ -168,7 +168,8 @@ def test_a_dataset_of_nothing_but_odd_posts_is_drawn(tmp_path):
 
     recipe = params.load("params.yaml")
     figures = {
-        "selected": 1, "trained": 0, "dropped": {}, "despite": {}, "ratings": [[0] * 8] * 5, "years": {0: 1, 9999: 2}, "buckets": [], "micro_batches": 0, "steps": 0,
+        "selected": 1, "trained": 0, "dropped": {}, "despite": {}, "ratings": [[0] * 8] * 5, "years": {0: 1, 9999: 2},
+        "buckets": [], "micro_batches": 0, "steps": 0,
         "artists": [], "characters": [("$a_$ 初音" * 20, 1)], "general": [], "tokens": [1],
     }  # fmt: skip
     assert len(dataset_plots.draw_plots(figures, recipe.caption, 225, recipe.published.dataset, tmp_path)) == 6
@@ -192,7 +193,10 @@ def test_a_parquet_file_of_captions_reads_as_plain_texts(build):
 
 def test_a_font_list_in_the_home_directory_decides_nothing(tmp_path):
     """matplotlib keeps a list of fonts in the user's cache; here it says that a serif face is DejaVu Sans."""
-    script = "import sys; sys.path[0] = 'src'; from kohaku_delta.report import dataset_plots; print(dataset_plots.font_manager.findfont('DejaVu Sans'))"
+    script = (
+        "import sys; sys.path[0] = 'src'; from kohaku_delta.report import plotting; "
+        "print(plotting.font_manager.findfont('DejaVu Sans'))"
+    )
 
     def found():
         environment = os.environ | {"MPLCONFIGDIR": str(tmp_path)}

@@ -1,6 +1,4 @@
-"""A finished build in a few kilobytes: the miniature's recipe, with outs that were never computed and the lock that DVC
-would have written of them.
-"""
+"""A finished build in a few kilobytes: the miniature's recipe with outputs that nobody computed, and its dvc.lock."""
 
 import hashlib
 import io
@@ -10,17 +8,29 @@ from pathlib import Path
 from PIL import Image
 from ruamel.yaml import YAML
 
+from kohaku_delta.provenance import dvc_lock, dvc_yaml, stage_record
+
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = ("buckets", "names", "posts", "ratings", "tokens", "years")
+TARS = ("0000", "1137", "2000")  # of the release's 2,001 tars, these are listed
 yaml = YAML(typ="safe", pure=True)
 yaml.default_flow_style = False
 yaml.representer.ignore_aliases = lambda _: True  # DVC writes none
 
 DATASET = {
-    "drawn": 12, "selected": 11, "trained": 9, "dropped": {"deleted": 1, "hidden": 1}, "despite": {}, "micro_batches": 3, "steps": 5, "buckets": 2,
-    "ratings": {"safe": 5, "nsfw": 4}, "quality": {"masterpiece": 9}, "tokens": {"median": 5, "longest": 9, "over_225": 0},
+    "drawn": 12,
+    "selected": 11,
+    "trained": 9,
+    "dropped": {"deleted": 1, "hidden": 1},
+    "despite": {},
+    "micro_batches": 3,
+    "steps": 5,
+    "buckets": 2,
+    "ratings": {"safe": 5, "nsfw": 4},
+    "quality": {"masterpiece": 9},
+    "tokens": {"median": 5, "longest": 9, "over_225": 0},
     "published": "not compared: this recipe has no published figures",
-}  # fmt: skip
+}
 
 
 def png(width: int, height: int) -> bytes:
@@ -30,60 +40,44 @@ def png(width: int, height: int) -> bytes:
 
 
 def make(place: Path, params: dict | None = None, dataset: dict = DATASET, texts: dict[str, str] | None = None) -> Path:
-    """A recipe's folder with its build. `params`: another recipe; `texts`: outs of build/ with another content."""
-    build = place / "build"
+    """A recipe's folder with its build. `params`: another recipe; `texts`: other content for files of build/."""
     params = params or recipe()
-    (build / "statistics").mkdir(parents=True)
-    (build / "diffusers").mkdir()
-    (build / "code").mkdir()
-    for stage in yaml.load((ROOT / "dvc.yaml").read_text())["stages"]:
-        (build / "code" / f"{stage}.json").write_text(stage)
-    (place / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
-    with open(place / "params.yaml", "w") as file:
-        yaml.dump(params, file)
-    for name in (
-        "delta-base.safetensors",
-        "delta-lokr.safetensors",
-        "kohaku-xl-delta.safetensors",
-        "captions.parquet",
-        "diffusers/model_index.json",
-    ):
-        (build / name).write_bytes(name.encode() * 20)
-    for name in ("selection", "posts", "dropped", "schedule", "journal"):
-        (build / f"{name}.parquet").write_bytes(name.encode())
-    for name in ("artists", "characters"):
-        (build / f"{name}-kxl-delta.json").write_text("{}")
-    for name in PICTURES:
-        (build / "statistics" / f"{name}.png").write_bytes(png(90, 60))
-    (build / "preview.png").write_bytes(png(120, 60))
-    (build / "inputs.json").write_text(json.dumps({"inputs": inputs(params)}))
-    (build / "dataset.json").write_text(json.dumps(dataset))
-    (build / "held-out.json").write_text(
-        json.dumps(
-            {
-                "posts": 3,
-                "base": {"loss": {"sdxl": 0.5, "training": 0.5}},
-                "final": {"loss": {"sdxl": 0.25, "training": 0.25}},
-            }
-        )
-    )
-    (build / "bucket.txt").write_text(
-        "bucket 0: resolution (64, 64), count: 4\nbucket 1: resolution (64, 96), count: 5\n"
-    )
-    rows = [
+    weights = ("delta-base.safetensors", "delta-lokr.safetensors", "kohaku-xl-delta.safetensors")
+    losses = {name: {"loss": {"sdxl": loss, "training": loss}} for name, loss in (("base", 0.5), ("final", 0.25))}
+    steps = [
         f"{step},{0.5 / (step + 1)},{0.1 * step},{0.001 * min(step, 4)},{0.0002 * min(step, 4)}" for step in range(5)
     ]
-    (build / "curves.csv").write_text(
-        "\n".join(["step,loss,gradient_norm,learning_rate_unet,learning_rate_text", *rows]) + "\n"
-    )
-    for name, text in (texts or {}).items():
-        (build / name).write_text(text)
+    content: dict[str, bytes | str] = {
+        **{f"code/{stage}.json": stage for stage in yaml.load((ROOT / "dvc.yaml").read_text())["stages"]},
+        **{name: name.encode() * 20 for name in (*weights, "captions.parquet", "diffusers/model_index.json")},
+        **{f"{name}.parquet": name for name in ("selection", "posts", "dropped", "schedule", "journal")},
+        **{f"{name}-kxl-delta.json": "{}" for name in ("artists", "characters")},
+        **{f"statistics/{name}.png": png(90, 60) for name in PICTURES},
+        "preview.png": png(120, 60),
+        "inputs.json": json.dumps({"inputs": inputs(params)}),
+        "dataset.json": json.dumps(dataset),
+        "held-out.json": json.dumps({"posts": 3, **losses}),
+        "bucket.txt": "bucket 0: resolution (64, 64), count: 4\nbucket 1: resolution (64, 96), count: 5\n",
+        "curves.csv": "\n".join(["step,loss,gradient_norm,learning_rate_unet,learning_rate_text", *steps]) + "\n",
+        **(texts or {}),
+    }
+    for name, data in content.items():
+        path = place / "build" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+    (place / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
+    write_params(place, params)
     lock(place, params)
     return place
 
 
+def write_params(place: Path, params: dict) -> None:
+    with open(place / "params.yaml", "w") as file:
+        yaml.dump(params, file)
+
+
 def recipe() -> dict:
-    """The miniature's, with the repository's place in full."""
+    """The miniature's, with the absolute path of the repository."""
     return yaml.load((ROOT / "miniature" / "params.yaml").read_text()) | {"root": str(ROOT)}
 
 
@@ -91,57 +85,79 @@ def inputs(params: dict) -> dict:
     """As the download stage lists them: what a pin leaves open is filled in."""
 
     def entry(pin: dict) -> dict:
-        whole = hashlib.sha256(pin["url"].encode()).hexdigest()
-        return {
-            "path": "x",
-            "url": pin["url"],
-            "bytes": pin["bytes"] or 7,
-            "sha256": (pin["sha256"] or "") + whole[len(pin["sha256"] or "") :],
-        }
+        sha256, known = hashlib.sha256(pin["url"].encode()).hexdigest(), pin["sha256"] or ""
+        return {"path": "x", "url": pin["url"], "bytes": pin["bytes"] or 7, "sha256": known + sha256[len(known) :]}
 
-    def some(pin: dict) -> list[dict]:
-        """Of the release's 2,001 tars, three."""
-        return (
-            [pin | {"url": pin["url"].replace("{0000..2000}", number)} for number in ("0000", "1137", "2000")]
-            if "{0000..2000}" in pin["url"]
-            else [pin]
-        )
+    def expand(pin: dict) -> list[dict]:
+        span = "{0000..2000}"
+        return [pin | {"url": pin["url"].replace(span, tar)} for tar in TARS] if span in pin["url"] else [pin]
 
     return {
-        name: [entry(each) for pin in pins for each in some(pin)] if isinstance(pins, list) else entry(pins) for name, pins in params["download"]["inputs"].items()
-    }  # fmt: skip
+        name: [entry(each) for pin in pins for each in expand(pin)] if isinstance(pins, list) else entry(pins)
+        for name, pins in params["download"]["inputs"].items()
+    }
 
 
 def lock(place: Path, params: dict, leave_out: tuple[str, ...] = ()) -> None:
-    """Writes dvc.lock as DVC would, of the files that are there; without the stages of `leave_out`."""
-    stages = {}
-    for name, stage in yaml.load((place / "dvc.yaml").read_text())["stages"].items():
-        values = {}
-        for key in stage["params"]:
-            value = params
-            for part in key.split("."):
-                value = value[part]
-            values[key] = value
-        paths = stage.get("outs", []) + stage.get("metrics", []) + stage.get("plots", [])
-        if name not in leave_out:
-            stages[name] = {
-                "cmd": stage["cmd"],
-                "params": {"params.yaml": values},
-                "outs": [out(place, path) for path in paths],
-            }
+    """Writes dvc.lock as DVC would for the files that are there, without the stages of `leave_out`."""
+    stages = {
+        name: {
+            "cmd": stage.command,
+            "params": {"params.yaml": dvc_yaml.parameters(params, stage.params)},
+            "outs": [out(place, path) for path in stage.outs],
+        }
+        for name, stage in dvc_yaml.stage_declarations(place).items()
+        if name not in leave_out
+    }
     with open(place / "dvc.lock", "w") as file:
         yaml.dump({"schema": "2.0", "stages": stages}, file)
 
 
 def out(place: Path, path: str) -> dict:
-    files = [each for each in (place / path).rglob("*") if each.is_file()]
     if (place / path).is_dir():
-        return {
-            "path": path,
-            "hash": "md5",
-            "md5": "0" * 32 + ".dir",
-            "size": sum(each.stat().st_size for each in files),
-            "nfiles": len(files),
-        }
+        sizes = [file.stat().st_size for file in (place / path).rglob("*") if file.is_file()]
+        return {"path": path, "hash": "md5", "md5": "0" * 32 + ".dir", "size": sum(sizes), "nfiles": len(sizes)}
     content = (place / path).read_bytes()
     return {"path": path, "hash": "md5", "md5": hashlib.md5(content).hexdigest(), "size": len(content)}
+
+
+def record_path(place: Path, stage: str) -> Path:
+    """Where the record lies that dvc.lock names."""
+    key = dvc_lock.read_lock(place / "dvc.lock")[stage].key()
+    return place / stage_record.FOLDER / stage_record.record_filename(stage, key)
+
+
+def record(
+    place: Path,
+    stage: str,
+    seconds: float = 1.5,
+    processor: str = "any",
+    container: str | None = None,
+    dirty: bool = False,
+    md5: str | None = None,
+) -> None:
+    """Writes the record of a stage's run. `md5`: of other outputs than those of dvc.lock."""
+    outs = dvc_lock.read_lock(place / "dvc.lock")[stage].outs
+    outputs = {
+        each.path: {"sha256": "0" * 64, "md5": md5 or each.md5, "bytes": each.size, "files": None} for each in outs
+    }
+    content = {
+        "format": "kohaku-delta record 1",
+        "stage": stage,
+        "command": "x",
+        "inputs": {},
+        "outputs": outputs,
+        "parameters": {},
+        "parameters_after": {},
+        "changed_code": [],
+        "revision": {"commit": "ab" * 20, "dirty": dirty},
+        "libraries": {},
+        "container": container,
+        "numerics": None,
+        "confined": None,
+        "host": {"processor": processor},
+        "times": {"began": "", "ended": "", "seconds": seconds},
+    }
+    path = record_path(place, stage)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))

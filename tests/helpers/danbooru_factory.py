@@ -1,7 +1,7 @@
-"""Databases and tars in danbooru2023's layout for the tests, and a plain reference of the release's selection and
-captions.
+"""Databases and tars in danbooru2023's layout for the tests, and a slow, obvious reference of the release's selection
+and captions.
 
-The reference queries SQLite for one post at a time and joins strings in Python; it shares no code with kohaku_delta.
+The reference asks SQLite for one post at a time and joins strings in Python; it shares no code with kohaku_delta.
 """
 
 import io
@@ -27,19 +27,17 @@ COLUMNS = {
 }  # fmt: skip
 GOOD = {
     "created_at": "2019-06-03T11:20:00.000-04:00", "md5": "0" * 32, "file_ext": "png", "rating": 0, "fav_count": 5,
-    "is_deleted": 0, "is_banned": 0,
-    "file_url": "https://example.org/original.png",
+    "is_deleted": 0, "is_banned": 0, "file_url": "https://example.org/original.png",
 }  # fmt: skip
 RATINGS = {0: "general", 1: "sensitive", 2: "questionable", 3: "explicit"}
 GENERAL, ARTIST, CHARACTER, COPYRIGHT, META = range(5)
 TODAY = parserinfo()
-TODAY._year, TODAY._century = 2024, 2000  # the release's tool took the current date
+TODAY._year, TODAY._century = 2024, 2000  # what the release's tool took from the clock
 
 
 def write_database(path, posts, tags=(), pairs=(), later=False):
-    """Write a database: the values of posts override GOOD; tags are (id, name, type); pairs are (post_id, tag_id).
-
-    later: use the schema of later revisions.
+    """posts: dicts over GOOD; tags: (id, name, type); pairs: (post_id, tag_id) in the order of their ids. `later`: the
+    schema of later revisions.
     """
     extra = {"updated_at": "VARCHAR(255)"} if later else {"tag_list": "TEXT", **dict.fromkeys(COUNTS, "INTEGER")}
     with sqlite3.connect(path) as connection:
@@ -48,8 +46,8 @@ def write_database(path, posts, tags=(), pairs=(), later=False):
             f"CREATE TABLE post ({', '.join(f'{name} {kind}' for name, kind in {**COLUMNS, **extra}.items())})"
         )
         connection.execute(
-            "CREATE TABLE tag "
-            "(id INTEGER NOT NULL PRIMARY KEY, name VARCHAR(255) UNIQUE, type INTEGER, popularity INTEGER)"
+            "CREATE TABLE tag (id INTEGER NOT NULL PRIMARY KEY, name VARCHAR(255) UNIQUE, type INTEGER, "
+            "popularity INTEGER)"
         )
         connection.execute(
             "CREATE TABLE posttagrelation (id INTEGER NOT NULL PRIMARY KEY, post_id INTEGER, tag_id INTEGER)"
@@ -97,7 +95,7 @@ def write_tar(path, members, form=tarfile.GNU_FORMAT):
 
 
 def choose(ids, seed, ranges):
-    """The release's selection with Python's random: {id: times drawn}. ranges: (first id, first id excluded, draw)."""
+    """The release's selection by Python's own random: id → how often. ranges: (from, below, draw)."""
     numbers, drawn = random.Random(seed), {}
     for start, below, draw in ranges:
         population = [post for post in sorted(ids) if post >= start and (below is None or post < below)]
@@ -107,7 +105,7 @@ def choose(ids, seed, ranges):
 
 
 def caption(connection, post, parameters):
-    """(keep, general, caption) of one post, or None if the release's tool failed on it. parameters: recipe.caption."""
+    """(keep, general, caption) of one post, or None where the release's tool failed. parameters: recipe.caption."""
     created, rating, favourites = connection.execute(
         "SELECT created_at, rating, fav_count FROM post WHERE id = ?", (post,)
     ).fetchone()

@@ -1,7 +1,8 @@
-"""A local server with enough of the Hugging Face Hub's protocol for huggingface_hub, and with faults on request.
+"""A hub on this machine that speaks enough of the real one's protocol for huggingface_hub, and misbehaves on request.
 
 Two servers, as in reality: the hub answers /resolve and /api, and redirects requests for large (LFS) files to another
-origin, which must never see a token. Each file has a list of faults; every request for its bytes uses up one.
+origin, which must never see a token. Each file has a list of faults, one for each request of its bytes; after them
+everything works.
 """
 
 import hashlib
@@ -26,11 +27,12 @@ STRANGER = "hf_strangerAbcdefghijklmnopqrstuvwxyz"
 class File:
     data: bytes
     lfs: bool = True
-    # per request: drop, short, long, corrupt, stall, whole, other, a float (seconds) or a status (429, 500, 503, 403)
-    faults: list = field(default_factory=list)
+    faults: list = field(
+        default_factory=list
+    )  # of the bytes: drop, short, long, corrupt, stall, whole, other, or a status: 429, 500, 503, 403
     answers: list = field(default_factory=list)  # statuses of /resolve before it works: 429, 503
-    other: bytes | None = None  # the content that the fault "other" sends
-    claimed: int | None = None  # the size that the hub reports, if it is not the file's
+    other: bytes | None = None  # what "other" sends
+    claimed: int | None = None  # the size that the hub gives, if it is not the file's
 
     @property
     def etag(self) -> str:
@@ -42,16 +44,18 @@ class File:
 
 
 class Hub:
-    """`with Hub() as hub`: hub.url is HF_ENDPOINT; hub.files maps "[datasets/]owner/name/file" to File."""
+    """`with Hub() as hub`: hub.url is HF_ENDPOINT; hub.files maps "datasets/owner/name/file" or "owner/name/file" to
+    File.
+    """
 
     def __init__(self):
         self.files: dict[str, File] = {}
         self.gated: set[str] = set()  # "datasets/owner/name"
         self.renamed: dict[str, str] = {}  # old name → new name, both as above
-        self.commit = REVISION  # of the branch main
-        self.retry_after = "0"  # seconds, sent with each 429
+        self.commit = REVISION  # what main points at
+        self.retry_after = "0"  # seconds, said with each 429
         self.asked: list[tuple] = []  # (server, method, path, range, authorization)
-        self.open = self.most = 0  # current and largest number of requests for bytes
+        self.open = self.most = 0  # of the bytes: requests at work, and the most at once
         self.lock, self.release = threading.Lock(), threading.Event()
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), self._handler(kind)) for kind in (Resolver, Storage)]
         self.url, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
@@ -76,12 +80,12 @@ class Hub:
         return self.files[name]
 
     def requests(self, server: str = "storage") -> list[tuple]:
-        return [request for request in self.asked if request[0] == server]
+        return [each for each in self.asked if each[0] == server]
 
 
 @contextmanager
 def trust_fake_hub(monkeypatch):
-    """A Hub that huggingface_hub in this process uses as the real one, with short waits and without a login."""
+    """A hub that huggingface_hub in this process takes for the real one; waits are short, and nobody is logged in."""
     with Hub() as hub:
         for name, value in {
             "ENDPOINT": hub.url,
@@ -125,7 +129,7 @@ class HubHandler(BaseHTTPRequestHandler):
         self.answer(status, b'{"error": "no"}', X_Error_Code=code, X_Error_Message=message, **waiting)
 
     def send(self, file: File, **headers):
-        """Send a file's bytes from the requested offset, with its next fault."""
+        """The bytes of a file from the asked offset, with the fault that is due."""
         with self.hub.lock:
             fault = file.faults.pop(0) if file.faults else None
             self.hub.open += 1
@@ -163,7 +167,7 @@ class HubHandler(BaseHTTPRequestHandler):
             if fault == "stall":
                 self.hub.release.wait(10)
             self.close_connection = True
-        elif isinstance(fault, float):  # spread over so many seconds
+        elif isinstance(fault, float):  # slowly, in so many seconds
             for start in range(0, len(body), max(1, len(body) // 50)):
                 self.wfile.write(body[start : start + max(1, len(body) // 50)])
                 time.sleep(fault / 50)

@@ -1,4 +1,6 @@
-"""Two machines on one host: network namespaces with their own addresses, connected only to each other. Linux, root."""
+"""Two machines on one: network namespaces joined by a virtual cable, each with its own addresses and no other network.
+Linux, root.
+"""
 
 import os
 import shutil
@@ -10,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 29577
-CABLE = "cable"  # the device's name in both namespaces
+CABLE = "cable"  # what both call their end
 
 
 def _ip(*arguments: str) -> None:
@@ -41,7 +43,7 @@ def two():
 
 
 def processes(name: str) -> list[int]:
-    """The ids of all processes in a namespace."""
+    """The ids of all that runs in a namespace."""
     return [
         int(word)
         for word in subprocess.run(
@@ -51,11 +53,21 @@ def processes(name: str) -> list[int]:
 
 
 def torchrun(names: list[str], node: int, folder: Path, ranks: int) -> subprocess.Popen:
-    """Start `ranks` ranks of a training as machine `node`, in its own folder: the command of docs/hosts.md."""
+    """Starts `ranks` processes of a training in the folder of machine `node`, with the command of docs/hosts.md."""
     command = [
         *("ip", "netns", "exec", names[node], sys.executable, "-m", "torch.distributed.run"),
-        *("--nnodes", "2", "--nproc-per-node", str(ranks), "--node-rank", str(node)),
-        *("--master-addr", ADDRESSES[0], "--master-port", str(PORT)),
+        *(
+            "--nnodes",
+            "2",
+            "--nproc-per-node",
+            str(ranks),
+            "--node-rank",
+            str(node),
+            "--master-addr",
+            ADDRESSES[0],
+            "--master-port",
+            str(PORT),
+        ),
         *("--shutdown-timeout", "600", str(ROOT / "stages" / "train.py")),
     ]
     environment = os.environ | {"PYTHONPATH": "", "GLOO_SOCKET_IFNAME": CABLE}

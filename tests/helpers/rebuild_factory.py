@@ -147,7 +147,7 @@ def _train(folder: Path, recipe, rows: pa.Table, base: str) -> None:
         f"lora_te1_text_model_encoder_layers_{layer}_mlp_fc1.lokr_w{number}" for layer in range(2) for number in (1, 2)
     ] + ["lora_unet_out_2.lokr_w1", "lora_unet_out_2.lokr_w2"]
     weights = {name: torch.zeros(4, 4) for name in names}
-    said, depends = (
+    honest, depends = (
         journal.Journal({"base": base, "parameters": trainer.result_parameters(recipe)}),
         {"train.seed": "1337"},
     )
@@ -167,18 +167,20 @@ def _train(folder: Path, recipe, rows: pa.Table, base: str) -> None:
                 weights[name] += (step + 1) * (number + 1) / 1000
         found = tensor_fingerprints.fingerprints(weights)
         row = {
-            "step": step, "visits": journal.visits_digest(batches), "losses": [0.5 + step / 100] * len(batches), "lanes": [step + 1, step + 2],
-            "gradient_norm": 1.0 + step, "learning_rate_unet": 0.5, "learning_rate_text": 0.25, "scale": 1.0, "weights": tensor_fingerprints.combine(found),
+            "step": step, "visits": journal.visits_digest(batches), "losses": [0.5 + step / 100] * len(batches),
+            "lanes": [step + 1, step + 2],
+            "gradient_norm": 1.0 + step, "learning_rate_unet": 0.5, "learning_rate_text": 0.25, "scale": 1.0,
+            "weights": tensor_fingerprints.combine(found),
             "optimizer": tensor_fingerprints.combine({}), "tensors": tensor_fingerprints.short_fingerprints(found),
         }  # fmt: skip
-        said.append(row)
+        honest.append(row)
         if (step + 1) % STEPS_BETWEEN_STATES == 0 or step + 1 == steps:
             checkpointing.save(
                 work,
                 step + 1,
                 {f"weights/{name}": tensor for name, tensor in weights.items()},
                 (1.0, 0),
-                said,
+                honest,
                 100,
                 100,
             )
@@ -188,8 +190,8 @@ def _train(folder: Path, recipe, rows: pa.Table, base: str) -> None:
         recipe,
         base,
     )
-    said.lokr = written.digest
-    said.write(folder / "build" / "journal.parquet")
+    honest.lokr = written.digest
+    honest.write(folder / "build" / "journal.parquet")
 
 
 def declared(folder: Path, name: str) -> dict:
@@ -200,15 +202,15 @@ def declared(folder: Path, name: str) -> dict:
         return re.sub(r"\$\{(\w+)\}", lambda match: values[match[1]], text)
 
     outs = [each for kind in ("outs", "metrics", "plots") for each in stage.get(kind, [])]
-    told = {}
+    parameters = {}
     for key in stage["params"]:
         section, _, rest = key.partition(".")
-        told[key] = values[section][rest] if rest else values[section]
+        parameters[key] = values[section][rest] if rest else values[section]
     return {
         "cmd": filled(stage["cmd"]),
         "deps": [posixpath.normpath(filled(each)) for each in stage["deps"]],
         "outs": outs,
-        "params": told,
+        "params": parameters,
     }
 
 
@@ -230,7 +232,8 @@ def hashed(path: Path) -> dict:
     )
     shas = {place: sha256(data) for place, data in files.items()}
     return {
-        "md5": hashlib.md5(listing.encode()).hexdigest() + ".dir", "size": sum(map(len, files.values())), "nfiles": len(files),
+        "md5": hashlib.md5(listing.encode()).hexdigest() + ".dir", "size": sum(map(len, files.values())),
+        "nfiles": len(files),
         "sha256": sha256("".join(f"{each}  {place}\n" for place, each in sorted(shas.items())).encode()), "files": shas,
     }  # fmt: skip
 
@@ -239,7 +242,7 @@ def lock(folder: Path) -> None:
     """dvc.lock of what lies there now."""
     stages = {}
     for name in STAGES:
-        said = declared(folder, name)
+        declaration = declared(folder, name)
 
         def place(path: str) -> dict:
             return {"path": path, "hash": "md5"} | {
@@ -247,10 +250,10 @@ def lock(folder: Path) -> None:
             }
 
         stages[name] = {
-            "cmd": said["cmd"],
-            "deps": [place(path) for path in said["deps"]],
-            "params": {"params.yaml": said["params"]},
-            "outs": [place(path) for path in said["outs"]],
+            "cmd": declaration["cmd"],
+            "deps": [place(path) for path in declaration["deps"]],
+            "params": {"params.yaml": declaration["params"]},
+            "outs": [place(path) for path in declaration["outs"]],
         }
     dump(folder / "dvc.lock", {"schema": "2.0", "stages": stages})
 
@@ -279,16 +282,19 @@ def records(folder: Path, **changed) -> None:
                 "bytes": out["size"],
                 "files": found["files"],
             }
-        told = stage["params"]["params.yaml"]
+        parameters = stage["params"]["params.yaml"]
         content = {
-            "format": "kohaku-delta record 1", "stage": name, "command": stage["cmd"], "inputs": inputs, "outputs": outputs,
-            "parameters": told, "parameters_after": told, "revision": None, "libraries": {"click": "8.5.1"}, "container": None,
-            "numerics": {"device": "cpu"} if name == "train" else None, "confined": None, "changed_code": [], "host": {"processor": "one"},
+            "format": "kohaku-delta record 1", "stage": name, "command": stage["cmd"], "inputs": inputs,
+            "outputs": outputs,
+            "parameters": parameters, "parameters_after": parameters, "revision": None,
+            "libraries": {"click": "8.5.1"}, "container": None,
+            "numerics": {"device": "cpu"} if name == "train" else None, "confined": None, "changed_code": [],
+            "host": {"processor": "one"},
             "times": {"began": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:00:01+00:00", "seconds": 1.0},
         }  # fmt: skip
         key = sha256(
             json.dumps(
-                [stage["cmd"], {dep["path"]: dep["md5"] for dep in stage["deps"]}, told], sort_keys=True
+                [stage["cmd"], {dep["path"]: dep["md5"] for dep in stage["deps"]}, parameters], sort_keys=True
             ).encode()
         )[:16]
         (place / f"{name}-{key}.json").write_text(json.dumps(content | changed))

@@ -1,7 +1,7 @@
-"""What forgers do to a finished rebuild (finished.py), and how the commands are asked of one.
+"""What forgers do to a finished rebuild (rebuild_factory), and how tests run the commands on one.
 
-A plain forger changes a file. A careful one calls `carefully` afterwards: dvc.lock and the records are then consistent,
-and the contents give it away.
+A plain forger changes a file. A careful one calls `rehash_everything` afterwards: dvc.lock and the records are then
+consistent, and only the contents give it away.
 """
 
 import json
@@ -25,14 +25,14 @@ def ask(*arguments) -> tuple[int, str]:
 
 def audit(target, *arguments) -> tuple[int, dict[str, tuple[str, str]]]:
     """(exit code, {check: (status, sentence)})."""
-    code, said = ask("audit", target, "--json", *arguments)
-    content = json.loads(said)
+    code, output = ask("audit", target, "--json", *arguments)
+    content = json.loads(output)
     assert content["exit"] == code
     return code, {f"{each['group']}/{each['name']}": (each["status"], each["said"]) for each in content["findings"]}
 
 
 def failed(found) -> dict[str, str]:
-    return {name: said for name, (status, said) in found.items() if status == "FAIL"}
+    return {name: message for name, (status, message) in found.items() if status == "FAIL"}
 
 
 def locked(folder, change) -> None:
@@ -106,22 +106,22 @@ def ulp(name):
 
 
 def journaled(change, chained):
-    """The journal with changed rows: as a text editor would leave it, or chained anew with the honest beginning and
-    end.
+    """The journal with changed rows: as a text editor would leave it, or with a new chain between the honest beginning
+    and end.
     """
 
     def attack(folder):
         path = folder / "build" / "journal.parquet"
-        said = journal.read_journal(path)
-        listed = list(said.rows)
+        honest = journal.read_journal(path)
+        listed = list(honest.rows)
         change(listed)
         if chained:
-            forged = journal.Journal(said.header, lokr=said.lokr)
+            forged = journal.Journal(honest.header, lokr=honest.lokr)
             for step, row in enumerate(listed):
                 forged.append({key: value for key, value in row.items() if key != "chain"} | {"step": step})
             forged.write(path)
         else:
-            journal.Journal(said.header, listed, said.lokr).write(path)
+            journal.Journal(honest.header, listed, honest.lokr).write(path)
 
     return attack
 
@@ -146,26 +146,29 @@ def other_norm(listed):
     listed[1].update(gradient_norm=9.0)
 
 
-def record_of_another_run(folder):
-    """A record of the schedule that another run of it left, under this one's name."""
-    place = next((folder / "build" / "records").glob("schedule-*.json"))
-    content = json.loads(place.read_text())
+def record_edited(stage, change):
+    """An attack that edits the record of a stage."""
+
+    def attack(folder):
+        path = next((folder / "build" / "records").glob(f"{stage}-*.json"))
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return attack
+
+
+def record_of_another_run(content):
+    """What another run of the schedule stage left, under this run's name."""
     content["outputs"]["build/schedule.parquet"].update(md5="1" * 32, sha256="1" * 64)
-    place.write_text(json.dumps(content))
 
 
-def input_changed_during_run(folder):
-    place = next((folder / "build" / "records").glob("train-*.json"))
-    content = json.loads(place.read_text())
+def code_changed_during_run(content):
     content["changed_code"] = ["src/kohaku_delta/training/training_loop.py"]
-    place.write_text(json.dumps(content))
 
 
-def param_changed_during_run(folder):
-    place = next((folder / "build" / "records").glob("train-*.json"))
-    content = json.loads(place.read_text())
+def param_changed_during_run(content):
     content["parameters"]["train"] |= {"seed": 7}
-    place.write_text(json.dumps(content))
 
 
 def other_code(folder):
@@ -182,12 +185,9 @@ def other_params(folder):
 
 
 def pin(folder):
-    def change(content):
-        content["inputs"]["database"]["sha256"] = "4" * 64
-
     path = folder / "build" / "inputs.json"
     content = json.loads(path.read_text())
-    change(content)
+    content["inputs"]["database"]["sha256"] = "4" * 64
     path.write_text(json.dumps(content))
 
 
@@ -213,9 +213,9 @@ def stage_cut(folder):
 def foreign_state(folder):
     """A state of another training in this one's folder."""
     place = next(folder.glob("work/*/step-00000004"))
-    said = journal.read_journal(place / "journal.parquet")
-    other = journal.Journal(said.header)
-    for row in said.rows:
+    honest = journal.read_journal(place / "journal.parquet")
+    other = journal.Journal(honest.header)
+    for row in honest.rows:
         other.append({key: value for key, value in row.items() if key != "chain"} | {"scale": 2.0})
     other.write(place / "journal.parquet")
 

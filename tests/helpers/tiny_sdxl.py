@@ -1,4 +1,4 @@
-"""A tiny SDXL for the tests: the miniature's dimensions, seeded weights, the real key layout."""
+"""A toy SDXL for the tests: the miniature's dimensions, seeded weights, real tensor names."""
 
 import torch
 
@@ -12,10 +12,10 @@ CONFIGS = {
     "unet": {
         "sample_size": 16, "in_channels": 4, "out_channels": 4,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (24, 48, 48), "layers_per_block": 2, "transformer_layers_per_block": (1, 1, 2),
-        "attention_head_dim": (1, 3, 3), "cross_attention_dim": 112, "use_linear_projection": True,
-        "norm_num_groups": NORM_GROUPS, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (24, 48, 48),
+        "layers_per_block": 2, "transformer_layers_per_block": (1, 1, 2), "attention_head_dim": (1, 3, 3),
+        "cross_attention_dim": 112, "use_linear_projection": True, "norm_num_groups": NORM_GROUPS,
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 64 + 6 * 256,
     },
     "te1": {
@@ -37,14 +37,14 @@ CONFIGS = {
 
 
 def tensors(seed: int, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors; every parameter differs from zero and from its neighbours."""
+    """A toy checkpoint's tensors; every parameter differs from zero and from its neighbours."""
     generator = torch.Generator().manual_seed(seed)
     models = model_loading.build(CONFIGS)
     for module in models.values():
         state = {}
         for path, parameter in module.state_dict().items():
-            mean = 1.0 if "norm" in path.rsplit(".", 2)[-2] and path.endswith("weight") else 0.0
-            state[path] = torch.randn(parameter.shape, generator=generator) * 0.05 + mean
+            near = 1.0 if "norm" in path.rsplit(".", 2)[-2] and path.endswith("weight") else 0.0
+            state[path] = torch.randn(parameter.shape, generator=generator) * 0.05 + near
         module.load_state_dict(state, assign=True)
     return {
         name: value.to(dtype) if value.is_floating_point() else value
@@ -57,7 +57,7 @@ def write(path, seed: int, dtype: torch.dtype = torch.float16, metadata=None) ->
 
 
 def lokr(models, preset, seed: int = 0, **options):
-    """{name in the LoKr file: LyCORIS module} for the models' layers, with random weights, not applied."""
+    """LyCORIS's own modules on a toy's layers, with random weights: {name in the file: module}, none applied."""
     from lycoris.modules.lokr import LokrModule
     from lycoris.modules.norms import NormModule
 

@@ -1,4 +1,4 @@
-"""A tiny training: a few posts of the miniature, a tiny base and a recipe of a few steps, in its own folder."""
+"""A tiny training: a few posts of the miniature, a toy base, and a recipe of a few steps, in a folder of its own."""
 
 import os
 import subprocess
@@ -23,10 +23,10 @@ yaml = YAML(typ="safe", pure=True)
 
 
 def write(folder: Path, posts: int, sections: dict[str, dict] | None = None, **train) -> Path:
-    """Write params.yaml and, under folder/build, everything that `stages/train.py` reads.
+    """Everything that `stages/train.py` reads, under folder/build, and params.yaml: two images per micro-batch, four
+    micro-batches per step.
 
-    Two images per micro-batch, four micro-batches per step. `train` (keys of train or execution) and other `sections`:
-    parameters that differ from the miniature's.
+    `train` (of train or execution), and other `sections`: parameters that differ from the miniature's.
     """
     content = yaml.load((ROOT / "miniature" / "params.yaml").read_text())
     content["schedule"] |= {"batch_size": 2, "micro_batches": 4, "lanes": 4}
@@ -87,7 +87,7 @@ def command(ranks: int) -> list[str]:
 
 
 def run(folder: Path, ranks: int = 1) -> subprocess.CompletedProcess:
-    """Run the training in `folder`; its output is in .stdout and .stderr."""
+    """Trains in `folder`; what it said is in .stdout and .stderr."""
     return subprocess.run(
         command(ranks), cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""}
     )

@@ -55,7 +55,7 @@ def test_another_size_or_hash_is_refused(file, changes, word):
 
 
 def test_a_missing_input_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         mirror.resolve_inputs(Download(mirror="m", images="all", inputs={"sdxl": pin(tmp_path / "none")}), tmp_path)
 
 

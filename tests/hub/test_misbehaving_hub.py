@@ -27,22 +27,22 @@ NAME = "datasets/owner/name/images/data-0001.tar"
 PLACE = Path("mirror/dataset/owner/name", REVISION, "images/data-0001.tar")
 
 FAULTS = {  # what the hub does → its faults, what happens: None is "arrives", text is in the sentence that refuses
-    "drops the connection midway": (dict(faults=["drop"]), None),
-    "drops it three times": (dict(faults=["drop"] * 3), None),
-    "drops it, then ignores the range": (dict(faults=["drop", "whole"]), None),
-    "ends early": (dict(faults=["short"]), None),
-    "sends too much": (dict(faults=["long"]), None),
-    "sends wrong bytes of the right size": (dict(faults=["corrupt"]), None),
-    "sends wrong bytes every time": (dict(faults=["corrupt"] * 9), "arrived 3 times with other bytes than its sha256"),
-    "sends another file after a drop": (dict(faults=["drop", "other"], other=OTHER), None),
-    "stalls": (dict(faults=["stall"]), None),
-    "answers 429 for the bytes": (dict(faults=[429, 429]), None),
-    "answers 429 to the question": (dict(answers=[429, 429]), None),
-    "answers 503 for the bytes": (dict(faults=[503, 500]), None),
-    "answers 503 to the question": (dict(answers=[503]), None),
-    "answers 503 for ever": (dict(answers=[503] * 99), "answered 503, 12 times in a row"),
-    "lets a signed address expire (403)": (dict(faults=["drop", 403]), None),
-    "answers 403 itself": (dict(answers=[403]), r"refused images/data-0001.tar \(403\)"),
+    "drops the connection midway": ({"faults": ["drop"]}, None),
+    "drops it three times": ({"faults": ["drop"] * 3}, None),
+    "drops it, then ignores the range": ({"faults": ["drop", "whole"]}, None),
+    "ends early": ({"faults": ["short"]}, None),
+    "sends too much": ({"faults": ["long"]}, None),
+    "sends wrong bytes of the right size": ({"faults": ["corrupt"]}, None),
+    "sends wrong bytes every time": ({"faults": ["corrupt"] * 9}, "arrived 3 times with other bytes than its sha256"),
+    "sends another file after a drop": ({"faults": ["drop", "other"], "other": OTHER}, None),
+    "stalls": ({"faults": ["stall"]}, None),
+    "answers 429 for the bytes": ({"faults": [429, 429]}, None),
+    "answers 429 to the question": ({"answers": [429, 429]}, None),
+    "answers 503 for the bytes": ({"faults": [503, 500]}, None),
+    "answers 503 to the question": ({"answers": [503]}, None),
+    "answers 503 for ever": ({"answers": [503] * 99}, "answered 503, 12 times in a row"),
+    "lets a signed address expire (403)": ({"faults": ["drop", 403]}, None),
+    "answers 403 itself": ({"answers": [403]}, r"refused images/data-0001.tar \(403\)"),
 }
 
 
@@ -116,7 +116,7 @@ def test_a_file_that_changed_under_its_name_is_refused_before_a_byte_is_fetched(
 def test_a_broken_download_goes_on_where_it_ended(hub, tmp_path):
     hub.add(NAME, DATA, faults=["drop", "drop"])
     gather(tmp_path, tars=[pin()])
-    ranges = [int((each[3] or "bytes=0-")[6:-1]) for each in hub.requests("storage")]
+    ranges = [int(each[3].removeprefix("bytes=").partition("-")[0]) for each in hub.requests("storage")]
     assert ranges[0] == 0 and 0 < ranges[1] < ranges[2] < len(DATA)
 
 
@@ -133,7 +133,9 @@ def test_a_damaged_file_in_the_mirror_is_told_and_fetched_again(hub, tmp_path, c
     gather(tmp_path, tars=[pin()])
     (tmp_path / PLACE).write_bytes(OTHER)
     gather(tmp_path, tars=[pin()])
-    assert (tmp_path / PLACE).read_bytes() == DATA and "damaged or another file: passed over" in capsys.readouterr().err
+    assert (
+        tmp_path / PLACE
+    ).read_bytes() == DATA and "It is damaged or another file. It is not used." in capsys.readouterr().err
 
 
 def test_what_is_there_is_used_without_the_network(hub, tmp_path, monkeypatch):
@@ -143,7 +145,7 @@ def test_what_is_there_is_used_without_the_network(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     gather(tmp_path, tars=[pin()])
     assert hub.asked == []
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids"):
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids downloading"):
         gather(tmp_path, tars=[pin(OTHER, NAME.replace("0001", "0002"))])
 
 
@@ -222,7 +224,7 @@ def test_a_renamed_repository_is_followed_and_the_token_with_it(hub, tmp_path, m
     [
         (
             f"hf://datasets/owner/nobody@{REVISION}/images/data-0001.tar",
-            "is not there, or not for nobody without a token",
+            "does not exist, or not for nobody without a token",
         ),
         (f"hf://datasets/owner/name@{'f' * 40}/images/data-0001.tar", "has no revision ffff"),
         (f"hf://datasets/owner/name@{REVISION}/images/none.tar", "has no file images/none.tar"),
@@ -252,7 +254,8 @@ def test_several_files_are_fetched_at_once_and_one_failure_does_not_hold_up_the_
 def test_a_disk_that_is_too_small_is_said_before_the_first_byte(hub, tmp_path):
     hub.add(NAME, DATA, claimed=1 << 60)
     with pytest.raises(
-        UserError, match=r"1,152,921,504,606,846,976 bytes are still to be fetched into .*mirror, and [\d,]+ are free"
+        UserError,
+        match=r"1,152,921,504,606,846,976 bytes are still to be downloaded into .*mirror, and [\d,]+ are free",
     ):
         gather(tmp_path, tars=[pin(bytes=None, sha256=None)])
     assert hub.requests("storage") == [] and listed(tmp_path) == []
@@ -269,7 +272,7 @@ def test_a_disk_that_fills_up_keeps_what_arrived(tmp_path):
         assert full.returncode == 1 and "The operating system said" in full.stderr and "Traceback" not in full.stderr
         assert not (tmp_path / PLACE).exists() and not (tmp_path / "build" / "inputs.json").exists()
         assert subprocess.run(COMMAND, cwd=tmp_path, env=environment, capture_output=True).returncode == 0
-        assert (tmp_path / PLACE).read_bytes() == DATA and hub.requests("storage")[-1][3] == "bytes=100000-"
+        assert (tmp_path / PLACE).read_bytes() == DATA and hub.requests("storage")[-1][3].startswith("bytes=100000-")
 
 
 def test_a_hub_that_asks_for_a_day_is_taken_at_its_word(hub, tmp_path):
@@ -348,7 +351,7 @@ def test_a_killed_download_resumes_to_the_same_bytes(tmp_path):
         )
         done = subprocess.run(COMMAND, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert (tmp_path / PLACE).read_bytes() == DATA and hub.requests("storage")[-1][3] == f"bytes={have}-"
+        assert (tmp_path / PLACE).read_bytes() == DATA and hub.requests("storage")[-1][3].startswith(f"bytes={have}-")
 
 
 def test_the_token_is_in_no_output_no_file_and_no_command_line(tmp_path):

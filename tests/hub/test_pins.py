@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -44,7 +45,7 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def params(tmp_path):
-    text = open("miniature/params.yaml").read()
+    text = Path("miniature/params.yaml").read_text()
     start, end = text.index("\n    database:"), text.index("\nselection:")
     (tmp_path / "params.yaml").write_text(text[:start] + INPUTS + text[end:])
     return tmp_path / "params.yaml"
@@ -87,9 +88,9 @@ def test_the_change_is_shown_and_written_only_after_a_yes(hub, params):
         "-    one: {url",
         f"+      - url: hf://datasets/owner/name@{REVISION}/images",
         "+data-0003.tar,1000,",
-        "1 of 5 files are not there",
+        "1 of 5 files do not exist",
         "no sha256 of vocab.json",
-        "nobody knows which revision",
+        "the revision that the release used is not known",
     ):
         assert word in declined.output
     assert "gamma" in declined.output and "prefix 38942904e9" in declined.output
@@ -135,7 +136,7 @@ def test_a_filled_recipe_downloads_and_says_how_each_file_was_known(hub, params)
 @pytest.mark.parametrize(
     "damage, sentence",
     [
-        (lambda path: path.unlink(), "is not there"),
+        (lambda path: path.unlink(), "does not exist"),
         (lambda path: path.write_bytes(path.read_bytes().replace(b"1000", b"1001", 1)), "params.yaml pins"),
     ],
 )

@@ -1,4 +1,4 @@
-"""An input that was edited after its download is noticed by whatever opens it, and one that was not is not read again."""
+"""An input that was edited after its download is noticed when it is opened, and one that was not is not read again."""
 
 import json
 import os
@@ -161,7 +161,8 @@ def test_inputs_json_and_what_depends_on_it_know_no_time(place):
 
 # stage → an input that it opens
 OPENED = {
-    "select": "danbooru2023.db", "filter": "images/data-1004.tar", "caption": "danbooru2023.db", "statistics": "tokenizer/vocab.json", "merge": "checkpoints/beta.safetensors",
+    "select": "danbooru2023.db", "filter": "images/data-1004.tar", "caption": "danbooru2023.db",
+    "statistics": "tokenizer/vocab.json", "merge": "checkpoints/beta.safetensors",
     "train": "images/data-0004.tar", "export": "tokenizer_2/merges.txt", "preview": "references/reference-03.png",
 }  # fmt: skip
 QUICK = ("select", "filter", "caption")
@@ -210,7 +211,8 @@ def test_a_stage_that_had_to_hash_an_input_again_keeps_its_stamp(miniature):
     time.sleep(verified_files.TICK)
     database, listed = miniature / "data" / "danbooru2023.db", miniature / "miniature" / "build" / "inputs.json"
     database.touch()
-    assert verified_files.read_stamps(listed)["../../data/danbooru2023.db"].stamp != verified_files.stamp(database)
+    old = verified_files.read_stamps(listed).get("../../data/danbooru2023.db")  # none if DVC restored inputs.json
+    assert old is None or old.stamp != verified_files.stamp(database)
     before = (miniature / "miniature" / "build" / "selection.parquet").read_bytes()
     done = subprocess.run(
         [sys.executable, str(ROOT / "stages" / "select.py")],

@@ -53,7 +53,14 @@ def test_everything_that_pip_installs_from_outside_is_hashed():
 
 
 @pytest.mark.parametrize(
-    "lock", ["container/init.txt", "requirements/cpu.txt", "requirements/cuda.txt", "requirements/uv.txt"]
+    "lock",
+    [
+        "container/init.txt",
+        "requirements/cpu.txt",
+        "requirements/cuda.txt",
+        "requirements/lint.txt",
+        "requirements/uv.txt",
+    ],
 )
 def test_each_line_of_a_lock_has_a_version_and_a_hash(lock):
     text = re.sub(r"^#.*\n", "", (ROOT / lock).read_text(), flags=re.M)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "setup_environment.sh"
@@ -56,7 +57,11 @@ def setup(folder: Path, **environment: str) -> subprocess.CompletedProcess:
 UV = """case "$*" in
     *--help*) echo --torch-backend ;;
     --version) echo "uv 0" ;;
-    venv*) for last; do :; done; mkdir -p "$last/bin"; printf '#!/bin/sh\\necho Python 3.11' > "$last/bin/python"; chmod +x "$last/bin/python" ;;
+    venv*)
+        for last; do :; done
+        mkdir -p "$last/bin"
+        printf '#!/bin/sh\\necho Python 3.11' > "$last/bin/python"
+        chmod +x "$last/bin/python" ;;
 esac"""
 
 
@@ -136,6 +141,12 @@ def test_no_index_is_named_in_the_repository():
         text=True,
     )
     assert files.stdout and not [name for name in files.stdout.split() if hosts.search((ROOT / name).read_text())]
+
+
+def test_the_workflow_and_the_local_script_run_the_same_commands():
+    steps = YAML(typ="safe", pure=True).load(ROOT / ".github" / "workflows" / "ci.yml")["jobs"]["miniature"]["steps"]
+    script = (ROOT / ".ci" / "run").read_text().partition('cd "$clone/kohaku"\n')[2].splitlines()
+    assert [step["run"] for step in steps if "run" in step] == script[:-1] and script[-1].startswith("echo ")
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: "".join(words) or "kohaku-delta")

@@ -1,6 +1,4 @@
-"""Preflight: what is wrong with a host is a red line of its own name, before anything is spent; every size is what
-independent arithmetic and real files say.
-"""
+"""Each fault of a host fails one check of its own; every size agrees with independent arithmetic and real files."""
 
 import json
 import os
@@ -18,7 +16,7 @@ from ruamel.yaml import YAML
 from kohaku_delta import params
 from kohaku_delta.cli.main import main
 from kohaku_delta.errors import UserError
-from kohaku_delta.preflight import build_plan, host_checks, host_facts, parameter_counts, size_estimates
+from kohaku_delta.preflight import build_plan, estimates, host_checks, host_facts, parameter_counts
 from kohaku_delta.preflight.host_facts import DiskFolder, Gpu, Host
 from kohaku_delta.provenance import import_closure
 from kohaku_delta.training import journal
@@ -32,7 +30,7 @@ def locked(path):
 
 
 LOCKED = locked(ROOT / "requirements" / "cuda.txt")
-CARD = Gpu("NVIDIA GeForce RTX 3090", 25_438_126_080, "8.6", 82)
+GPU = Gpu("NVIDIA GeForce RTX 3090", 25_438_126_080, "8.6", 82)
 TB, GB = 10**12, 10**9
 # SDXL 1.0 and the release's LoKr as others count them: Stability AI's parameter counts, and the published preset on
 # SDXL's shapes
@@ -40,39 +38,52 @@ SDXL = parameter_counts.ParameterCounts(
     "SDXL 1.0", 2_567_463_684, 123_060_480 + 694_659_840, 83_653_863, 384_645_360, 2_628, 384_534_384, 390_000_000
 )
 GOOD = Host(
-    python="3.11.14", missing_tools=(), libraries=dict(LOCKED), numerics="", bitsandbytes="", cards=(CARD, CARD), architectures=("sm_80", "sm_86", "sm_120"), driver="580.95.05",
-    cuda="13.0", nccl="2.29.7", memory=64 * GB, shared_memory=8 * GB, supplied=(),
-    places={name: DiskFolder(name, 1, 2 * TB, 0) for name in ("mirror", "build", "cache", "work")},
-)  # fmt: skip
+    locked=LOCKED,
+    model=SDXL,
+    python="3.11.14",
+    missing_tools=(),
+    libraries=dict(LOCKED),
+    numerics="",
+    bitsandbytes="",
+    gpus=(GPU, GPU),
+    architectures=("sm_80", "sm_86", "sm_120"),
+    driver="580.95.05",
+    cuda="13.0",
+    nccl="2.29.7",
+    memory=64 * GB,
+    shared_memory=8 * GB,
+    missing_inputs=(),
+    folders={name: DiskFolder(name, 1, 2 * TB, 0) for name in ("mirror", "build", "cache", "work")},
+)
 
 
-def red(there, recipe=RELEASE):
-    return {
-        line.name.split(" of ")[0]: line
-        for line in host_checks.all_checks(recipe, there, SDXL, LOCKED)
-        if not line.good
-    }
+def failed(host, recipe=RELEASE):
+    results = host_checks.run_checks(host, recipe)
+    return {result.name.split(" of ")[0]: result for result in results if not result.ok}
 
 
 def with_library(name, number):
     return replace(GOOD, libraries=LOCKED | {name: number})
 
 
+def with_ranks(ranks):
+    return RELEASE.model_copy(update={"execution": RELEASE.execution.model_copy(update={"ranks": ranks})})
+
+
 def with_disk(free):
-    return replace(GOOD, places={name: replace(place, free=free) for name, place in GOOD.places.items()})
+    return replace(GOOD, folders={name: replace(place, free=free) for name, place in GOOD.folders.items()})
 
 
 def test_the_releases_own_host_with_the_lock_is_green():
-    lines = host_checks.all_checks(RELEASE, GOOD, SDXL, LOCKED)
-    assert all(line.good for line in lines), [line for line in lines if not line.good]
-    assert len({line.name for line in lines}) == len(lines) == 16
+    results = host_checks.run_checks(GOOD, RELEASE)
+    assert not failed(GOOD) and len({result.name for result in results}) == len(results) == 16
 
 
 @pytest.mark.parametrize(
     ("wrong", "name", "says", "remedy"),
     [
         (replace(GOOD, python="3.12.1"), "Python", "3.12.1", ".venv"),
-        (replace(GOOD, missing_tools=("dvc", "git")), "dvc, git", "not there: dvc, git", "PATH"),
+        (replace(GOOD, missing_tools=("dvc", "git")), "dvc, git", "missing: dvc, git", "PATH"),
         (with_library("safetensors", "0.7.0"), "libraries", "safetensors 0.7.0 (lock: 0.8.0)", "install the lock"),
         (
             replace(GOOD, libraries={name: number for name, number in LOCKED.items() if name != "tqdm"}),
@@ -87,27 +98,26 @@ def test_the_releases_own_host_with_the_lock_is_green():
             "AVX2",
             "sentence",
         ),
-        (replace(GOOD, cards=()), "GPUs", "none is seen", "--gpus all"),
+        (replace(GOOD, gpus=()), "GPUs", "none is visible", "--gpus all"),
         (
-            replace(GOOD, cards=(CARD,)),
+            replace(GOOD, gpus=(GPU,)),
             "GPUs",
             "1 (NVIDIA GeForce RTX 3090), for 2 ranks",
             "set execution.ranks in params.yaml to 1",
         ),
         (
             replace(
-                GOOD,
-                cards=(CARD, replace(CARD, name="NVIDIA GeForce RTX 4090", architecture="8.9", multiprocessors=128)),
+                GOOD, gpus=(GPU, replace(GPU, name="NVIDIA GeForce RTX 4090", architecture="8.9", multiprocessors=128))
             ),
             "same GPU",
             "82 multiprocessors / ",
             "CUDA_VISIBLE_DEVICES",
         ),
-        (replace(GOOD, cards=(CARD, replace(CARD, multiprocessors=80))), "same GPU", "80 multiprocessors", "one kind"),
-        (replace(GOOD, cards=(replace(CARD, architecture="6.1"),) * 2), "architecture", "sm_61", "no code"),
-        (replace(GOOD, cards=(replace(CARD, architecture="9.0"),) * 2), "architecture", "sm_90", "no code"),
-        (replace(GOOD, cards=(replace(CARD, memory=12 * GB),) * 2), "GPU memory", "12 GB a GPU", "larger"),
-        (replace(GOOD, cards=(replace(CARD, memory=20 * GB),) * 2), "GPU memory", "20 GB a GPU", "less may do"),
+        (replace(GOOD, gpus=(GPU, replace(GPU, multiprocessors=80))), "same GPU", "80 multiprocessors", "one kind"),
+        (replace(GOOD, gpus=(replace(GPU, architecture="6.1"),) * 2), "architecture", "sm_61", "no code"),
+        (replace(GOOD, gpus=(replace(GPU, architecture="9.0"),) * 2), "architecture", "sm_90", "no code"),
+        (replace(GOOD, gpus=(replace(GPU, memory=12 * GB),) * 2), "GPU memory", "12 GB per GPU", "larger"),
+        (replace(GOOD, gpus=(replace(GPU, memory=20 * GB),) * 2), "GPU memory", "20 GB per GPU", "less may do"),
         (replace(GOOD, driver=""), "driver", "none answers", "580"),
         (replace(GOOD, driver="570.133.20"), "driver", "570.133.20", "580"),
         (replace(GOOD, cuda="12.8"), "CUDA", "12.8 (lock: 13.0)", "requirements/cuda.txt"),
@@ -116,7 +126,7 @@ def test_the_releases_own_host_with_the_lock_is_green():
         (replace(GOOD, memory=8 * GB), "memory", "8 GB", "swap"),
         (replace(GOOD, shared_memory=64 << 20), "shared memory", "67.1 MB", "--shm-size"),
         (
-            replace(GOOD, supplied=("supplied/kohakuXLGamma_rev2.safetensors",)),
+            replace(GOOD, missing_inputs=("supplied/kohakuXLGamma_rev2.safetensors",)),
             "supplied inputs",
             "kohakuXLGamma_rev2",
             "merge.start: published",
@@ -125,8 +135,8 @@ def test_the_releases_own_host_with_the_lock_is_green():
     ],
 )
 def test_what_is_wrong_is_one_red_line_with_its_remedy(wrong, name, says, remedy):
-    found = red(wrong)
-    assert set(found) == {name} and says in found[name].says and remedy in found[name].remedy, found
+    found = failed(wrong)
+    assert set(found) == {name} and says in found[name].what and remedy in found[name].remedy, found
 
 
 @pytest.mark.parametrize(
@@ -135,76 +145,69 @@ def test_what_is_wrong_is_one_red_line_with_its_remedy(wrong, name, says, remedy
         ("0.36.0", "broken"),
         ("0.39.1", "broken"),
         ("0.41.0", "broken"),
-        ("0.42.0", "rounds otherwise"),
-        ("0.50.3", "rounds otherwise"),
+        ("0.42.0", "rounds differently"),
+        ("0.50.3", "rounds differently"),
     ],
 )
 def test_a_bitsandbytes_other_than_the_locks_is_forbidden(number, says):
-    found = red(with_library("bitsandbytes", number))
-    assert set(found) == {"bitsandbytes", "libraries"} and says in found["bitsandbytes"].says
+    found = failed(with_library("bitsandbytes", number))
+    assert set(found) == {"bitsandbytes", "libraries"} and says in found["bitsandbytes"].what
 
 
 def test_a_host_without_git_is_green_for_dvc_does_without(monkeypatch):
-    assert not red(replace(GOOD, missing_tools=("git",)))
+    assert not failed(replace(GOOD, missing_tools=("git",)))
     monkeypatch.setattr(host_facts.shutil, "which", lambda tool: None)
-    monkeypatch.setattr(
-        host_facts,
-        "_probe",
-        lambda file: {
-            "numerics": "",
-            "bitsandbytes": "",
-            "cards": [],
-            "architectures": [],
-            "cuda": "",
-            "nccl": "",
-            "numbers": None,
-        },
-    )
-    seen, numbers = host_facts.inspect_host(MINIATURE, ROOT / "miniature" / "params.yaml")
-    assert seen.missing_tools == ("dvc", "git") and numbers is None
-    assert [
-        line.name
-        for line in host_checks.all_checks(MINIATURE, seen, numbers, locked(ROOT / "requirements" / "cpu.txt"))
-        if not line.good
-    ] == ["dvc, git"]
+    probed = {
+        "numerics": "",
+        "bitsandbytes": "",
+        "gpus": [],
+        "architectures": [],
+        "cuda": "",
+        "nccl": "",
+        "model": None,
+    }
+    monkeypatch.setattr(host_facts, "_probe", lambda params: probed)
+    host = host_facts.inspect_host(MINIATURE, ROOT / "miniature" / "params.yaml")
+    assert host.missing_tools == ("dvc", "git") and host.model is None
+    assert list(failed(host, MINIATURE)) == ["dvc, git"]
 
 
 def test_what_preflight_repeats_is_what_training_says():
     from kohaku_delta.training import batch_builder, optimizer
 
-    assert host_checks.BROKEN == optimizer.BROKEN and size_estimates.AHEAD == batch_builder.AHEAD + 1
+    assert estimates.BITSANDBYTES_BROKEN == optimizer.BROKEN
+    assert estimates.MICRO_BATCHES_AHEAD == batch_builder.AHEAD + 1
 
 
 def test_ranks_that_do_not_divide_the_lanes_are_told_so():
-    three = RELEASE.model_copy(update={"execution": RELEASE.execution.model_copy(update={"ranks": 3})})
-    assert "does not divide 8 lanes" in red(replace(GOOD, cards=(CARD,) * 3), three)["GPUs"].says
+    assert "does not divide 8 lanes" in failed(replace(GOOD, gpus=(GPU,) * 3), with_ranks(3))["GPUs"].what
 
 
 def test_folders_on_two_disks_are_judged_apart_and_what_is_there_counts():
-    places = dict(GOOD.places) | {"mirror": DiskFolder("mirror", 2, 50 * GB, 0)}
-    lines = {line.name: line for line in host_checks.all_checks(RELEASE, replace(GOOD, places=places), SDXL, LOCKED)}
-    assert not lines["disk of mirror"].good and lines["disk of build, cache, work"].good
-    places["mirror"] = replace(places["mirror"], there=1629 * GB)
-    assert not red(replace(GOOD, places=places))
+    folders = dict(GOOD.folders) | {"mirror": DiskFolder("mirror", 2, 50 * GB, 0)}
+    results = {each.name: each for each in host_checks.run_checks(replace(GOOD, folders=folders), RELEASE)}
+    assert not results["disk of mirror"].ok and results["disk of build, cache, work"].ok
+    folders["mirror"] = replace(folders["mirror"], present=1629 * GB)
+    assert not failed(replace(GOOD, folders=folders))
 
 
-def run(*arguments, there=None, monkeypatch=None, color=False):
-    if there is not None:
-        monkeypatch.setattr(host_facts, "inspect_host", lambda recipe, file: (there, SDXL))
+def run(*arguments, host=None, monkeypatch=None, color=False):
+    if host is not None:
+        monkeypatch.setattr(host_facts, "inspect_host", lambda recipe, params: host)
     return CliRunner().invoke(main, ["preflight", *arguments], color=color)
 
 
 def test_exit_codes_colours_and_remedies(monkeypatch):
-    done = run(there=GOOD, monkeypatch=monkeypatch)
+    done = run(host=GOOD, monkeypatch=monkeypatch)
     assert done.exit_code == 0 and "16 of 16 are green" in done.output and "\x1b" not in done.output
-    done = run(there=replace(GOOD, driver="470.1", shared_memory=0), monkeypatch=monkeypatch)
+    done = run(host=replace(GOOD, driver="470.1", shared_memory=0), monkeypatch=monkeypatch)
     assert (
         done.exit_code == 1
-        and "red: driver, shared memory" in done.output
+        and "red: shared memory, driver" in done.output
         and done.output.count("→") == 2
         and "\x1b" not in done.output
     )
-    assert "\x1b[31m" in run(there=replace(GOOD, driver=""), monkeypatch=monkeypatch, color=True).output
+    assert "\x1b[31m" in run(host=replace(GOOD, driver=""), monkeypatch=monkeypatch, color=True).output
     done = run("--params", "nowhere.yaml")
     assert done.exit_code == 2 and "Run in a recipe's folder" in done.output
 
@@ -218,7 +221,7 @@ def test_a_description_that_says_nothing_is_refused_with_an_example(text):
 
 
 def test_this_host_can_make_the_miniature_and_dvc_asks_first():
-    stage = YAML(typ="safe", pure=True).load(open(ROOT / "dvc.yaml"))["stages"]["download"]
+    stage = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]["download"]
     assert stage["cmd"] == "kohaku-delta preflight && kohaku-delta stage download"
     done = subprocess.run(
         [sys.executable, "../src/kohaku_delta", "preflight"],
@@ -238,9 +241,9 @@ def release():
 
 def test_the_releases_sizes_are_the_published_ones(release):
     assert (release.unet, release.text, release.vae, release.lokr) == (SDXL.unet, SDXL.text, SDXL.vae, SDXL.lokr)
-    assert size_estimates.lokr_bytes(release) == 769_290_720
+    assert estimates.lokr_bytes(release) == 769_290_720
     assert (
-        0 < RELEASE.published.final.bytes - size_estimates.checkpoint_bytes(RELEASE, release) < 1_000_000
+        0 < RELEASE.published.final.bytes - estimates.checkpoint_bytes(RELEASE, release) < 1_000_000
     )  # header, position_ids, logit_scale
     lost = (
         4 * (768 // 8) ** 2 + 2 * (768 // 8) * (3072 // 8) + 6 * 8 * 8
@@ -250,25 +253,22 @@ def test_the_releases_sizes_are_the_published_ones(release):
 
 def test_what_is_fetched_and_kept_adds_up(release):
     pinned = 15_443_382_272 + 6_938_078_334 + 6_938_046_250 + 2 * (1_059_962 + 524_619)
-    assert size_estimates.total(size_estimates.download_sizes(RELEASE, release)) == pinned + 1_600_000_000_000
-    assert (
-        size_estimates.milestones(RELEASE) == list(range(2000, 28_001, 2000))
-        and len(size_estimates.milestones(RELEASE)) == 14
-    )
+    assert estimates.total(estimates.download_sizes(RELEASE, release)) == pinned + 1_600_000_000_000
+    assert estimates.milestones(RELEASE) == list(range(2000, 28_001, 2000)) and len(estimates.milestones(RELEASE)) == 14
     each = 2 * 384_645_360 + release.optimizer
     assert 384_534_384 < release.optimizer < 1.03 * 384_645_360  # a byte each, and 4 bytes a block of 256
-    assert size_estimates.state_bytes(RELEASE, release) == each
+    assert estimates.state_bytes(RELEASE, release) == each
     assert (
         14 * (each + 769_290_720) + 3 * each
-        < size_estimates.total(size_estimates.state_sizes(RELEASE, release))
+        < estimates.total(estimates.state_sizes(RELEASE, release))
         < 14 * (each + 769_290_720) + 3 * each + 17 * 28_638 * 4096
     )
     assert (
-        size_estimates.days(28_638, 51.25) == pytest.approx(28_638 * 51.25 / 86_400, rel=1e-6)
-        and 16.9 < size_estimates.days(28_638, 51.0) < size_estimates.days(28_638, 51.5) < 18
+        estimates.days(28_638, 51.25) == pytest.approx(28_638 * 51.25 / 86_400, rel=1e-6)
+        and 16.9 < estimates.days(28_638, 51.0) < estimates.days(28_638, 51.5) < 18
     )
     picture, noise = 4 * 3 * 1024 * 1024, 2 * 4 * 4 * 128 * 128 * 4
-    assert size_estimates.shared_memory(RELEASE, 2) == 2 * 4 * 5 * (picture + noise) + GB
+    assert estimates.shared_memory(RELEASE) == 2 * 4 * 5 * (picture + noise) + GB
 
 
 def test_the_cards_memory_holds_what_always_lies_in_it(release):
@@ -279,13 +279,9 @@ def test_the_cards_memory_holds_what_always_lies_in_it(release):
         + release.optimizer
         + 3 * 4 * release.trained
     )
-    assert size_estimates.total(size_estimates.gpu_memory_parts(RELEASE, release, 2)) == always
-    assert (
-        size_estimates.gpu_memory(RELEASE, release, 2)
-        == size_estimates.gpu_memory(RELEASE, release, 1) - 4 * release.trained
-        == 24 * GB
-    )
-    assert size_estimates.gpu_memory(RELEASE, release, 8) == 24 * GB + (9 - 3) * 4 * release.trained
+    assert estimates.total(estimates.gpu_memory_parts(RELEASE, release)) == always
+    memory = {ranks: estimates.gpu_memory(with_ranks(ranks), release) for ranks in (1, 2, 8)}
+    assert memory == {1: 24 * GB + 4 * release.trained, 2: 24 * GB, 8: 24 * GB + (9 - 3) * 4 * release.trained}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -298,7 +294,7 @@ def test_buffers_are_those_that_the_tree_and_the_gathering_hold(ranks):
     for _ in range(8 // ranks):
         most = max(most, len(tree.levels) + 1)
         tree.add(torch.zeros(1))
-    assert size_estimates.buffers(RELEASE, ranks) == max(most, ranks + 1 if ranks > 1 else 0)
+    assert estimates.gradient_buffers(RELEASE, ranks) == max(most, ranks + 1 if ranks > 1 else 0)
 
 
 def test_the_miniatures_sizes_are_those_of_its_files():
@@ -321,16 +317,16 @@ def test_the_miniatures_sizes_are_those_of_its_files():
     lion.step(0, torch.zeros(sum(weight.numel() for _, weight in trained)), optimizer.Scaler(False))
     tensors = adapter.tensors()
     assert (numbers.entries, numbers.trained) == (len(tensors), sum(weight.numel() for _, weight in trained))
-    assert size_estimates.state_bytes(MINIATURE, numbers) == sum(
+    assert estimates.state_bytes(MINIATURE, numbers) == sum(
         each.nbytes for each in (*tensors.values(), *lion.tensors().values())
     )
     outs = YAML(typ="safe", pure=True).load((ROOT / "miniature" / "dvc.lock").read_text())["stages"]
     sizes = {out["path"]: out["size"] for stage in outs.values() for out in stage.get("outs", [])}
     assert (
-        0 <= sizes["build/delta-lokr.safetensors"] - size_estimates.lokr_bytes(numbers) < 256 * numbers.entries
+        0 <= sizes["build/delta-lokr.safetensors"] - estimates.lokr_bytes(numbers) < 256 * numbers.entries
     )  # its header, large beside so small a model
     for name in ("build/delta-base.safetensors", "build/kohaku-xl-delta.safetensors", "build/diffusers"):
-        assert 0 <= sizes[name] - size_estimates.checkpoint_bytes(MINIATURE, numbers) < 0.05 * sizes[name], name
+        assert 0 <= sizes[name] - estimates.checkpoint_bytes(MINIATURE, numbers) < 0.05 * sizes[name], name
 
 
 def test_the_journal_grows_as_counted(tmp_path):
@@ -358,29 +354,23 @@ def test_the_journal_grows_as_counted(tmp_path):
         )
     said.write(tmp_path / "journal.parquet")
     assert (
-        0.95 < rows * size_estimates.journal_row(RELEASE, SDXL) / (tmp_path / "journal.parquet").stat().st_size < 1.15
+        0.95 < rows * estimates.journal_row_bytes(RELEASE, SDXL) / (tmp_path / "journal.parquet").stat().st_size < 1.15
     )
 
 
 def test_the_plan_names_a_source_for_every_figure_and_measures_nothing_by_itself(release):
-    two = build_plan.plan_rows(RELEASE, release, build_plan.parse_host("2x RTX 3090, disk 3 TB"), None)
-    found = {row.what: row for row in two}
-    assert all(row.source for row in two)
-    assert (
-        found["time a step"].figure == "51.25 s"
-        and "model card" in found["time a step"].source
-        and found["training"].figure == "17.0 days"
-    )
-    assert found["steps"].figure == "28,638" and found["disk in all"].figure == "1.71 TB"
-    other = {
-        row.what: row for row in build_plan.plan_rows(RELEASE, release, build_plan.parse_host("2x RTX 4090"), None)
-    }
-    assert other["time a step"].figure == "not measured" and "training" not in other
-    told = {
-        row.what: row
-        for row in build_plan.plan_rows(RELEASE, release, build_plan.parse_host("2x Later Card, 32 GB"), 20.0)
-    }
-    assert told["training"].figure == "6.6 days" and told["time a step"].source.startswith("--seconds-per-step")
+    def plan(description, seconds=None):
+        host = build_plan.parse_host(description, LOCKED, release)
+        return {row.what: row for row in build_plan.plan_rows(RELEASE, host, seconds)}
+
+    known, other, measured = plan("2x RTX 3090, disk 3 TB"), plan("2x RTX 4090"), plan("2x Later Card, 32 GB", 20.0)
+    assert all(row.source for row in known.values())
+    assert known["time per step"].figure == "51.25 s" and "model card" in known["time per step"].source
+    assert known["training"].figure == "17.0 days"
+    assert known["steps"].figure == "28,638" and known["disk in all"].figure == "1.71 TB"
+    assert other["time per step"].figure == "not measured" and "training" not in other
+    assert measured["training"].figure == "6.6 days"
+    assert measured["time per step"].source.startswith("--seconds-per-step")
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
@@ -465,5 +455,5 @@ def test_a_base_as_large_as_sdxl_is_planned_as_sdxl(tmp_path):
 
 def test_a_range_that_takes_all_of_an_unknown_database_is_not_planned_as_no_posts(tmp_path):
     recipe = MINIATURE.model_copy(update={"published": None})
-    found = size_estimates.build_sizes(recipe, parameter_counts.count_parameters(recipe, ROOT / "miniature"))[-1]
+    found = estimates.build_sizes(recipe, parameter_counts.count_parameters(recipe, ROOT / "miniature"))[-1]
     assert found.bytes is None and "counts the posts" in found.source

@@ -1,5 +1,5 @@
 """The preview compares like with like: the same noise, the same posts, none of them trained on. The distance is a
-closed form where there is one.
+closed form where one exists.
 """
 
 import json
@@ -70,7 +70,7 @@ def test_the_sampler_is_ddim_with_guidance(monkeypatch):
     )
     theirs.set_timesteps(10)
     x = torch.from_numpy(sample_rng.normal_for((4, 16, 16), parameters.seed, 0, sample_rng.NOISE))[None]
-    for seen, time in zip(model.seen, theirs.timesteps):
+    for seen, time in zip(model.seen, theirs.timesteps, strict=True):
         assert torch.allclose(seen, x, atol=1e-4)
         x = theirs.step((0.5 + 3.0 * 0.4) * x, time, x, eta=0.0).prev_sample
     assert len(model.seen) == 10
@@ -99,8 +99,8 @@ def cielab(colour) -> tuple[float, float, float]:
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (value / 255 for value in colour)]
     rows = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
     x, y, z = (
-        sum(part * value for part, value in zip(row, linear)) / white
-        for row, white in zip(rows, (0.950456, 1.0, 1.088754))
+        sum(part * value for part, value in zip(row, linear, strict=True)) / white
+        for row, white in zip(rows, (0.950456, 1.0, 1.088754), strict=True)
     )
     fx, fy, fz = (value ** (1 / 3) if value > 0.008856 else 7.787 * value + 16 / 116 for value in (x, y, z))
     return 116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)
@@ -134,7 +134,7 @@ def test_the_distance_is_symmetric_and_the_mean_over_pixels():
     assert abs(share - 0.5) < 0.02
 
 
-def test_the_blur_forgives_an_edge_and_keeps_figures_apart():
+def test_the_blur_tolerates_a_shifted_edge_but_not_a_shifted_figure():
     y, x = np.mgrid[:128, :128]
 
     def disc(centre: int) -> np.ndarray:
@@ -242,12 +242,12 @@ def test_references_that_do_not_fit_the_prompts_are_refused(tmp_path):
 def test_a_recipe_without_references_has_no_distance(tmp_path):
     (tmp_path / "inputs.json").write_text(json.dumps({"inputs": {}, "start": "merge"}))
     assert references.read_references(PREVIEW, tmp_path / "inputs.json", None) is None
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         references.read_references(PREVIEW, tmp_path / "nothing.json", None)
 
 
-def test_the_training_brings_the_pictures_nearer_to_their_drawings():
-    """Of the build that lies there: a smaller mean distance than the base's and at most 0.75 of it on four prompts, as
+def test_training_brings_the_pictures_closer_to_their_drawings():
+    """For the miniature built here: a smaller mean distance than the base's and at most 0.8 of it on six prompts, as
     the README says; a flat picture farther than both on every prompt, and a lower loss.
     """
     if not (file := MINIATURE / "build" / "held-out.json").is_file():
@@ -256,13 +256,10 @@ def test_the_training_brings_the_pictures_nearer_to_their_drawings():
     base, final, flat = (measured[name]["distance"] for name in ("base", "final", "flat"))
     prompts = [name for name in base if name != "mean"]
     assert len(prompts) == len(PREVIEW.prompts)
-    assert final["mean"] < base["mean"] and sum(final[name] <= 0.75 * base[name] for name in prompts) == 4
+    assert final["mean"] < base["mean"] and sum(final[name] <= 0.8 * base[name] for name in prompts) == 6
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert (
-        f"goes from {base['mean']:.1f} to {final['mean']:.1f}" in readme
-        and final["prompt-2"] > base["prompt-2"]
-        and "on the star it grows" in readme
-    )
+    assert f"goes from {base['mean']:.1f} to {final['mean']:.1f}" in readme
+    assert all(final[name] < base[name] for name in prompts)
     assert all(max(base[name], final[name]) < flat[name] for name in prompts)
     assert measured["final"]["loss"]["sdxl"] < measured["base"]["loss"]["sdxl"] <= 0.3826
 
@@ -286,5 +283,5 @@ def test_without_a_post_to_measure_on_the_reason_is_given(tmp_path, held_out, se
     )
     tar = write_tar(tmp_path / "data-0000.tar", [("7000000.webp", picture())])
     recipe = RECIPE.model_copy(update={"preview": PREVIEW.model_copy(update={"held_out": held_out})})
-    posts, said = base_and_final.held_out_posts(recipe, database, {0: tar}, np.array(ids if selected == "all" else []))
-    assert posts.num_rows == 0 and said == reason
+    posts, why = base_and_final.held_out_posts(recipe, database, {0: tar}, np.array(ids if selected == "all" else []))
+    assert posts.num_rows == 0 and why == reason

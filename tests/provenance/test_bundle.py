@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import rebuild_factory
-from kohaku_delta.verify import check_lock as code_of
+from kohaku_delta.verify import lock_inputs
 from tampering import ask, audit, caption, fabricate_output_hash, failed, locked, other_code
 
 
@@ -49,8 +49,8 @@ def copy(untampered_rebuild, tmp_path_factory):
 @pytest.fixture(scope="module")
 def bundle(untampered_rebuild, keys):
     path = keys / "honest.tar"
-    code, said = ask("bundle", path, "--recipe", untampered_rebuild, "--key", keys / "ours")
-    assert code == 0, said
+    code, message = ask("bundle", path, "--recipe", untampered_rebuild, "--key", keys / "ours")
+    assert code == 0, message
     return path
 
 
@@ -123,7 +123,7 @@ def test_an_edited_bundle_is_found_however_carefully_it_was_edited(bundle, tmp_p
     sealed(folder)
     found = failed(audit(folder, "--key", keys / "ours.pub")[1])
     assert "build/captions.parquet" in found["lock/records"] or "of another run" in found["lock/records"], found
-    assert "was signed otherwise than it lies here" in found["lock/provenance"]
+    assert "was signed with another value than the files here give" in found["lock/provenance"]
 
 
 @pytest.mark.parametrize("name", ["cpu.txt", "uv.txt"])
@@ -133,7 +133,7 @@ def test_another_lock_of_the_libraries_in_a_bundle_is_found(bundle, tmp_path, na
     with open(folder / "requirements" / name, "a") as file:
         file.write("# another\n")
     sealed(folder)
-    assert "is not the one that dvc.lock says the stages ran under" in failed(audit(folder)[1])["lock/libraries"]
+    assert "is not the one that dvc.lock says the stages ran with" in failed(audit(folder)[1])["lock/libraries"]
 
 
 def test_weights_that_are_not_in_a_bundle_are_held_by_the_records(bundle, tmp_path):
@@ -151,10 +151,10 @@ def test_a_digest_of_a_tensor_that_was_edited_is_refused(bundle, tmp_path):
     content = json.loads((folder / "tensors.json").read_text())
     content["build/delta-base.safetensors"]["tensors"]["model.a"]["sha256"] = "5" * 64
     (folder / "tensors.json").write_text(json.dumps(content))
-    code, said = ask("audit", folder)
+    code, message = ask("audit", folder)
     assert (
         code == 2
-        and "tensors.json: the digest of build/delta-base.safetensors does not follow from its tensors" in said
+        and "tensors.json: the digest of build/delta-base.safetensors does not follow from its tensors" in message
     )
 
 
@@ -165,12 +165,12 @@ def test_a_wrong_key_is_refused_and_an_unnamed_one_believes_nothing(bundle, keys
         and "no signature of" in failed(found)["lock/provenance"]
         and "Nothing in it is believed" in failed(found)["lock/provenance"]
     )
-    assert audit(bundle)[1]["lock/provenance"] == ("SKIP", "signed, and no --key was named: nothing in it is believed")
-    code, said = ask("provenance", bundle, "--verify", keys / "ours.pub")
-    assert code == 0 and "verified: 12 stages" in said
+    assert audit(bundle)[1]["lock/provenance"] == ("SKIP", "signed, but without --key nothing in it is believed")
+    code, message = ask("provenance", bundle, "--verify", keys / "ours.pub")
+    assert code == 0 and "verified: 12 stages" in message
     assert ask("provenance", bundle, "--verify", keys / "ours")[0] == 2, "a private key is no public one"
-    code, said = ask("provenance", bundle, "--key", keys / "ours")
-    assert code == 2 and "signed where it is packed" in said
+    code, message = ask("provenance", bundle, "--key", keys / "ours")
+    assert code == 2 and "Sign it when you pack it" in message
 
 
 def envelope(payload: bytes, key, **more) -> str:
@@ -229,7 +229,10 @@ def test_the_provenance_is_what_the_standards_say_and_unknown_fields_are_refused
         inner["trusted"] = True
         place.write_text(envelope(json.dumps(changed).encode(), keys / "ours"))
         sealed(folder)
-        assert f"field {name} is not known" in failed(audit(folder, "--key", keys / "ours.pub")[1])["lock/provenance"]
+        assert (
+            f"provenance.json: {name} was signed with another value"
+            in failed(audit(folder, "--key", keys / "ours.pub")[1])["lock/provenance"]
+        )
     place.write_text(envelope(payload, keys / "ours", trusted=True))
     sealed(folder)
     assert (
@@ -244,19 +247,19 @@ def test_the_provenance_is_what_the_standards_say_and_unknown_fields_are_refused
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "said"),
+    ("name", "change", "message"),
     [
         ("../outside", {}, "is nothing that a bundle holds"),
         ("/etc/outside", {}, "is nothing that a bundle holds"),
         ("build/a/../../../outside", {}, "is nothing that a bundle holds"),
-        ("build/link.json", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "is no plain file"),
-        ("build/pipe", {"type": tarfile.FIFOTYPE}, "is no plain file"),
+        ("build/link.json", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "is not a plain file"),
+        ("build/pipe", {"type": tarfile.FIFOTYPE}, "is not a plain file"),
         ("dvc.lock", {}, "comes twice"),
         ("dvc.lock/inside", {}, "is nothing that a bundle holds"),
         ("build/journal.parquet/inside", {}, "is a file and a folder at once"),
     ],
 )
-def test_hostile_members_of_a_bundle_are_refused_by_name(bundle, tmp_path, name, change, said):
+def test_hostile_members_of_a_bundle_are_refused_by_name(bundle, tmp_path, name, change, message):
     hostile = tmp_path / "hostile.tar"
     shutil.copyfile(bundle, hostile)
     with tarfile.open(hostile, "a") as tar:
@@ -264,37 +267,37 @@ def test_hostile_members_of_a_bundle_are_refused_by_name(bundle, tmp_path, name,
         for key, value in change.items():
             setattr(member, key, value)
         tar.addfile(member)
-    code, told = ask("audit", hostile)
-    assert code == 2 and said in told and "Traceback" not in told
+    code, output = ask("audit", hostile)
+    assert code == 2 and message in output and "Traceback" not in output
     assert not (tmp_path / "outside").exists()
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "said"),
+    ("file", "content", "message"),
     [
         ("dvc.lock", "a: &a [x, x]\nb: [*a, *a]\n", "uses YAML's aliases"),
         ("dvc.lock", "schema: '2.0'\nstages: {}\nextra: 1\n", "extra is not known"),
         ("dvc.lock", "[" * 5000, "is not YAML that can be read"),
-        ("bundle.json", "{}", "bundle.json is no bundle's list"),
-        ("tensors.json", "[]", "tensors.json is no list of tensors"),
+        ("bundle.json", "{}", "bundle.json: the key format is missing"),
+        ("tensors.json", "[]", "tensors.json: the file's content is []"),
         ("params.yaml", "root: .\n", "is missing"),
     ],
 )
-def test_hostile_files_of_a_bundle_are_refused_in_a_sentence(bundle, tmp_path, file, content, said):
+def test_hostile_files_of_a_bundle_are_refused_in_a_sentence(bundle, tmp_path, file, content, message):
     folder = unpacked(bundle, tmp_path / "bundle")
     (folder / file).write_text(content)
     if file not in ("bundle.json",):
         sealed(folder)
-    code, told = ask("audit", folder)
-    assert code == 2 and said in told and "Traceback" not in told, told
+    code, output = ask("audit", folder)
+    assert code == 2 and message in output and "Traceback" not in output, output
 
 
 def test_a_table_or_journal_that_is_garbage_fails_in_a_sentence(bundle, tmp_path):
     for name in ("journal.parquet", "posts.parquet"):
         folder = unpacked(bundle, tmp_path / name)
         (folder / "build" / name).write_bytes(b"PAR1" + b"\0" * 64 + b"PAR1")
-        code, told = ask("audit", folder)
-        assert code in (1, 2) and name in told and "Traceback" not in told, told
+        code, output = ask("audit", folder)
+        assert code in (1, 2) and name in output and "Traceback" not in output, output
 
 
 def test_other_code_than_that_at_hand_is_judged_by_the_commit_that_the_records_name(copy, tmp_path, monkeypatch):
@@ -317,19 +320,21 @@ def test_other_code_than_that_at_hand_is_judged_by_the_commit_that_the_records_n
     git("commit", "-qm", "then")
     commit = git("rev-parse", "HEAD")
     (tmp_path / "code" / "src" / "kohaku_delta" / "errors.py").write_text("# now\n")
-    monkeypatch.setattr(code_of, "ROOT", tmp_path / "code")
+    monkeypatch.setattr(lock_inputs, "REPOSITORY", tmp_path / "code")
 
-    def code(change, **said):
+    def code(change, **facts):
         rebuild_factory.lock(copy)
-        rebuild_factory.records(copy, **said)
+        rebuild_factory.records(copy, **facts)
         change(copy)
         ask("bundle", copy / "c.tar", "--recipe", copy)
         return audit(copy / "c.tar")[1]["lock/code"]
 
-    status, said = code(lambda folder: None, revision={"commit": commit, "dirty": False})
-    assert status == "PASS" and f"those of commit {commit[:10]}" in said and "1 differ from the code at hand" in said
-    status, said = code(lambda folder: None, revision={"commit": "0" * 40, "dirty": False})
-    assert status == "SKIP" and "is not here: check it out" in said
+    status, message = code(lambda folder: None, revision={"commit": commit, "dirty": False})
+    assert (
+        status == "PASS" and f"those of commit {commit[:10]}" in message and "1 differ from the code at hand" in message
+    )
+    status, message = code(lambda folder: None, revision={"commit": "0" * 40, "dirty": False})
+    assert status == "SKIP" and "is not here: check it out" in message
     rebuild_factory.lock(copy)
     other_code(copy)
     change = rebuild_factory.loaded(copy / "dvc.lock")

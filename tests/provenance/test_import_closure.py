@@ -30,7 +30,7 @@ def copy(tmp_path):
 
 def described(root: Path, lock: str = "cpu") -> dict[str, str]:
     """stage → what lies in build/code, computed without what was read before."""
-    for each in (import_closure._read, import_closure.locked_libraries):
+    for each in (import_closure._references, import_closure.locked_libraries):
         each.cache_clear()
     return {
         stage: import_closure.dumps(
@@ -120,9 +120,9 @@ def test_a_file_that_is_no_python_counts_by_its_bytes(copy):
 
 def test_requirements_of_requirements_are_reached():
     """filelock is imported by torch alone."""
-    told = import_closure.describe_stage(ROOT / "stages" / "train.py", ROOT / "requirements" / "cpu.txt")
-    assert {"torch", "sympy", "mpmath", "ftfy", "wcwidth"} <= told.libraries.keys()
-    assert not {"pytest", "dvc", "hypothesis", "uv"} & told.libraries.keys()
+    description = import_closure.describe_stage(ROOT / "stages" / "train.py", ROOT / "requirements" / "cpu.txt")
+    assert {"torch", "sympy", "mpmath", "ftfy", "wcwidth"} <= description.libraries.keys()
+    assert not {"pytest", "dvc", "hypothesis", "uv"} & description.libraries.keys()
 
 
 def test_a_digest_is_that_of_the_tree_without_docstrings():
@@ -143,18 +143,24 @@ def test_a_digest_is_that_of_the_tree_without_docstrings():
 def test_every_file_that_a_stage_loads_is_described(tmp_path):
     """The modules that are loaded by running every import of a stage's files are among them."""
     for stage in ("caption", "train"):
-        told = import_closure.describe_stage(ROOT / "stages" / f"{stage}.py", ROOT / "requirements" / "cpu.txt").files
+        description = import_closure.describe_stage(
+            ROOT / "stages" / f"{stage}.py", ROOT / "requirements" / "cpu.txt"
+        ).files
         modules = sorted(
             name.removeprefix("src/").removesuffix("/__init__.py").removesuffix(".py").replace("/", ".")
-            for name in told
+            for name in description
             if name.startswith("src/")
         )
-        code = f"import sys, importlib; sys.path.insert(0, {str(ROOT / 'src')!r}); [importlib.import_module(each) for each in {modules!r}]; "
-        code += "print('\\n'.join(sorted(module.__file__ for name, module in sys.modules.items() if name.split('.')[0] == 'kohaku_delta')))"
+        code = (
+            f"import sys, importlib; sys.path.insert(0, {str(ROOT / 'src')!r}); "
+            f"[importlib.import_module(each) for each in {modules!r}]; "
+            "ours = [module for name, module in sys.modules.items() if name.split('.')[0] == 'kohaku_delta']; "
+            "print('\\n'.join(module.__file__ for module in ours))"
+        )
         loaded = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
         ).stdout.split()
-        assert {Path(each).relative_to(ROOT).as_posix() for each in loaded} <= told.keys()
+        assert {Path(each).relative_to(ROOT).as_posix() for each in loaded} <= description.keys()
 
 
 def test_the_stage_writes_a_file_per_stage_and_is_refused_what_the_lock_lacks(tmp_path, copy):
@@ -190,14 +196,16 @@ def test_the_stage_writes_a_file_per_stage_and_is_refused_what_the_lock_lacks(tm
 def test_a_stage_is_refused_with_code_that_was_changed_since_it_was_described(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert import_closure.verified_code(ROOT / "stages" / "caption.py") is None
-    told = import_closure.describe_stage(ROOT / "stages" / "caption.py", ROOT / "requirements" / "cpu.txt")
+    description = import_closure.describe_stage(ROOT / "stages" / "caption.py", ROOT / "requirements" / "cpu.txt")
     path = tmp_path / "build" / "code" / "caption.json"
     path.parent.mkdir(parents=True)
-    path.write_text(import_closure.dumps(told))
-    assert import_closure.verified_code(ROOT / "stages" / "caption.py") == told
+    path.write_text(import_closure.dumps(description))
+    assert import_closure.verified_code(ROOT / "stages" / "caption.py") == description
     path.write_text(
         import_closure.dumps(
-            told.model_copy(update={"files": told.files | {"src/kohaku_delta/formats/parquet.py": "0" * 64}})
+            description.model_copy(
+                update={"files": description.files | {"src/kohaku_delta/formats/parquet.py": "0" * 64}}
+            )
         )
     )
     with pytest.raises(
@@ -205,5 +213,5 @@ def test_a_stage_is_refused_with_code_that_was_changed_since_it_was_described(tm
     ):
         import_closure.verified_code(ROOT / "stages" / "caption.py")
     path.write_text("{}")
-    with pytest.raises(UserError, match="does not describe a stage's code"):
+    with pytest.raises(UserError, match="the key stage is missing"):
         import_closure.verified_code(ROOT / "stages" / "caption.py")

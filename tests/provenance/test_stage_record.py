@@ -14,10 +14,11 @@ from click.testing import CliRunner
 
 import rebuild_factory
 from kohaku_delta.errors import UserError
-from kohaku_delta.formats import path_digests
+from kohaku_delta.formats import hashing
 from kohaku_delta.provenance import dvc_yaml, stage_record
+from kohaku_delta.provenance.artifact import open_artifact
 from kohaku_delta.training import schedule as schedules
-from kohaku_delta.verify import artifact, check_records
+from kohaku_delta.verify import lock_records
 
 
 @pytest.fixture(scope="module")
@@ -97,16 +98,15 @@ def test_an_input_and_a_parameter_that_change_while_a_stage_runs_are_in_its_reco
     monkeypatch.setattr(schedules, "build_schedule", meanwhile)
     assert stage("schedule").exit_code == 0
     rebuild_factory.lock(folder)  # DVC hashes inputs and reads parameters after the command
-    with artifact.open_artifact(folder) as found:
-        said = check_records.check_unchanged_during_run(found)
+    with open_artifact(folder) as found:
+        finding = lock_records.check_unchanged_during_run(found)
         assert (
-            said.status == "FAIL"
-            and "build/posts.parquet was changed while schedule ran; schedule in params.yaml was changed while schedule ran"
-            in said.said
+            finding.status == "FAIL"
+            and "build/posts.parquet was changed while schedule ran; "
+            "schedule in params.yaml was changed while schedule ran"
+            in finding.message
         )
-        assert [each.status for each in check_records.check_all_records(found)] == ["PASS", "SKIP"], (
-            "it is the record of that run all the same"
-        )
+        assert lock_records.check_records(found).status == "PASS", "it is the record of that run all the same"
 
 
 def test_a_stage_that_was_restored_has_no_record_and_one_that_ran_here_finds_its_own_again(folder):
@@ -116,11 +116,11 @@ def test_a_stage_that_was_restored_has_no_record_and_one_that_ran_here_finds_its
     before = path.read_text()
     path.write_text(before.replace("area: 16384", "area: 4096"))
     rebuild_factory.lock(folder)
-    with artifact.open_artifact(folder) as found:
+    with open_artifact(folder) as found:
         assert "schedule" not in found.records, "the outs of other parameters, from a cache"
     path.write_text(before)
     rebuild_factory.lock(folder)
-    with artifact.open_artifact(folder) as found:
+    with open_artifact(folder) as found:
         assert "schedule" in found.records and records_written(folder) == first
 
 
@@ -131,13 +131,13 @@ def test_a_record_that_cannot_be_written_does_not_spoil_the_stage(folder):
 
 
 def test_digests_are_those_of_the_bytes_whatever_the_length(tmp_path, monkeypatch):
-    monkeypatch.setattr(path_digests, "PIECE", 16)
+    monkeypatch.setattr(hashing, "PIECE", 16)
     for length in (0, 1, 15, 16, 17, 32, 33, 100):
         (tmp_path / "file").write_bytes(bytes(range(100))[:length])
         expected = rebuild_factory.hashed(tmp_path / "file")
-        found = path_digests.digest_path(tmp_path / "file")
+        found = hashing.digest_path(tmp_path / "file")
         assert (found.md5, found.sha256, found.bytes) == (expected["md5"], expected["sha256"], length)
-        assert path_digests.digest_path(tmp_path / "file", md5=False).sha256 == expected["sha256"]
+        assert hashing.digest_path(tmp_path / "file", md5=False).sha256 == expected["sha256"]
 
 
 def test_a_folders_md5_is_dvcs(tmp_path):
@@ -151,25 +151,25 @@ def test_a_folders_md5_is_dvcs(tmp_path):
     filesystem = LocalFileSystem()
     _, _, tree = build(HashFileDB(filesystem, str(tmp_path / "cache")), str(tmp_path / "out"), filesystem, "md5")
     assert (
-        path_digests.digest_path(tmp_path / "out").md5
+        hashing.digest_path(tmp_path / "out").md5
         == tree.hash_info.value
         == rebuild_factory.hashed(tmp_path / "out")["md5"]
     )
     (tmp_path / "out" / "link").symlink_to(tmp_path)
     with pytest.raises(UserError, match="link"):
-        path_digests.digest_path(tmp_path / "out")
+        hashing.digest_path(tmp_path / "out")
 
 
 def test_a_record_with_unknown_or_missing_keys_is_refused_by_name(folder):
     stage("schedule")
     path = folder / "build" / "records" / records_written(folder)[0]
     content = json.loads(path.read_text())
-    for changed, said in (
+    for changed, message in (
         (content | {"trusted": 1}, "trusted is not known"),
-        ({key: value for key, value in content.items() if key != "host"}, "host is wrong"),
+        ({key: value for key, value in content.items() if key != "host"}, "the key host is missing"),
     ):
         path.write_text(json.dumps(changed))
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             stage_record.read_record(path)
 
 

@@ -34,7 +34,8 @@ def test_a_page_asks_for_nothing_and_fits_its_screen(shown, page, width, dark):
     shown.open(page, width, dark=dark)
     assert (
         shown.value(
-            "document.querySelectorAll('details').forEach(each => each.open = true), document.documentElement.scrollWidth"
+            "document.querySelectorAll('details').forEach(each => each.open = true), "
+            "document.documentElement.scrollWidth"
         )
         <= width
     )
@@ -59,7 +60,8 @@ def test_a_page_that_asks_or_overflows_would_be_found(shown, tmp_path):
     """The same questions, of a page that does both."""
     bad = tmp_path / "bad.html"
     bad.write_text(
-        '<!doctype html><meta name="viewport" content="width=device-width"><img src="http://127.0.0.1:9/x.png"><div style="width: 500px">wide</div>'
+        '<!doctype html><meta name="viewport" content="width=device-width">'
+        '<img src="http://127.0.0.1:9/x.png"><div style="width: 500px">wide</div>'
     )
     shown.open(bad, 390)
     assert shown.requests() == ["http://127.0.0.1:9/x.png"] and shown.complaints()

@@ -3,6 +3,7 @@ ranks do not notice.
 """
 
 import itertools
+import json
 import os
 import random
 import shutil
@@ -79,7 +80,14 @@ def repository(tmp_path_factory):
     content = yaml.load(ROOT / "miniature" / "params.yaml")
     content["download"]["mirror"] = "../../mirror"
     files = {
-        "repository/recipe/build/inputs.json": '{"inputs": {"tars": [{"path": "../../../mirror/data-0001.tar", "bytes": 3}], "gamma": {"path": "../../../mirror/gamma", "bytes": 3}}}',
+        "repository/recipe/build/inputs.json": json.dumps(
+            {
+                "inputs": {
+                    "tars": [{"path": "../../../mirror/data-0001.tar", "bytes": 3}],
+                    "gamma": {"path": "../../../mirror/gamma", "bytes": 3},
+                }
+            }
+        ),
         **{f"repository/recipe/build/{name}": name for name in ("text.txt", "forgotten.txt", "other.txt")},
         **{
             name: name
@@ -238,10 +246,13 @@ def test_what_is_declared_or_given_by_hand_or_belongs_to_the_system_is_open(stag
         [
             "import tempfile, urllib3, sqlite3, http.client",  # urllib3 binds a socket while it is imported
             "assert open(text).read() == 'text.txt' and Path('PLACE/mirror/data-0001.tar').read_text()",
-            "assert open(forgotten).read() == 'home/given.txt' and Path('PLACE/elsewhere/file').read_text() and open('/etc/hosts').read()",
-            "tempfile.TemporaryFile(dir=out.parent).write(b'x'); tempfile.NamedTemporaryFile(dir=out.parent).write(b'x')",
+            "assert open(forgotten).read() == 'home/given.txt'",
+            "assert Path('PLACE/elsewhere/file').read_text() and open('/etc/hosts').read()",
+            "tempfile.TemporaryFile(dir=out.parent).write(b'x')",
+            "tempfile.NamedTemporaryFile(dir=out.parent).write(b'x')",
             "name = tempfile.mkstemp()[1]; open(name, 'w').write('x'); assert open(name).read() == 'x'",
-            "open(name + '2', 'w').write('x'); os.listdir(os.path.dirname(name)); open('/dev/null'); os.path.exists('PLACE/mirror/gamma')",
+            "open(name + '2', 'w').write('x'); os.listdir(os.path.dirname(name)); open('/dev/null')",
+            "os.path.exists('PLACE/mirror/gamma')",
         ]
     )
     allowed(stage(do, "--forgotten", str(repository / "home" / "given.txt")))
@@ -289,7 +300,10 @@ def test_ranks_are_held_too_and_talk_on_the_loopback_only(stage, repository, ser
     """Two ranks, as train starts them: the loopback is open to them, another host and a file that is not declared are
     not.
     """
-    start = "from kohaku_delta.training import rank_processes\nimport socket\nif not rank_processes.is_rank():\n rank_processes.launch_ranks(2, sys.argv[1:])\nelse:\n "
+    start = (
+        "from kohaku_delta.training import rank_processes\nimport socket\n"
+        "if not rank_processes.is_rank():\n rank_processes.launch_ranks(2, sys.argv[1:])\nelse:\n "
+    )
     reach = f"socket.create_connection(('localhost', {server.getsockname()[1]}))"
     refused(stage(f"{start}{reach}; open('PLACE/mirror/gamma')", "--ranks", "2"), repository, "mirror/gamma", "Rank ")
     assert server.accept()
@@ -302,14 +316,22 @@ def test_ranks_are_held_too_and_talk_on_the_loopback_only(stage, repository, ser
 
 
 def test_workers_of_the_loader_are_held_too(stage, repository):
-    do = "from kohaku_delta.training import batch_builder; import pyarrow as pa; rows = pa.table({'posts': [[1]], 'visits': [[1]], 'width': [8], 'height': [8]}); "
+    do = (
+        "from kohaku_delta.training import batch_builder; import pyarrow as pa; "
+        "rows = pa.table({'posts': [[1]], 'visits': [[1]], 'width': [8], 'height': [8]}); "
+    )
     refused(
-        stage(do + "list(batch_builder.load_batches(Stub('PLACE/mirror/gamma'), rows, [0], 1))"), repository, "mirror/gamma"
+        stage(do + "list(batch_builder.load_batches(Stub('PLACE/mirror/gamma'), rows, [0], 1))"),
+        repository,
+        "mirror/gamma",
     )
 
 
 def test_the_processes_that_decode_images_are_held_too(stage, repository):
-    do = "from kohaku_delta.dataset import image_sizes; import numpy as np; many = np.ones(1001, np.int64); image_sizes.sizes_by_decoding([Path('PLACE/mirror/gamma')] * 1001, many, many, 100)"
+    do = (
+        "from kohaku_delta.dataset import image_sizes; import numpy as np; many = np.ones(1001, np.int64); "
+        "image_sizes.sizes_by_decoding([Path('PLACE/mirror/gamma')] * 1001, many, many, 100)"
+    )
     refused(stage(do), repository, "mirror/gamma")
 
 
@@ -320,7 +342,8 @@ def test_the_processes_that_decode_images_are_held_too(stage, repository):
         "import subprocess; subprocess.run(['cat', 'PLACE/mirror/gamma'], check=True)",
         "import subprocess; subprocess.run([sys.executable, '-c', 'open(\"PLACE/mirror/gamma\")'], check=True)",
         "import pyarrow as pa; pa.memory_map('PLACE/mirror/gamma').read()",
-        "import adbc_driver_sqlite.dbapi as db; db.connect('file:PLACE/mirror/some.db?mode=ro').cursor().execute('select * from it')",
+        "import adbc_driver_sqlite.dbapi as db; database = db.connect('file:PLACE/mirror/some.db?mode=ro'); "
+        "database.cursor().execute('select * from it')",
     ],
 )
 def test_the_kernel_holds_c_code_and_other_programs(stage, repository, do):
@@ -356,7 +379,7 @@ def test_the_kernels_rules_cover_exactly_what_the_nearest_known_folder_decides(t
         watched, opened = set(numbers.sample(everything, 3)), set(numbers.sample(everything, 3))
         rules = landlock.readable_roots(opened, watched)
 
-        def decided(path):
+        def decided(path, opened=opened, watched=watched):
             while path not in opened | watched:
                 if path == "/":
                     return True
@@ -378,7 +401,8 @@ def test_inputs_and_outs_may_be_links_into_a_cache(stage, repository, request):
     (cache / "4567").write_text("x")
     try:
         done = stage(
-            "from kohaku_delta import sandbox; assert open(text).read() == 'text.txt'; print(sandbox.describe_confinement())"
+            "from kohaku_delta import sandbox; assert open(text).read() == 'text.txt'; "
+            "print(sandbox.describe_confinement())"
         )
         allowed(done)
         assert ("and Landlock" in done.stdout) == ("both" in request.node.name)
@@ -399,7 +423,10 @@ def test_a_stage_can_tell_which_layers_hold_it(stage, request):
 
 
 def test_a_stage_called_as_a_function_leaves_its_caller_free(tmp_path):
-    code = f"import runpy, sys; sys.path[0] = 'src'; main = runpy.run_path('stages/schedule.py')['main']; main(['--posts', '{tmp_path}/none'], standalone_mode=False)"
+    code = (
+        "import runpy, sys; sys.path[0] = 'src'; main = runpy.run_path('stages/schedule.py')['main']; "
+        f"main(['--posts', '{tmp_path}/none'], standalone_mode=False)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", f"try:\n exec({code!r})\nexcept Exception: pass\nprint(open('README.md').read(1))"],
         cwd=ROOT,

@@ -66,10 +66,7 @@ def test_architecture_is_read_off_the_shapes(sdxl):
     configs = model_loading.architecture(shapes, SDXL)
     for part, config in CONFIGS.items():
         assert configs[part] == configs[part] | config
-    assert (
-        model_loading.require_same_shapes(tensor_names.TensorNameMap(tensor_names.Layout.of(shapes)), sdxl[0], shapes)
-        == []
-    )
+    assert model_loading.shape_faults(tensor_names.TensorNameMap(tensor_names.Layout.of(shapes)), sdxl[0], shapes) == []
 
 
 def converted_by_diffusers(checkpoint, models):
@@ -158,7 +155,7 @@ def test_lokr_names_are_those_of_lycoris_where_its_converter_knows_the_layer(sdx
 
 
 def test_every_lokr_name_is_one_that_comfyui_and_webui_look_for(sdxl):
-    # docs/names.md says where these rules were read
+    # docs/tensor-names.md says where these rules were read
     weights = {key.removesuffix(".weight") for key in sdxl[1] if key.endswith(".weight")}
     unet, te1, te2 = (
         "model.diffusion_model.",

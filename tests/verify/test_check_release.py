@@ -9,7 +9,7 @@ import pytest
 import rebuild_factory
 from kohaku_delta import params
 from kohaku_delta.formats import parquet
-from kohaku_delta.verify import quirks
+from kohaku_delta.verify.fidelity import quirks
 from tampering import audit, failed, rehash_everything, ulp
 
 FILES = {"base": "delta-base.safetensors", "lokr": "delta-lokr.safetensors", "final": "kohaku-xl-delta.safetensors"}
@@ -73,11 +73,11 @@ def test_other_counts_fail(copy):
     content["published"]["dataset"] = {"posts": 31, "steps": 9, "buckets": [[128, 128, 1]]}
     rebuild_factory.dump(copy / "params.yaml", content)
     rehash_everything(copy)
-    said = failed(audit(copy)[1])
+    faults = failed(audit(copy)[1])
     assert (
-        list(said) == ["release/counts"]
-        and "31 posts (here -1)" in said["release/counts"]
-        and "0 of 1 known buckets equal" in said["release/counts"]
+        list(faults) == ["release/counts"]
+        and "31 posts (here -1)" in faults["release/counts"]
+        and "0 of 1 known buckets equal" in faults["release/counts"]
     )
 
 
@@ -90,22 +90,22 @@ def test_what_the_recipe_copies_and_repairs_is_read_from_it(copy):
             "before_first_year: early", "before_first_year: null"
         )
     )
-    said = audit(copy)[1]["fidelity/quirks"][1]
-    assert "copied: selection.replacement, caption.no_quality_above_id, train.last_step_divisor" in said
-    assert "repaired by parameter: caption.before_first_year, lokr.forward, train.crop_conditioning" in said
+    message = audit(copy)[1]["fidelity/quirks"][1]
+    assert "copied: selection.replacement, caption.no_quality_above_id, train.last_step_divisor" in message
+    assert "repaired by parameter: caption.before_first_year, lokr.forward, train.crop_conditioning" in message
 
 
 def test_every_key_of_the_fidelity_table_is_told():
-    told = {*quirks.quirks(params.load("params.yaml")), "train.warmup_steps"}
+    listed = {*quirks(params.load("params.yaml")), "train.warmup_steps"}
     rows = [
         line.split("|")
         for line in (rebuild_factory.ROOT / "docs" / "fidelity.md").read_text().splitlines()
         if line.startswith("| ") and line.count("|") == 4
     ]
     keys = {cells[3].strip(" `").partition(":")[0]: cells[2] for cells in rows}
-    copied = {key for key, said in keys.items() if said.strip().startswith("copied")} - {"–"}
-    assert copied <= told <= keys.keys()
-    values = quirks.quirks(params.load("params.yaml"))
+    copied = {key for key, text in keys.items() if text.strip().startswith("copied")} - {"–"}
+    assert copied <= listed <= keys.keys()
+    values = quirks(params.load("params.yaml"))
     assert {key for key, value in values.items() if value} | {"train.warmup_steps"} == copied, (
         "the release's recipe copies what the table says"
     )

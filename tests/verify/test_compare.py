@@ -27,17 +27,17 @@ def copy(untampered_rebuild, tmp_path_factory):
 def test_equal_rebuilds_say_so_in_one_line_also_where_one_is_a_bundle(untampered_rebuild, copy):
     ask("bundle", copy.parent / "b.tar", "--recipe", copy)
     for other in (copy, copy.parent / "b.tar"):
-        assert ask("compare", untampered_rebuild, other) == (0, "equal: all 30 outs of 12 stages, byte for byte\n")
+        assert ask("compare", untampered_rebuild, other) == (0, "equal: all 30 outputs of 12 stages, byte for byte\n")
 
 
 def test_what_differed_on_the_hosts_is_told_of_equal_ones_too(untampered_rebuild, copy):
     rebuild_factory.records(copy, host={"processor": "another"}, container="sha256:" + "1" * 64)
-    code, said = ask("compare", untampered_rebuild, copy)
+    code, message = ask("compare", untampered_rebuild, copy)
     assert (
         code == 0
-        and said.count("\n") == 1
-        and "processor: one | another" in said
-        and "container: none | sha256:111" in said
+        and message.count("\n") == 1
+        and "processor: one | another" in message
+        and "container: none | sha256:111" in message
     )
 
 
@@ -78,8 +78,10 @@ def test_what_differed_on_the_hosts_is_told_of_equal_ones_too(untampered_rebuild
 def test_where_two_rebuilds_part_is_told_by_its_place(untampered_rebuild, copy, change, stage, lines):
     change(copy)
     rehash_everything(copy)
-    code, said = ask("compare", untampered_rebuild, copy)
-    assert code == 1 and f"different from the stage {stage} on" in said and all(line in said for line in lines), said
+    code, message = ask("compare", untampered_rebuild, copy)
+    assert code == 1 and f"different from the stage {stage} on" in message and all(line in message for line in lines), (
+        message
+    )
 
 
 def test_a_flipped_pixel_is_told_by_its_input_and_its_step_lane_and_posts(untampered_rebuild, copy):
@@ -90,47 +92,47 @@ def test_a_flipped_pixel_is_told_by_its_input_and_its_step_lane_and_posts(untamp
     (copy / "build" / "inputs.json").write_text(json.dumps(content))
     journaled(lambda rows: rows[3].update(losses=[rows[3]["losses"][0], 0.75], lanes=[4, 77]), True)(copy)
     rehash_everything(copy)
-    code, said = ask("compare", untampered_rebuild, copy)
+    code, message = ask("compare", untampered_rebuild, copy)
     posts = next(
         row
         for row in rebuild_factory.parquet.read(copy / "build" / "schedule.parquet").to_pylist()
         if (row["step"], row["place"]) == (3, 1)
     )["posts"]
-    assert code == 1 and "different from the stage download on: build/inputs.json" in said
+    assert code == 1 and "different from the stage download on: build/inputs.json" in message
     assert (
-        "input        tars, data-0004.tar: " in said
-        and f"step 3: lane 1, place 1: the loss of posts {posts[0]}, {posts[1]} is 0.5" in said
-        and "the second says 0.75" in said
+        "input        tars, data-0004.tar: " in message
+        and f"step 3: lane 1, place 1: the loss of posts {posts[0]}, {posts[1]} is 0.5" in message
+        and "the second says 0.75" in message
     )
-    assert said.index("input ") < said.index("step ")
+    assert message.index("input ") < message.index("step ")
 
 
 def test_other_parameters_are_told_by_name(untampered_rebuild, copy):
     params = copy / "params.yaml"
     params.write_text(params.read_text().replace("tag_dropout: 0.1", "tag_dropout: 0.2"))
     rebuild_factory.lock(copy)
-    code, said = ask("compare", untampered_rebuild, copy)
-    assert code == 0 and "byte for byte" in said, "what came out is equal"
+    code, message = ask("compare", untampered_rebuild, copy)
+    assert code == 0 and "byte for byte" in message, "what came out is equal"
     journaled(lambda rows: rows[0].update(scale=2.0), True)(copy)
     rebuild_factory.lock(copy)
-    code, said = ask("compare", untampered_rebuild, copy)
-    assert code == 1 and "parameter    train.tag_dropout: 0.1 | 0.2" in said
+    code, message = ask("compare", untampered_rebuild, copy)
+    assert code == 1 and "parameter    train.tag_dropout: 0.1 | 0.2" in message
 
 
 def test_what_cannot_be_compared_ends_with_2(untampered_rebuild, copy, tmp_path):
     assert ask("compare", untampered_rebuild, tmp_path / "nowhere")[0] == 2
     (copy / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
-    code, said = ask("compare", untampered_rebuild, copy)
-    assert code == 2 and "have no finished stage in common" in said
+    code, message = ask("compare", untampered_rebuild, copy)
+    assert code == 2 and "have no finished stage in common" in message
 
 
 def test_a_journal_whose_header_differs_is_told_by_its_base(untampered_rebuild, copy):
     path = copy / "build" / "journal.parquet"
-    said = journal.read_journal(path)
-    other = journal.Journal(said.header | {"base": "0" * 64}, lokr=said.lokr)
-    for row in said.rows:
+    original = journal.read_journal(path)
+    other = journal.Journal(original.header | {"base": "0" * 64}, lokr=original.lokr)
+    for row in original.rows:
         other.append({key: value for key, value in row.items() if key != "chain"})
     other.write(path)
     rehash_everything(copy)
-    code, told = ask("compare", untampered_rebuild, copy)
-    assert code == 1 and "the journals begin with other bases" in told
+    code, output = ask("compare", untampered_rebuild, copy)
+    assert code == 1 and "the journals begin with other bases" in output

@@ -49,18 +49,18 @@ def changed(path, out, change, metadata=None):
 
 def test_a_copy_has_the_same_bytes(checkpoint, tmp_path):
     shutil.copy(checkpoint, tmp_path / "b.safetensors")
-    code, said = ask(checkpoint, tmp_path / "b.safetensors")
-    assert code == 0 and said.startswith("same bytes: ") and said.count("\n") == 1
+    code, message = ask(checkpoint, tmp_path / "b.safetensors")
+    assert code == 0 and message.startswith("same bytes: ") and message.count("\n") == 1
     assert ask(checkpoint, checkpoint)[0] == 0
 
 
 def test_another_header_is_another_container_and_the_keys_are_named(checkpoint, tmp_path):
     changed(checkpoint, tmp_path / "b.safetensors", lambda held: None, {"modelspec.title": "x"})
-    code, said = ask(checkpoint, tmp_path / "b.safetensors")
+    code, message = ask(checkpoint, tmp_path / "b.safetensors")
     assert (
         code == 0
-        and said.startswith("same tensors in another container: all ")
-        and "metadata differ: modelspec.title" in said
+        and message.startswith("same tensors in another container: all ")
+        and "metadata differ: modelspec.title" in message
     )
 
 
@@ -83,8 +83,8 @@ def test_differences_are_counted_in_value_and_in_ulp(checkpoint, tmp_path):
         found[QUANT].unequal == 2
         and found[QUANT].largest == (after[QUANT].float() - before[QUANT].float()).abs().max().item()
     )
-    code, said = ask(checkpoint, tmp_path / "b.safetensors")
-    lines = said.splitlines()
+    code, message = ask(checkpoint, tmp_path / "b.safetensors")
+    lines = message.splitlines()
     assert code == 1 and lines[0].startswith("different: ") and "2 differ" in lines[0]
     assert [line.split()[-1] for line in lines[-2:]] == [QUANT, OUT] and "75.0000 %" in lines[-1]
 
@@ -116,8 +116,8 @@ def test_neighbours_are_one_ulp_apart_across_zero_too(kind):
 
 def test_a_wider_dtype_of_the_same_numbers_differs_by_nothing_but_is_not_equal(checkpoint, tmp_path):
     changed(checkpoint, tmp_path / "b.safetensors", lambda held: held.update({OUT: held[OUT].float()}))
-    code, said = ask(checkpoint, tmp_path / "b.safetensors")
-    assert code == 1 and said.splitlines()[-1].split() == ["0", "0", "F16", "100", "%", OUT]
+    code, message = ask(checkpoint, tmp_path / "b.safetensors")
+    assert code == 1 and message.splitlines()[-1].split() == ["0", "0", "F16", "100", "%", OUT]
 
 
 def test_missing_and_other_shaped_tensors_are_listed(checkpoint, tmp_path):
@@ -126,13 +126,13 @@ def test_missing_and_other_shaped_tensors_are_listed(checkpoint, tmp_path):
         held["new"] = torch.zeros(1)
         held[QUANT] = held[QUANT].flatten(1)
 
-    code, said = ask(checkpoint, changed(checkpoint, tmp_path / "b.safetensors", change))
+    code, message = ask(checkpoint, changed(checkpoint, tmp_path / "b.safetensors", change))
     assert (
         code == 1
-        and f"only in {checkpoint}:\n  {OUT}\n" in said
-        and f"only in {tmp_path / 'b.safetensors'}:\n  new\n" in said
+        and f"only in {checkpoint}:\n  {OUT}\n" in message
+        and f"only in {tmp_path / 'b.safetensors'}:\n  new\n" in message
     )
-    assert f"{QUANT}: F16 [8, 8, 1, 1] against F16 [8, 8]" in said
+    assert f"{QUANT}: F16 [8, 8, 1, 1] against F16 [8, 8]" in message
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +154,12 @@ def test_lokr_files_are_compared_by_their_product_not_by_their_factors(trained, 
         for name, weight in trained.items()
     }
     lokr_format.write_lokr(tmp_path / "b.safetensors", other, RECIPE, "base")
-    code, said = ask(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    assert code == 0 and said.startswith("same LoKr from other factors: all ")
+    code, message = ask(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert code == 0 and message.startswith("same LoKr from other factors: all ")
     name = "lora_unet_input_blocks_1_0_in_layers_2"
     other[f"{name}.lokr_w2"] = other[f"{name}.lokr_w2"] + np.float32(0.25)
     lokr_format.write_lokr(tmp_path / "b.safetensors", other, RECIPE, "base")
-    found = compare_tensors.compare_files(tmp_path / "a.safetensors", tmp_path / "b.safetensors", numbers=1000)
+    found = compare_tensors.compare_files(tmp_path / "a.safetensors", tmp_path / "b.safetensors", piece=1000)
     assert [each.name for each in found.differences] == [f"{name}.weight"] and found.by_product
     a, b = (load_file(tmp_path / f"{which}.safetensors") for which in "ab")
     a, b = (
@@ -210,27 +210,29 @@ def test_folders_are_compared_and_their_configurations_are_named(folder, tmp_pat
     assert ask(folder, other)[1].startswith("same bytes")
     config = json.loads((other / "vae" / "config.json").read_text())
     (other / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.18215}))
-    code, said = ask(folder, other)
-    assert code == 0 and "other files differ: vae/config.json" in said
+    code, message = ask(folder, other)
+    assert code == 0 and "other files differ: vae/config.json" in message
     place = other / "text_encoder" / "model.safetensors"
     renamed = {name.removeprefix("text_model."): value for name, value in load_file(place).items()}
     save_file(renamed | {"final_layer_norm.bias": renamed["final_layer_norm.bias"] + 1}, place)
-    code, said = ask(folder, other)
-    assert code == 1 and said.splitlines()[4].split()[-1] == "text_encoder/final_layer_norm.bias"
+    code, message = ask(folder, other)
+    assert code == 1 and message.splitlines()[4].split()[-1] == "text_encoder/final_layer_norm.bias"
 
 
 def test_a_folder_is_compared_with_the_single_file_that_it_came_from(checkpoint, folder, tmp_path):
     for pair in ((checkpoint, folder), (folder, checkpoint)):
-        code, said = ask(*pair)
-        assert code == 0 and "one is a folder, the other a single file" in said and "position_ids" in said
+        code, message = ask(*pair)
+        assert code == 0 and "one is a folder, the other a single file" in message and "position_ids" in message
     for name in (
         "conditioner.embedders.1.model.text_projection",
         "conditioner.embedders.1.model.transformer.resblocks.2.attn.in_proj_bias",
     ):
-        code, said = ask(
-            folder, changed(checkpoint, tmp_path / "b.safetensors", lambda held: held[name].view(-1)[1].add_(1))
-        )
-        assert code == 1 and "1 differ" in said and "text_encoder_2/" in said.splitlines()[-2]
+
+        def add_one(tensors, name=name):
+            tensors[name].view(-1)[1].add_(1)
+
+        code, message = ask(folder, changed(checkpoint, tmp_path / "b.safetensors", add_one))
+        assert code == 1 and "1 differ" in message and "text_encoder_2/" in message.splitlines()[-2]
 
 
 def test_same_answer_for_any_piece_size_and_number_of_threads(checkpoint, tmp_path):
@@ -246,21 +248,21 @@ def test_published_files_are_known_by_their_hash(checkpoint, tmp_path):
     yaml = YAML(typ="safe", pure=True)
     content = yaml.load(ROOT / "params.yaml")
     sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    code, said = ask(checkpoint, "--published")
+    code, message = ask(checkpoint, "--published")
     assert (
         code == 1
-        and sha256 in said
+        and sha256 in message
         and "is none of published.base, published.final, published.lokr, published.lokr_24000, download.inputs.database"
-        in said
+        in message
     )
     content["published"]["final"]["sha256"] = sha256
     content["download"]["inputs"]["gamma"]["sha256"] = sha256[:10]
     yaml.dump(content, tmp_path / "params.yaml")
-    code, said = ask(checkpoint, "--published", "--params", tmp_path / "params.yaml")
+    code, message = ask(checkpoint, "--published", "--params", tmp_path / "params.yaml")
     assert (
         code == 0
-        and f"is published.final of {tmp_path / 'params.yaml'}\n" in said
-        and "as far as its 10 known digits say" in said
+        and f"is published.final of {tmp_path / 'params.yaml'}\n" in message
+        and "by the 10 digits that are known" in message
     )
     assert ask(checkpoint, "--published", "--params", ROOT / "miniature" / "params.yaml")[0] == 2
 
@@ -279,17 +281,21 @@ def test_what_cannot_be_compared_is_a_sentence_and_exit_code_2(checkpoint, folde
         (folder, tmp_path / "empty"): "is a folder without unet",
         (folder, tmp_path / "lokr.safetensors"): "not an SDXL checkpoint",
         (folder, tmp_path / "odd"): "two tensors unet/x",
-        (checkpoint,): "Name a second path",
-        (checkpoint, checkpoint, "--published"): "Name a second path",
+        (checkpoint,): "Give a second path",
+        (checkpoint, checkpoint, "--published"): "Give a second path",
         (folder, "--published"): "is a folder",
     }
     for arguments, sentence in cases.items():
-        code, said = ask(*arguments)
-        assert code == 2 and sentence in said, arguments
+        code, message = ask(*arguments)
+        assert code == 2 and sentence in message, arguments
 
 
 def test_it_runs_as_a_module_and_never_loads_torch(checkpoint):
-    code = "import runpy, sys; sys.path.insert(0, 'src'); sys.argv = ['x', 'tensors', *sys.argv[1:]]\ntry: runpy.run_module('kohaku_delta', run_name='__main__')\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    code = (
+        "import runpy, sys; sys.path.insert(0, 'src'); sys.argv = ['x', 'tensors', *sys.argv[1:]]\n"
+        "try: runpy.run_module('kohaku_delta', run_name='__main__')\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, checkpoint, checkpoint], cwd=ROOT, capture_output=True, text=True
     )

@@ -21,7 +21,8 @@ import tiny_training
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
 from kohaku_delta.training import journal, tensor_fingerprints
-from kohaku_delta.verify import replay_training as audit
+from kohaku_delta.verify import replay as replay_checks
+from kohaku_delta.verify import replay_training
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def trained(tmp_path_factory):
     return folder
 
 
-def elsewhere(trained, tmp_path):
+def copied(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "elsewhere")
     return tmp_path / "elsewhere"
 
@@ -51,10 +52,10 @@ def replay(folder, *arguments):
 
 def rewrite(folder, change):
     """The journal with changed rows, chained anew: what a forger would hand out."""
-    said = journal.read_journal(folder / "build" / "journal.parquet")
-    rows = [{name: value for name, value in row.items() if name != "chain"} for row in copy.deepcopy(said.rows)]
+    original = journal.read_journal(folder / "build" / "journal.parquet")
+    rows = [{name: value for name, value in row.items() if name != "chain"} for row in copy.deepcopy(original.rows)]
     change(rows)
-    forged = journal.Journal(said.header)
+    forged = journal.Journal(original.header)
     for row in rows:
         forged.append(row)
     forged.write(folder / "build" / "journal.parquet")
@@ -69,7 +70,7 @@ def test_an_honest_stretch_is_equal_from_a_state_and_from_the_start(trained):
 
 
 def test_a_changed_caption_is_found_at_its_step_lane_and_posts(trained, tmp_path):
-    folder = elsewhere(trained, tmp_path)
+    folder = copied(trained, tmp_path)
     row = parquet.read(folder / "build" / "schedule.parquet").to_pylist()[6]
     captions = parquet.read(folder / "build" / "captions.parquet")
     texts = [
@@ -89,7 +90,7 @@ def test_a_changed_caption_is_found_at_its_step_lane_and_posts(trained, tmp_path
 
 
 def test_a_weight_changed_by_one_bit_in_a_saved_state_is_found_by_name(trained, tmp_path):
-    folder = elsewhere(trained, tmp_path)
+    folder = copied(trained, tmp_path)
     file = next(folder.glob("work/*/step-00000001")) / "state.safetensors"
     tensors = load_file(file)
     name = "weights/lora_unet_time_embed_0.lokr_w2"
@@ -103,7 +104,7 @@ def test_a_weight_changed_by_one_bit_in_a_saved_state_is_found_by_name(trained, 
 
 def test_a_journal_of_a_training_that_changed_a_weight_is_found_at_that_step_and_tensor(trained, tmp_path):
     """The forger's training put one ulp onto a tensor after step 1 and wrote an unbroken journal of it."""
-    folder = elsewhere(trained, tmp_path)
+    folder = copied(trained, tmp_path)
     names = sorted(
         name.removeprefix("weights/")
         for name in load_file(next(folder.glob("work/*/step-00000002")) / "state.safetensors")
@@ -126,9 +127,9 @@ def test_a_journal_of_a_training_that_changed_a_weight_is_found_at_that_step_and
 
 
 def test_a_row_changed_by_hand_breaks_the_chain_there(trained, tmp_path):
-    said = journal.read_journal(trained / "build" / "journal.parquet")
-    said.rows[1]["losses"][0] += 1
-    said.write(tmp_path / "journal.parquet")
+    original = journal.read_journal(trained / "build" / "journal.parquet")
+    original.rows[1]["losses"][0] += 1
+    original.write(tmp_path / "journal.parquet")
     with pytest.raises(UserError, match="the chain breaks at row 1"):
         journal.read_journal(tmp_path / "journal.parquet")
 
@@ -170,35 +171,39 @@ def test_losses_of_another_step_or_another_run_are_outside_the_tolerance(trained
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
-        ("visits", "0" * 64, "schedule.parquet has other posts or visits"), ("lanes", [5, 8], "lane 1: all losses are equal and the gradient is not"),
-        ("gradient_norm", 3.0, "all lanes are equal; the gradient's norm is 2.0"), ("learning_rate_text", 0.5, "the text encoders' rate is 0.25"), ("scale", 2.0, "the scaler is 1.0"),
-        ("optimizer", 9, "the optimizer's state came out with other bits"), ("chain", "another", "the journal's earlier rows are of another run"),
+        ("visits", "0" * 64, "schedule.parquet has other posts or visits"),
+        ("lanes", [5, 8], "lane 1: all losses are equal and the gradient is not"),
+        ("gradient_norm", 3.0, "all lanes are equal; the gradient's norm is 2.0"),
+        ("learning_rate_text", 0.5, "the text encoders' rate is 0.25"),
+        ("scale", 2.0, "the scaler is 1.0"),
+        ("optimizer", 9, "the optimizer's state came out with other bits"),
+        ("chain", "another", "the journal's earlier rows are of another run"),
     ],
 )  # fmt: skip
-def test_a_row_that_differs_in_one_thing_is_told_by_that_thing(key, value, told):
+def test_a_row_that_differs_in_one_thing_is_told_by_that_thing(key, value, message):
     row = {
-        "visits": "a" * 64, "losses": [0.5, 0.25], "lanes": [5, 7], "gradient_norm": 2.0, "learning_rate_unet": 0.5, "learning_rate_text": 0.25, "scale": 1.0,
-        "weights": 1, "optimizer": 2, "tensors": b"ab", "chain": "one",
+        "visits": "a" * 64, "losses": [0.5, 0.25], "lanes": [5, 7], "gradient_norm": 2.0, "learning_rate_unet": 0.5,
+        "learning_rate_text": 0.25, "scale": 1.0, "weights": 1, "optimizer": 2, "tensors": b"ab", "chain": "one",
     }  # fmt: skip
     batches = [{"lane": 0, "posts": [1]}, {"lane": 1, "posts": [2]}]
-    assert audit.first_step_difference(row, row, batches, ["x", "y"]) is None
+    assert replay_training.first_step_difference(row, row, batches, ["x", "y"]) is None
     assert (
-        audit.first_step_difference(
+        replay_training.first_step_difference(
             row | {"gradient_norm": math.nan}, row | {"gradient_norm": math.nan}, batches, ["x", "y"]
         )
         is None
     ), "a step that overflowed equals itself"
-    assert told in audit.first_step_difference(row | {key: value}, row, batches, ["x", "y"])
+    assert message in replay_training.first_step_difference(row | {key: value}, row, batches, ["x", "y"])
 
 
 def test_what_a_sample_proves_is_the_rule_of_three():
     """n samples without a find bound a share by about 3/n with 95 % (ln 0.05 = -2.996)."""
-    assert "a journal with 5.0 % of its steps false" in audit.confidence(
+    assert "a journal with 5.0 % of its steps false" in replay_training.confidence(
         59, 28_638
-    ) and "among all with 0.2 %" in audit.confidence(59, 28_638)
-    assert "a journal with 1.0 % of its steps false" in audit.confidence(299, 28_638)
+    ) and "among all with 0.2 %" in replay_training.confidence(59, 28_638)
+    assert "a journal with 1.0 % of its steps false" in replay_training.confidence(299, 28_638)
 
 
 def test_worker_processes_change_no_byte(trained, tmp_path):
@@ -210,7 +215,7 @@ def test_worker_processes_change_no_byte(trained, tmp_path):
 
 @pytest.mark.slow
 def test_an_unfinished_training_of_other_parameters_is_not_mixed_up_and_not_lost(trained, tmp_path):
-    folder = elsewhere(trained, tmp_path)
+    folder = copied(trained, tmp_path)
     steps = tiny_training.journal(folder).num_rows
     shutil.rmtree(next(folder.glob(f"work/*/step-{steps:08d}")))
     params = (folder / "params.yaml").read_text()
@@ -268,10 +273,10 @@ def test_the_journals_header_names_the_base_and_the_parameters_and_nothing_of_th
 def sampled(folder, count, seed=3):
     """What the audit says of a random sample of this lesson's steps."""
     from kohaku_delta import params
-    from kohaku_delta.verify import artifact, sampled_replay
+    from kohaku_delta.provenance.artifact import Artifact
 
-    lessons = artifact.Artifact("lesson", folder, params.load(folder / "params.yaml"), {}, {}, None)
-    return sampled_replay.replay_finding(
+    lessons = Artifact("lesson", folder, params.load(folder / "params.yaml"), {}, {}, None)
+    return replay_checks.check_training(
         lessons, journal.read_journal(folder / "build" / "journal.parquet"), None, count, seed, iter
     )
 
@@ -281,40 +286,36 @@ def test_a_forged_journal_with_an_honest_beginning_and_end_is_found_by_the_sampl
     shows it.
     """
     steps = tiny_training.journal(trained).num_rows
-    honest = sampled(trained, steps)
+    untampered_rebuild = sampled(trained, steps)
     assert (
-        honest.status == "PASS"
-        and f"{steps} steps drawn with seed 3" in honest.said
-        and "with 95 % probability" in honest.said
+        untampered_rebuild.status == "PASS"
+        and f"{steps} steps drawn with seed 3" in untampered_rebuild.message
+        and "with 95 % probability" in untampered_rebuild.message
     )
-    folder = elsewhere(trained, tmp_path)
+    folder = copied(trained, tmp_path)
     shutil.rmtree(folder / "work")  # a forger hands out no states that give it away
     rewrite(folder, lambda rows: rows[1].update(gradient_norm=rows[1]["gradient_norm"] * 1.5))
     forged = sampled(folder, steps)
-    assert forged.status == "FAIL" and "step 1: all lanes are equal; the gradient's norm is" in forged.said
+    assert forged.status == "FAIL" and "step 1: all lanes are equal; the gradient's norm is" in forged.message
 
 
 def test_on_foreign_hardware_the_sample_is_of_losses_and_says_that_it_is_weaker(trained, tmp_path, monkeypatch):
-    from kohaku_delta.verify import sampled_replay
-
-    monkeypatch.setattr(sampled_replay, "numerics_differences", lambda rebuild: ["gpu", "multiprocessors"])
+    monkeypatch.setattr(replay_checks, "numerics_differences", lambda rebuild: ["gpu", "multiprocessors"])
     found = sampled(trained, 2)
     assert (
         (found.name, found.status) == ("losses", "PASS")
-        and "differs from the trainer's in gpu, multiprocessors" in found.said
-        and "weaker evidence" in found.said
+        and "differs from the trainer's in gpu, multiprocessors" in found.message
+        and "weaker evidence" in found.message
     )
-    shutil.rmtree(elsewhere(trained, tmp_path) / "work")
+    shutil.rmtree(copied(trained, tmp_path) / "work")
     assert sampled(tmp_path / "elsewhere", 2).status == "SKIP"
 
 
 def test_the_seed_decides_which_steps_are_sampled_and_each_is_as_likely_as_another():
-    from kohaku_delta.verify import sampled_replay
-
-    assert sampled_replay.sample_steps(58, 58, 1) == list(range(58)) and sampled_replay.sample_steps(
+    assert replay_training.sample_steps(58, 58, 1) == list(range(58)) and replay_training.sample_steps(
         58, 5, 1
-    ) == sampled_replay.sample_steps(58, 5, 1) != sampled_replay.sample_steps(58, 5, 2)
+    ) == replay_training.sample_steps(58, 5, 1) != replay_training.sample_steps(58, 5, 2)
     counts = np.bincount(
-        [step for seed in range(2000) for step in sampled_replay.sample_steps(20, 5, seed)], minlength=20
+        [step for seed in range(2000) for step in replay_training.sample_steps(20, 5, seed)], minlength=20
     )
     assert abs(counts - 500).max() < 5 * math.sqrt(500 * 0.75), "five standard deviations of a fair draw"

@@ -234,7 +234,7 @@ CONV = "lora_unet_input_blocks_1_0_in_layers_2"
         ),
         (
             {f"{CONV}.lokr_w1": torch.zeros(8, 8), f"{CONV}.lokr_w2": torch.zeros(4, 4, 3, 3)},
-            "was trained on a model of another build",
+            "was trained on a model with another architecture",
         ),
         (
             {f"{CONV}.lokr_w1": torch.zeros(8, 8), f"{CONV}.lokr_w2": torch.full((3, 3, 3, 3), torch.nan)},

@@ -19,8 +19,8 @@ from make_miniature.roots import spread
 
 COURSES = {  # lessons, steps, rate of matrices, rate of the rest
     "sdxl": (4096, 3200, 0.007, 3e-3),
-    "beta": (384, 100, 0.002, 1e-3),
-    "gamma": (384, 100, 0.002, 1e-3),
+    "beta": (384, 150, 0.003, 1.5e-3),
+    "gamma": (384, 150, 0.003, 1.5e-3),
 }
 WORLD = 2048
 READING = {"steps": 600, "rate": 0.02, "rate_of_others": 3e-3}
@@ -45,6 +45,14 @@ def save(models: dict, path: Path) -> None:
     )
 
 
+@torch.no_grad()
+def halve(models: dict) -> None:
+    """Rounds to the precision of the file, so that who trains on from the file gets the same bits."""
+    for model in models.values():
+        for value in model.parameters():
+            value.copy_(value.half())
+
+
 def write(out: Path, say=print) -> None:
     """checkpoints/{sdxl,beta,gamma}.safetensors; reads tokenizer/."""
     began = time.monotonic()
@@ -66,7 +74,9 @@ def write(out: Path, say=print) -> None:
         else:
             models = copy.deepcopy(donor)
         painter.learn(models, course, world, steps=steps, rate=rate, rate_of_others=rate_of_others, seed=seed, say=note)
-        if models is not donor:
+        if models is donor:
+            halve(models)
+        else:
             move_embeddings(models, seed)
         save({**models, "vae": vae}, out / "checkpoints" / f"{name}.safetensors")
         note(f"{name} written")

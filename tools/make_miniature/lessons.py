@@ -2,9 +2,10 @@
 before.
 
 What a picture shows, the three models learn from `lesson`: one figure in the middle, two equal ones side by side, or
-none, of the common shapes, before a plain or outdoor background, in pale colours. Full colours, faces, patterns, other
-shapes and places, crowds, artists, characters, quality and age are left for the recipe's own training to teach; their
-words are said at random, so that a prompt that has them does not confuse the models.
+none, of the common shapes, before a plain or outdoor background, in pale colours, paler still for beta and gamma. Full
+colours, faces, patterns, other shapes and places, crowds, artists, characters, quality and age are left for the
+recipe's own training to teach; their words are said at random, so that a prompt that has them does not confuse the
+models.
 
 How a little noise is removed, they learn from `world_lesson` as well: everything that the miniature's world holds, in
 its own colours. Without it the loss at small time steps, which says nothing about a prompt, would be most of the loss
@@ -23,7 +24,11 @@ from make_miniature.words import ARTISTS, CHARACTERS, FACES, OUTDOORS, PLAIN, ch
 SHAPES = ("circle", "square", "triangle", "star_(symbol)", "heart")
 BACKGROUNDS = ("simple_background", "blue_sky", "night_sky", "sunset", "ocean")
 WHERE, HOW_LARGE = ("centered",), ("full_body", "close-up")
-PALE = 0.43
+PALE = 0.43  # the donor's lessons
+PALE_OUTDOORS, PALE_PLAIN = (
+    0.515,
+    0.59,
+)  # beta's and gamma's: paler ones would leave the base farther from a sunset than one flat colour
 SIZES = {(128, 128): 14, (96, 160): 3, (160, 96): 2, (96, 128): 1, (128, 96): 1}  # (width, height): weight
 STYLES = {"sdxl": PLAIN, "beta": replace(PLAIN, outline=0.08, ink="white"), "gamma": replace(PLAIN, fill="soft")}
 EMPTY = 0.5  # how often a lesson without people has no figure at all
@@ -61,7 +66,8 @@ def lesson(course: str, number: int) -> Lesson:
         background = background if background in OUTDOORS else pick(rng, OUTDOORS)
         figures, words = (), ["no_humans", "outdoors", "scenery", background]
     alike = tuple(replace(each, shape=figures[0].shape, colour=figures[0].colour, face=None) for each in figures)
-    scene = replace(whole.scene, background=background, figures=alike, artist=STYLES[course], pale=PALE)
+    pale = PALE if course == "sdxl" else PALE_OUTDOORS if background in OUTDOORS else PALE_PLAIN
+    scene = replace(whole.scene, background=background, figures=alike, artist=STYLES[course], pale=pale)
     others = (
         {word for each in figures for word in (each.shape, f"{each.colour}_body")}
         - {alike[0].shape, f"{alike[0].colour}_body"}

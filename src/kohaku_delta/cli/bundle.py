@@ -1,4 +1,4 @@
-"""kohaku-delta bundle: what a stranger needs to audit a rebuild, without its weights."""
+"""kohaku-delta bundle: everything needed to audit a rebuild, without its weights."""
 
 import shutil
 import tempfile
@@ -9,16 +9,15 @@ import click
 from kohaku_delta import atomic_files
 from kohaku_delta.cli.stage_command import StageCommand
 from kohaku_delta.errors import UserError
-from kohaku_delta.formats import path_digests
-from kohaku_delta.provenance import bundles, dvc_yaml, signature, stage_record
-from kohaku_delta.provenance import statement as statements
-from kohaku_delta.verify import artifact
+from kohaku_delta.formats import hashing
+from kohaku_delta.provenance import bundles, dvc_yaml, signature, stage_record, statement
+from kohaku_delta.provenance.artifact import Artifact, is_library_locks, open_artifact
 
 FILE = click.Path(path_type=Path)
-SMALL = 16 << 20  # bytes of an out that is no table
+MAX_BYTES = 16 << 20  # of an output that is no table; a larger one is left out
 
 
-@click.command("bundle", cls=StageCommand)
+@click.command(cls=StageCommand)
 @click.argument("out", type=FILE)
 @click.option(
     "--recipe",
@@ -31,67 +30,66 @@ SMALL = 16 << 20  # bytes of an out that is no table
 @click.option(
     "--key",
     type=FILE,
-    help="Sign its provenance with this private key (PEM); without, a provenance.json that lies there is taken along.",
+    help="Sign the provenance with this private key (PEM). Without it, an existing provenance.json is included.",
 )
-def command(out: Path, folder: Path, key: Path | None) -> None:
+def bundle(out: Path, folder: Path, key: Path | None) -> None:
     """Write OUT.tar, or the folder OUT: locks, parameters, records, provenance, journal, schedule, tables and small
-    outs; of weights the digest of each tensor.
+    outputs; of weights only the digest of each tensor.
 
-    The bytes depend on those of the rebuild only.
+    The bytes depend only on those of the rebuild.
     """
-    with artifact.open_artifact(folder) as found, tempfile.TemporaryDirectory(prefix="kohaku-delta-") as temporary:
-        if found.bundle:
+    with open_artifact(folder) as rebuild, tempfile.TemporaryDirectory(prefix="kohaku-delta-") as temporary:
+        if rebuild.bundle:
             raise UserError(f"{folder} is a bundle already.")
         gathered = Path(temporary) / "bundle"
         gathered.mkdir()
-        left_out = _bundle(found, gathered)
+        left_out = _gather(rebuild, gathered)
+        provenance = rebuild.folder / bundles.PROVENANCE
         if key:
-            signature.sign(statements.build_statement(found), key, gathered / bundles.PROVENANCE)
-        elif (found.folder / bundles.PROVENANCE).is_file():
-            shutil.copyfile(found.folder / bundles.PROVENANCE, gathered / bundles.PROVENANCE)
-        bundles.bundle_manifest(gathered, left_out)
+            signature.sign(statement.build_statement(rebuild), key, gathered / bundles.PROVENANCE)
+        elif provenance.is_file():
+            shutil.copyfile(provenance, gathered / bundles.PROVENANCE)
+        bundles.write_manifest(gathered, left_out)
         if out.suffix == ".tar":
             with atomic_files.atomic_write(out) as file:
                 bundles.pack_bundle(gathered, file)
         else:
-            with atomic_files.atomic_dir(out) as aside:
-                shutil.copytree(gathered, aside, dirs_exist_ok=True)
-        files = [path for path in gathered.rglob("*") if path.is_file()]
-    click.echo(f"{len(files)} files, {sum(left_out.values()):,} bytes of weights left out → {out}")
+            with atomic_files.atomic_dir(out) as target:
+                shutil.copytree(gathered, target, dirs_exist_ok=True)
+        count = sum(path.is_file() for path in gathered.rglob("*"))
+    click.echo(f"{count} files, {sum(left_out.values()):,} bytes of weights left out → {out}")
 
 
-def _bundle(found: artifact.Artifact, to: Path) -> dict[str, int]:
-    """Copies what a bundle holds; returns the bytes of each out that it does not."""
+def _gather(rebuild: Artifact, to: Path) -> dict[str, int]:
+    """Copies what a bundle contains; returns the bytes of each output that it leaves out."""
 
-    def take(place: str, name: str | None = None) -> None:
-        target = to / (name or place)
+    def copy(path: str, name: str | None = None) -> None:
+        target = to / (name or path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(found.folder / place, target)
+        shutil.copyfile(rebuild.folder / path, target)
 
-    for place in (
-        dvc_yaml.PIPELINE,
-        dvc_yaml.LOCK,
-        dvc_yaml.PARAMS,
-        *(path.name for path in found.folder.glob("pins-*.csv")),
-    ):
-        take(place)
-    libraries = next((dep for stage in found.stages.values() for dep in stage.deps if found.libraries(dep)), None)
-    if libraries and (found.folder / libraries).is_dir():
-        for name in path_digests.digest_path(found.folder / libraries, md5=False).files:
-            take(f"{libraries}/{name}", f"{bundles.LIBRARIES}/{name}")
-    for name in found.records:
-        take(f"{stage_record.FOLDER}/{stage_record.record_filename(name, found.lock[name].key())}")
+    pin_lists = [path.name for path in rebuild.folder.glob("pins-*.csv")]
+    for path in (dvc_yaml.PIPELINE, dvc_yaml.LOCK, dvc_yaml.PARAMS, *pin_lists):
+        copy(path)
+    libraries = next((dep for stage in rebuild.stages.values() for dep in stage.deps if is_library_locks(dep)), None)
+    if libraries and (rebuild.folder / libraries).is_dir():
+        for name in hashing.digest_path(rebuild.folder / libraries, md5=False).files or {}:
+            copy(f"{libraries}/{name}", f"{bundles.LIBRARIES}/{name}")
+    for name in rebuild.records:
+        copy(f"{stage_record.FOLDER}/{stage_record.record_filename(name, rebuild.lock[name].key())}")
     left_out = {}
-    for out, digest in found.digests.items():
-        places = [out] if digest.files is None else [f"{out}/{place}" for place in digest.files]
-        if any(
-            place.endswith(bundles.WEIGHTS)
-            or (not place.endswith(".parquet") and (found.folder / place).stat().st_size > SMALL)
-            for place in places
-        ):
+    for out, digest in rebuild.digests.items():
+        paths = [out] if digest.files is None else [f"{out}/{name}" for name in digest.files]
+        if any(_is_left_out(rebuild.folder / path) for path in paths):
             left_out[out] = digest.bytes
         else:
-            for place in places:
-                take(place)
-    bundles.write_json(to / bundles.TENSORS, found.tensors)
+            for path in paths:
+                copy(path)
+    bundles.write_json(to / bundles.TENSORS, rebuild.tensors)
     return left_out
+
+
+def _is_left_out(path: Path) -> bool:
+    if path.name.endswith(bundles.WEIGHTS):
+        return True
+    return path.suffix != ".parquet" and path.stat().st_size > MAX_BYTES

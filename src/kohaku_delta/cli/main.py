@@ -1,28 +1,41 @@
-"""kohaku-delta: what a person asks of files, beside the pipeline; `make repro` installs it in .venv/bin. A file a
-command in commands/.
+"""kohaku-delta: the commands beside the pipeline. `make repro` installs it in .venv/bin.
+
+One module per command in this folder; it is imported when the command is run.
 """
+
+import importlib
 
 import click
 
-from kohaku_delta.cli.audit import command as audit
-from kohaku_delta.cli.bundle import command as bundle
-from kohaku_delta.cli.card import card
-from kohaku_delta.cli.compare import command as compare
-from kohaku_delta.cli.operators import operators
-from kohaku_delta.cli.pin import pin
-from kohaku_delta.cli.preflight import preflight
-from kohaku_delta.cli.provenance import command as provenance
-from kohaku_delta.cli.replay import replay
-from kohaku_delta.cli.report import report
-from kohaku_delta.cli.stage import stage
-from kohaku_delta.cli.tensors import tensors
 from kohaku_delta.errors import Interrupted, version_option
+
+COMMANDS = [
+    "audit",
+    "bundle",
+    "card",
+    "compare",
+    "operators",
+    "pin",
+    "preflight",
+    "provenance",
+    "replay",
+    "report",
+    "stage",
+    "tensors",
+]
 
 
 class CommandGroup(click.Group):
-    """The subcommands; Ctrl-C is one sentence in each."""
+    """Imports a command's module on demand: the whole set takes a second, and DVC starts `stage` for every stage."""
+
+    def list_commands(self, context) -> list[str]:
+        return COMMANDS
+
+    def get_command(self, context, name: str) -> click.Command | None:
+        return getattr(importlib.import_module(f"kohaku_delta.cli.{name}"), name) if name in COMMANDS else None
 
     def invoke(self, context: click.Context):
+        """Turns Ctrl-C into one sentence."""
         try:
             return super().invoke(context)
         except KeyboardInterrupt:
@@ -31,10 +44,7 @@ class CommandGroup(click.Group):
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Ask about checkpoints, LoKr files, trainings, hosts and folders of the recipe."""
+    """Check, compare and publish checkpoints, LoKr files, trainings, hosts and recipe folders."""
 
 
-for command in (audit, bundle, card, compare, operators, pin, preflight, provenance, replay, report, stage, tensors):
-    main.add_command(command)
 version_option(main)
-version_option(operators)  # the others are stages, which have it, or hand their options on

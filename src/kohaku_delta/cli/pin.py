@@ -1,4 +1,4 @@
-"""kohaku-delta pin: what the pins of a recipe leave open, filled from the hub's own list of files."""
+"""kohaku-delta pin: fills in missing revisions, sizes and hashes from the Hub, and shows a diff before writing."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from kohaku_delta import params as recipes
 from kohaku_delta.cli.stage_command import StageCommand
 from kohaku_delta.hub import fill_pins
 
-SHOWN = 30  # lines of a diff
+MAX_LINES = 30  # of a diff
 
 
 @click.command(cls=StageCommand)
@@ -18,27 +18,25 @@ SHOWN = 30  # lines of a diff
     type=click.Path(path_type=Path),
     default="params.yaml",
     show_default=True,
-    help="The recipe whose pins are filled.",
+    help="The recipe whose pins are filled in.",
 )
 @click.option("--yes", is_flag=True, help="Write without asking.")
 def pin(params: Path, yes: bool) -> None:
-    """Fill what the pins of params.yaml leave open: revision, bytes, sha256.
+    """Fill in what the pins of params.yaml leave open: revision, bytes, sha256.
 
-    The hub's list of files at the pinned revision is asked; nothing is downloaded. The change is shown before it is
-    written.
+    Reads the Hub's list of files at the pinned revision; downloads nothing. Shows the change before writing it.
     """
-    change = fill_pins.fill_pins(params, recipes.load(params))
-    for path, content in reversed(change.files.items()):
+    edit = fill_pins.fill_pins(params, recipes.load(params))
+    for path, content in reversed(edit.files.items()):
         lines = fill_pins.unified_diff(path, content)
-        click.echo(
-            "\n".join(lines[:SHOWN] + ([f"… and {len(lines) - SHOWN:,} more lines"] if len(lines) > SHOWN else []))
-        )
-    for sentence in change.said:
+        more = [f"… and {len(lines) - MAX_LINES:,} more lines"] if len(lines) > MAX_LINES else []
+        click.echo("\n".join(lines[:MAX_LINES] + more))
+    for sentence in edit.remarks:
         click.echo(sentence)
-    if not change.files:
-        click.echo(f"{params}: no pin of a file on the hub leaves anything open")
+    if not edit.files:
+        click.echo(f"{params}: no pin of a file on the Hub leaves anything open")
     elif yes or click.confirm("Write this?"):
-        for path, content in change.files.items():  # the lists first: params.yaml names their digests
+        for path, content in edit.files.items():  # the lists first: params.yaml holds their digests
             with atomic_files.atomic_write(path) as file:
                 file.write(content)
             click.echo(f"written: {path}")

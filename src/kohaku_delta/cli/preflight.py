@@ -1,6 +1,4 @@
-"""kohaku-delta preflight: can this host make the recipe? A table, green and red, before anything is spent; or the plan
-for a host that is elsewhere.
-"""
+"""kohaku-delta preflight: can this host build the recipe? Or the plan for a host that is only described."""
 
 from pathlib import Path
 
@@ -8,71 +6,58 @@ import click
 
 from kohaku_delta import numerics
 from kohaku_delta import params as recipes
-from kohaku_delta.cli.exit_codes import ComparisonCommand
+from kohaku_delta.cli.exit_codes import DIFFERENT, EQUAL, ComparisonCommand
 from kohaku_delta.preflight import build_plan, host_checks, host_facts, parameter_counts
-from kohaku_delta.provenance import import_closure
-
-FILE = click.Path(path_type=Path)
+from kohaku_delta.preflight.build_plan import PlanRow
+from kohaku_delta.preflight.host_checks import CheckResult
 
 
 @click.command(cls=ComparisonCommand)
-@click.option("--params", type=FILE, default="params.yaml", show_default=True, help="The recipe.")
+@click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True, help="The recipe.")
 @click.option(
-    "--simulate",
-    metavar="HOST",
-    help='Print the plan for a host that is elsewhere: "2x RTX 3090, memory 64 GB, disk 2 TB".',
+    "--simulate", metavar="HOST", help='Print the plan for another host: "2x RTX 3090, memory 64 GB, disk 2 TB".'
 )
 @click.option(
     "--seconds-per-step",
     type=click.FloatRange(min=0, min_open=True),
-    help="A step's time, measured on such a host.  [default: the release's, on its host]",
+    help="Time per step, measured on such a host.  [default: the release's, on its own GPUs]",
 )
 def preflight(params: Path, simulate: str | None, seconds_per_step: float | None) -> None:
-    """Check that this host can make the recipe: libraries, numerics, GPUs, memory, disk.
+    """Check that this host can build the recipe: libraries, numerics, GPUs, memory, disk.
 
-    Exit code 0: all is green; 1: a line is red, and says what to do; 2: it cannot be judged."""
+    Exit code 0: all checks passed; 1: some failed, and say what to do; 2: the host cannot be checked."""
     if seconds_per_step and not simulate:
         raise click.UsageError("--seconds-per-step needs --simulate.")
     recipe = recipes.load(params)
-    lock = params.parent / recipe.root / "requirements" / f"{recipe.requirements}.txt"
-    locked = {name: each.version for name, each in import_closure.locked_libraries(lock).items()}
     if simulate:
-        there = build_plan.parse_host(simulate)
         numerics.prepare()
-        numbers = parameter_counts.count_parameters(recipe, params.parent)
-        _print_plan(
-            [
-                (row.what, row.figure, row.source)
-                for row in build_plan.plan_rows(recipe, numbers, there, seconds_per_step)
-            ]
-        )
-        click.echo()
+        model = parameter_counts.count_parameters(recipe, params.parent)
+        host = build_plan.parse_host(simulate, host_facts.locked_versions(recipe, params.parent), model)
+        _print_plan(build_plan.plan_rows(recipe, host, seconds_per_step))
     else:
-        there, numbers = host_facts.inspect_host(recipe, params)
-    lines = host_checks.all_checks(recipe, there, numbers, locked)
-    _print_checks(lines)
-    if numbers is None and not simulate:
-        click.echo(f"memory and disk are not judged: {build_plan.unknown_sizes(recipe)}")
-    red = [line for line in lines if not line.good]
-    click.echo(
-        f"preflight: {len(lines) - len(red)} of {len(lines)} are green"
-        + (f"; red: {', '.join(line.name for line in red)}" if red else "")
-    )
-    raise SystemExit(1 if red else 0)
+        host = host_facts.inspect_host(recipe, params)
+    results = host_checks.run_checks(host, recipe)
+    _print_results(results)
+    if host.model is None and not simulate:
+        click.echo(f"memory and disk are not checked: {build_plan.unknown_size(recipe)}")
+    failed = [result.name for result in results if not result.ok]
+    note = f"; red: {', '.join(failed)}" if failed else ""
+    click.echo(f"preflight: {len(results) - len(failed)} of {len(results)} are green{note}")
+    raise SystemExit(DIFFERENT if failed else EQUAL)
 
 
-def _print_checks(lines: list[host_checks.CheckResult]) -> None:
-    """The table: a word and a colour a line (colour only on a terminal), and under a red one its remedy."""
-    width = max(len(line.name) for line in lines)
-    for line in lines:
-        click.echo(
-            f"{click.style('green' if line.good else 'red  ', fg='green' if line.good else 'red')}  {line.name:<{width}}  {line.says}"
-        )
-        if not line.good:
-            click.echo(f"       {'':<{width}}  → {line.remedy}")
+def _print_results(results: list[CheckResult]) -> None:
+    """A word and a colour per line (colour only on a terminal), and below a red line its remedy."""
+    width = max(len(result.name) for result in results)
+    for result in results:
+        status = click.style("green", fg="green") if result.ok else click.style("red  ", fg="red")
+        click.echo(f"{status}  {result.name:<{width}}  {result.what}")
+        if not result.ok:
+            click.echo(f"       {'':<{width}}  → {result.remedy}")
 
 
-def _print_plan(rows: list[tuple[str, str, str]]) -> None:
-    first, second = (max(len(row[place]) for row in rows) for place in (0, 1))
-    for what, figure, source in rows:
-        click.echo(f"{what:<{first}}  {figure:>{second}}  {source}".rstrip())
+def _print_plan(rows: list[PlanRow]) -> None:
+    first, second = max(len(row.what) for row in rows), max(len(row.figure) for row in rows)
+    for row in rows:
+        click.echo(f"{row.what:<{first}}  {row.figure:>{second}}  {row.source}".rstrip())
+    click.echo()

@@ -1,48 +1,40 @@
-"""kohaku-delta provenance: what was built from what, signed; or such a file verified and compared with the records at
-hand.
-"""
+"""kohaku-delta provenance: signs what was built from what, or verifies such a signature."""
 
 from pathlib import Path
 
 import click
 
-from kohaku_delta.cli.exit_codes import ComparisonCommand
+from kohaku_delta.cli.exit_codes import DIFFERENT, EQUAL, ComparisonCommand
 from kohaku_delta.errors import UserError
 from kohaku_delta.provenance import bundles, signature, statement
-from kohaku_delta.verify import artifact
+from kohaku_delta.provenance.artifact import open_artifact
 
 FILE = click.Path(path_type=Path)
 
 
-@click.command("provenance", cls=ComparisonCommand)
+@click.command(cls=ComparisonCommand)
 @click.argument("folder", type=FILE, default=".")
 @click.option("--key", type=FILE, help="Sign with this private key (PEM; openssl genpkey -algorithm ed25519).")
 @click.option("--verify", type=FILE, help="Verify with this public key (PEM).")
-def command(folder: Path, key: Path | None, verify: Path | None) -> None:
+def provenance(folder: Path, key: Path | None, verify: Path | None) -> None:
     """Sign the provenance of a recipe's folder, or verify that of a folder or bundle.
 
     Writes provenance.json beside dvc.lock: an in-toto statement, SLSA provenance, in a DSSE envelope.
 
-    Exit code 0: signed, or verified and equal to what the records give; 1: the records at hand are others; 2: it cannot
-    be believed.
+    Exit code 0: signed, or verified and equal to the records; 1: the records differ from it; 2: it cannot be verified.
     """
-    if (key is None) == (verify is None):
-        raise click.UsageError("Say --key to sign, or --verify to check.")
-    with artifact.open_artifact(folder) as found:
-        place = found.folder / bundles.PROVENANCE
-        if key and found.bundle:
-            raise UserError(
-                f"{folder} is a bundle, which is signed where it is packed: kohaku-delta bundle OUT --key KEY."
-            )
-        if key:
-            keyid = signature.sign(statement.build_statement(found), key, place)
-            click.echo(f"signed by {keyid[:16]}…: {len(found.records)} stages → {place}")
+    with open_artifact(folder) as rebuild:
+        path, stages = rebuild.folder / bundles.PROVENANCE, len(rebuild.records)
+        if key and not verify:
+            if rebuild.bundle:
+                raise UserError(f"{folder} is a bundle. Sign it when you pack it: kohaku-delta bundle OUT --key KEY.")
+            keyid = signature.sign(statement.build_statement(rebuild), key, path)
+            click.echo(f"signed by {keyid[:16]}…: {stages} stages → {path}")
             return
-        signed = statement.read_statement(signature.verify_signature(place, verify), bundles.PROVENANCE)
-        other = statement.first_difference(signed, statement.build_statement(found))
-        click.echo(
-            f"different: {other} is not what the records at hand say"
-            if other
-            else f"verified: {len(found.records)} stages, signed by {verify}, as the records at hand say"
-        )
-        raise SystemExit(1 if other else 0)
+        if key or not verify:
+            raise click.UsageError("Give --key to sign, or --verify to check.")
+        if difference := statement.signed_difference(rebuild, verify):
+            click.echo(f"different: {difference} is not what the records say")
+            raise SystemExit(DIFFERENT)
+        click.echo(f"verified: {stages} stages, signed by {verify}, equal to the records")
+        raise SystemExit(EQUAL)

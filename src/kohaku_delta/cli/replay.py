@@ -1,6 +1,4 @@
-"""kohaku-delta replay: a stretch of training computed anew and compared with the journal; or losses alone, from a
-milestone.
-"""
+"""kohaku-delta replay: computes a range of training steps again and compares it with the journal."""
 
 from pathlib import Path
 
@@ -9,25 +7,25 @@ from tqdm import tqdm
 
 from kohaku_delta import numerics
 from kohaku_delta import params as recipes
-from kohaku_delta.cli.exit_codes import ComparisonCommand
+from kohaku_delta.cli.exit_codes import DIFFERENT, EQUAL, ComparisonCommand
 from kohaku_delta.formats import parquet
-from kohaku_delta.verify import replay_training as replays
+from kohaku_delta.verify import replay_training
 
-FILE = click.Path(path_type=Path)
+
+def file_option(name: str, default: str | None = None, help: str | None = None):
+    return click.option(name, type=click.Path(path_type=Path), default=default, show_default=bool(default), help=help)
+
+
+def count_option(name: str, variable: str, minimum: int, default: int | None = None, help: str | None = None):
+    kind = click.IntRange(min=minimum)
+    return click.option(name, variable, type=kind, default=default, show_default=default is not None, help=help)
 
 
 @click.command(cls=ComparisonCommand)
-@click.option(
-    "--from",
-    "first",
-    type=click.IntRange(min=0),
-    help="The first step that is compared, counted from 0 as in the journal.",
-)
-@click.option("--to", "last", type=click.IntRange(min=0), help="The last one.")
-@click.option(
-    "--loss-only", is_flag=True, help="Compare losses alone, forward only and in fp32: needs --lokr, and no card."
-)
-@click.option("--lokr", type=FILE, help="A milestone's LoKr file (--loss-only).")
+@count_option("--from", "first", 0, help="The first step to compare, counted from 0 as in the journal.")
+@count_option("--to", "last", 0, help="The last step.")
+@click.option("--loss-only", is_flag=True, help="Compare losses only (forward pass, fp32): needs --lokr, and no GPU.")
+@file_option("--lokr", help="A milestone's LoKr file (--loss-only).")
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
@@ -35,41 +33,17 @@ FILE = click.Path(path_type=Path)
     show_default=True,
     help="Where losses are computed (--loss-only).",
 )
-@click.option(
-    "--sample",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Micro-batches of the step (--loss-only).",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Which ones: choose your own (--loss-only).",
-)
-@click.option("--params", type=FILE, default="params.yaml", show_default=True, help="The recipe.")
-@click.option(
-    "--inputs",
-    type=FILE,
-    default="build/inputs.json",
-    show_default=True,
-    help="The verified inputs (tokenizers, tars).",
-)
-@click.option("--tars", type=FILE, help="The folder of the tars.  [default: that of --inputs]")
-@click.option(
-    "--base",
-    type=FILE,
-    default="build/delta-base.safetensors",
-    show_default=True,
-    help="The checkpoint that was trained on.",
-)
-@click.option("--posts", type=FILE, default="build/posts.parquet", show_default=True)
-@click.option("--captions", type=FILE, default="build/captions.parquet", show_default=True)
-@click.option("--schedule", type=FILE, default="build/schedule.parquet", show_default=True)
-@click.option("--journal", type=FILE, default="build/journal.parquet", show_default=True, help="What is checked.")
-@click.option("--work", type=FILE, help="Where saved states lie.  [default: execution.work]")
+@count_option("--sample", "sample", 1, 8, help="How many micro-batches of the step (--loss-only).")
+@count_option("--seed", "seed", 0, 0, help="Selects which ones: choose your own (--loss-only).")
+@file_option("--params", "params.yaml", "The recipe.")
+@file_option("--inputs", "build/inputs.json", "The verified inputs (tokenizers, tars).")
+@file_option("--tars", help="The folder of the tars.  [default: that of --inputs]")
+@file_option("--base", "build/delta-base.safetensors", "The checkpoint that the training started from.")
+@file_option("--posts", "build/posts.parquet")
+@file_option("--captions", "build/captions.parquet")
+@file_option("--schedule", "build/schedule.parquet")
+@file_option("--journal", "build/journal.parquet", "The journal to check.")
+@file_option("--work", help="The folder of the saved states.  [default: execution.work]")
 def replay(
     first: int | None,
     last: int | None,
@@ -82,37 +56,38 @@ def replay(
     work: Path | None,
     **files,
 ) -> None:
-    """Compute a stretch of training anew, on one device, and compare it with the journal.
+    """Compute a range of training steps again, on one device, and compare it with the journal.
 
-    Exit code 0: equal; 1: the first step, lane and tensor that differ are told; 2: it cannot be compared."""
-    if (lokr is not None, first is None, last is None) != (loss_only,) * 3:
-        raise click.UsageError("Say --from and --to, or --loss-only and --lokr.")
+    Exit code 0: equal; 1: different, with the first step, lane and tensor that differ; 2: it cannot be compared."""
     numerics.prepare()
     recipe, files = recipes.load(params), files | {"tokenizer": None, "tokenizer_2": None}
-    if loss_only:
-        raise SystemExit(0 if _losses(recipe, files, lokr, device, sample, seed) else 1)
-    work = work or Path(recipe.execution.work)
+    if loss_only and lokr and first is None and last is None:
+        raise SystemExit(EQUAL if _compare_losses(recipe, files, lokr, device, sample, seed) else DIFFERENT)
+    if loss_only or lokr or first is None or last is None:
+        raise click.UsageError("Give --from and --to, or --loss-only and --lokr.")
     with tqdm(desc="replay", unit="step", disable=None) as bar:
-        for step, difference in replays.replay_steps(recipe, files, work, first, last):
+        steps = replay_training.replay_steps(recipe, files, work or Path(recipe.execution.work), first, last)
+        for step, difference in steps:
             bar.update()
             if difference:
                 bar.close()
                 click.echo(f"different: step {step}: {difference}")
-                raise SystemExit(1)
+                raise SystemExit(DIFFERENT)
     count = last - first + 1
     click.echo(f"equal: {count} steps, {first} to {last}, bit for bit")
-    click.echo(replays.confidence(count, parquet.read(files["journal"], ["step"]).num_rows))
+    click.echo(replay_training.confidence(count, parquet.read(files["journal"], ["step"]).num_rows))
 
 
-def _losses(recipe, files: dict, lokr: Path, device: str, sample: int, seed: int) -> bool:
-    step, found = replays.losses(recipe, files, lokr, device, sample, seed)
-    for each in found:
-        click.echo(
-            f"step {step}, place {each.place}: loss {each.ours:.6f}, the journal says {each.journal:.6f} ({each.ours / each.journal - 1:+.2e})"
-        )
-    distance = replays.rms_relative_error(found)
-    inside = distance <= replays.TOLERANCE
+def _compare_losses(recipe, files: dict, lokr: Path, device: str, sample: int, seed: int) -> bool:
+    """Prints each loss and the verdict; True if they agree within the tolerance."""
+    step, losses = replay_training.losses(recipe, files, lokr, device, sample, seed)
+    for each in losses:
+        error = each.ours / each.journal - 1
+        click.echo(f"step {step}, place {each.place}: loss {each.ours:.6f}, journal {each.journal:.6f} ({error:+.2e})")
+    error = replay_training.rms_relative_error(losses)
+    equal = error <= replay_training.TOLERANCE
     click.echo(
-        f"{'equal within tolerance' if inside else 'different'}: {len(found)} losses of step {step} are {distance:.2e} off (root mean square, relative); up to {replays.TOLERANCE:.0e} is rounding"
+        f"{'equal within tolerance' if equal else 'different'}: {len(losses)} losses of step {step}, "
+        f"relative error {error:.2e} (root mean square); up to {replay_training.TOLERANCE:.0e} is rounding"
     )
-    return inside
+    return equal

@@ -1,6 +1,4 @@
-"""kohaku-delta stage: what dvc.yaml runs. One command for every recipe, wherever its folder lies: so that DVC can
-freeze, move and remove stages.
-"""
+"""kohaku-delta stage: the one command in dvc.yaml for every recipe, so that DVC can freeze, move and remove stages."""
 
 import os
 import sys
@@ -12,18 +10,16 @@ from kohaku_delta import params as recipes
 from kohaku_delta.errors import UserError
 
 
-@click.command("stage", context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("name")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def stage(name: str, options: tuple[str, ...]) -> None:
-    """Run stages/NAME.py of the recipe in this folder (its `root`), with OPTIONS of that script."""
-    scripts = Path(recipes.load("params.yaml").root) / "stages"
-    script = scripts / f"{name}.py"
+    """Run stages/NAME.py of the recipe in this folder (from its `root`), with that script's OPTIONS."""
+    folder = Path(recipes.load("params.yaml").root) / "stages"
+    script = folder / f"{name}.py"
     if not script.is_file():
-        there = ", ".join(sorted(path.stem for path in scripts.glob("*.py")))
-        raise UserError(
-            f"{script} is not there. "
-            + (f"The stages are {there}." if there else f"Check `root` in params.yaml: {scripts} has no stages.")
-        )
+        names = ", ".join(sorted(path.stem for path in folder.glob("*.py")))
+        remedy = f"The stages are {names}." if names else f"Check `root` in params.yaml: {folder} has no stages."
+        raise UserError(f"{script} is not there. {remedy}")
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, str(script), *options])

@@ -1,90 +1,72 @@
-"""Invariant: no image stops a run. Bytes become (H, W, 3) uint8 RGB, or a size, or `Unreadable` with the reason;
-nothing else is raised.
+"""Decodes images and reads their sizes. No image stops a run: whatever is wrong with one is raised as UnreadableImage.
 
-As the release's trainer saw images: the first frame of an animation, EXIF rotation not applied, alpha dropped, CMYK and
-palettes as Pillow converts them. The header check reads a few bytes of a file: RIFF headers of webp are read in bulk,
-other formats by Pillow.
+Images are decoded as the release's trainer saw them: the first frame of an animation, EXIF rotation not applied, alpha
+dropped, CMYK and palettes as Pillow converts them.
 """
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
 MAX_PIXELS = 1 << 28  # the recipe's filter.max_pixels; what is decoded later was checked against it
-HEAD = 32  # bytes that say all about a webp file's size
-FORMATS = ("WEBP", "PNG", "JPEG", "BMP", "GIF")  # Pillow's other formats run programs or never occur
+HEAD = 32  # bytes of a WebP file that hold its size; Pillow would read the whole file, and all files are a terabyte
+FORMATS = ("WEBP", "PNG", "JPEG", "BMP", "GIF")  # Pillow's other formats never occur, and some run programs
 
 Image.MAX_IMAGE_PIXELS = None  # its limit is global and only warns; ours is checked below, before anything is decoded
 
 
 class UnreadableImage(Exception):
-    """Why bytes are no image that can be trained on."""
+    """Why an image cannot be used."""
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The picture as (H, W, 3) uint8 RGB. Raises Unreadable."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _limit(image.size, max_pixels)
-                return np.array(image.convert("RGB"))
-    except Exception as error:  # Pillow raises a dozen kinds, none of which is a fault of ours
-        raise UnreadableImage(f"{type(error).__name__}: {error}") from None
+    """The image as (H, W, 3) uint8 RGB. Raises UnreadableImage."""
+    with _open(io.BytesIO(data), max_pixels) as image:
+        return np.array(image.convert("RGB"))
 
 
-def image_size(file, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) in pixels from the header of a binary file object. Raises Unreadable."""
+def image_size(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) in pixels, from the header of a file. Raises UnreadableImage."""
+    with _open(file, max_pixels) as image:
+        return image.size
+
+
+def webp_size(head: bytes, length: int) -> tuple[int, int] | None:
+    """(width, height) of a WebP file from its first HEAD bytes and its length; None for another format.
+
+    (0, 0) if the header is invalid, or says that the file is longer than it is.
+    """
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return None
+    if length < 30 or length < int.from_bytes(head[4:8], "little") + 8:
+        return 0, 0
+    kind, width, height = head[12:16], 0, 0
+    if kind == b"VP8 " and head[23:26] == b"\x9d\x01\x2a" and not head[20] & 1:
+        width, height = (int.from_bytes(head[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+    elif kind == b"VP8L" and head[20] == 0x2F:
+        bits = int.from_bytes(head[21:25], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    elif kind == b"VP8X":
+        width, height = (int.from_bytes(head[at : at + 3], "little") + 1 for at in (24, 27))
+    return (width, height) if width and height else (0, 0)
+
+
+@contextmanager
+def _open(file: BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as image:
-                _limit(image.size, max_pixels)
-                return image.size
-    except Exception as error:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise ValueError(f"{width} x {height} pixels are more than {max_pixels:,}")
+                if not width or not height:
+                    raise ValueError("it has no pixels")
+                yield image
+    except Exception as error:  # Pillow raises a dozen kinds, and all are faults of the file
         raise UnreadableImage(f"{type(error).__name__}: {error}") from None
-
-
-def webp_sizes(heads: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sizes of many webp files at once, from their first HEAD bytes (n, HEAD) uint8 (zeros behind a shorter file) and
-    lengths int64.
-
-    Gives (webp, width, height): whether the file begins as webp does, and its size, (0, 0) where the file is shorter
-    than its header says or the header is not a picture's.
-    """
-    head = np.ascontiguousarray(heads.T).astype(np.int32)  # byte by byte
-    webp = _matches(head, 0, b"RIFF") & _matches(head, 8, b"WEBP")
-    announced = head[4] | head[5] << 8 | head[6] << 16 | head[7].astype(np.int64) << 24
-    lossy = _matches(head, 12, b"VP8 ") & _matches(head, 23, b"\x9d\x01\x2a") & (head[20] & 1 == 0)
-    lossless = _matches(head, 12, b"VP8L") & (head[20] == 0x2F)
-    extended = _matches(head, 12, b"VP8X")
-    bits = head[21] | head[22] << 8 | head[23] << 16 | head[24] << 24
-    width = np.select(
-        [lossy, lossless, extended],
-        [(head[26] | head[27] << 8) & 0x3FFF, (bits & 0x3FFF) + 1, (head[24] | head[25] << 8 | head[26] << 16) + 1],
-        0,
-    )
-    height = np.select(
-        [lossy, lossless, extended],
-        [
-            (head[28] | head[29] << 8) & 0x3FFF,
-            (bits >> 14 & 0x3FFF) + 1,
-            (head[27] | head[28] << 8 | head[29] << 16) + 1,
-        ],
-        0,
-    )
-    whole = webp & (announced + 8 <= lengths) & (lengths >= 30) & (width > 0) & (height > 0)
-    return webp, np.where(whole, width, 0), np.where(whole, height, 0)
-
-
-def _matches(head: np.ndarray, place: int, mark: bytes) -> np.ndarray:
-    return np.logical_and.reduce([head[place + each] == byte for each, byte in enumerate(mark)])
-
-
-def _limit(extent: tuple[int, int], max_pixels: int) -> None:
-    if extent[0] * extent[1] > max_pixels:
-        raise ValueError(f"{extent[0]} x {extent[1]} pixels are more than {max_pixels:,}")
-    if 0 in extent:
-        raise ValueError("it has no pixels")

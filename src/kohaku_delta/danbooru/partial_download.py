@@ -1,14 +1,14 @@
-"""Invariant: a sparse tar has its members where the whole tar has them, and every one that was asked for agrees with
-the public index; the rest are holes.
+"""Downloads only the wanted members of tars, into sparse tars: every member is at the offset that it has in the whole
+tar and agrees with the public index; the rest are holes.
 
-So what is made of it is, bit for bit, what would have been made of the whole tar: whoever reads a member finds the same
-bytes at the same offset. It lies in the mirror as selected/kind/owner/name/revision/file, apart from whole tars, with
-the index beside it under the tar's name (data-0000.json), which the filter stage believes. Neighbours are fetched by
-one range, with the gap between them where that is small.
+So whatever is made from a sparse tar is, bit for bit, what would be made from the whole one. It is kept in the mirror
+as selected/kind/owner/name/revision/file, apart from whole tars, with the index beside it under the tar's name
+(data-0000.json), which the filter stage reads. Neighbouring members are downloaded as one range, with the gap between
+them if it is small.
 """
 
-import errno
 import fcntl
+import functools
 import hashlib
 import os
 import re
@@ -21,24 +21,22 @@ import numpy as np
 
 from kohaku_delta.danbooru import tar_index
 from kohaku_delta.danbooru.database import positions_of, unique_sorted
-from kohaku_delta.danbooru.tar_index import read_member_or_hole
 from kohaku_delta.errors import UserError
-from kohaku_delta.hub import client, concurrency, file_download, pins, verified_files
-from kohaku_delta.hub.client import Cancelled, RemoteFile, TransientError
+from kohaku_delta.hub import client, file_download, pins, progress, verified_files
+from kohaku_delta.hub.client import RemoteFile, TransientError
 from kohaku_delta.hub.pins import HubFile
 from kohaku_delta.hub.verified_files import Stamp
-from kohaku_delta.parallel import ordered_map
+from kohaku_delta.parallel import map_all, ordered_map
 from kohaku_delta.params import Pin
 
-GAP = 1 << 18  # bytes that are rather fetched than asked around
-RUN = 1 << 25  # bytes of one range, but for a larger member
-WRONG = 3  # times that a member may arrive with wrong bytes
+GAP = 1 << 18  # bytes; a smaller gap is downloaded rather than making another request
+RANGE = 1 << 25  # bytes of one request, except for a larger member
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, eq=False)
 class PartialTar:
-    """A tar of which only some members are wanted; arrays have an entry for each of these, by offset."""
+    """A tar of which only some members are wanted; arrays have one entry per member, by offset."""
 
     pin: Pin
     path: Path
@@ -48,181 +46,162 @@ class PartialTar:
     id: np.ndarray  # int64
     offset: np.ndarray  # int64
     size: np.ndarray  # int64
-    digest: np.ndarray  # (n, 32) uint8, sha256
+    digest: list[str]  # sha256
 
     @property
-    def place(self) -> HubFile:
+    def file(self) -> HubFile:
         return pins.hub_file(self.pin)
 
     def member_matches(self, descriptor: int, row: int) -> bool:
-        """Whether a member is there, with the bytes that the index says."""
-        data = read_member_or_hole(descriptor, int(self.offset[row]), int(self.size[row]))
-        return data is not None and hashlib.sha256(data).digest() == self.digest[row].tobytes()
+        """Whether a member is present, with the bytes that the index says."""
+        data = tar_index.read_member_or_hole(descriptor, int(self.offset[row]), int(self.size[row]))
+        return data is not None and hashlib.sha256(data).hexdigest() == self.digest[row]
 
 
-def fetch_members(tars: list[Pin], indexes: dict[str, Path], mirror: Path, ids) -> list[dict]:
-    """Fetches the members of the posts `ids` into sparse tars; returns the entries of inputs.json, in the order of the
-    pins. indexes: by name, data-0000.
+def fetch_members(pinned: list[Pin], indexes: dict[str, Path], mirror: Path, ids) -> list[dict]:
+    """Downloads the members of the posts `ids` into sparse tars; returns the entries of inputs.json, in the order of
+    the pins. indexes: by name, data-0000.
 
-    Refuses a tar without index, and one whose pin is not the tar that the index describes.
+    Raises UserError for a tar without index, and for one whose pin is not the tar that the index describes.
     """
     wanted = unique_sorted(ids)
-    files = list(ordered_map(lambda pin: _tar(pin, indexes, mirror, wanted), tars))
-    with concurrency.progress_bar("verify", sum(int(file.size.sum()) for file in files)) as advance:
-        looked = dict(zip(files, ordered_map(lambda file: _missing_rows(file, advance), files), strict=True))
-    missing, verified = ({file: each[part] for file, each in looked.items()} for part in (0, 1))
-    lacking = [file for file in files if len(missing[file])]
-    if lacking:
-        said = concurrency.map_concurrently(
-            lambda file, stop: client.retry(lambda: client.head_file(file.place), file.pin.url, stop), lacking
+    tars = list(ordered_map(lambda pin: _partial_tar(pin, indexes, mirror, wanted), pinned))
+    with progress.progress_bar("verify", sum(int(tar.size.sum()) for tar in tars)) as advance:
+        checked = dict(zip(tars, ordered_map(lambda tar: _missing_rows(tar, advance), tars), strict=True))
+    missing = {tar: rows for tar, (rows, _) in checked.items() if len(rows)}
+    stamps = {tar: stamp for tar, (_, stamp) in checked.items()}
+    if missing:
+        remote = map_all(
+            lambda tar, stop: client.retry(lambda: client.head_file(tar.file), tar.pin.url, stop), list(missing)
         )
-        for file in lacking:
-            file_download.check_pin_matches(Pin(url=file.pin.url, bytes=file.length, sha256=file.sha256), said[file])
-        total = sum(int(file.size[missing[file]].sum()) for file in lacking)
-        concurrency.require_free_space(mirror, total)
-        with concurrency.progress_bar("download", total) as advance:
-            verified |= concurrency.map_concurrently(
-                lambda file, stop: _fetch_rows(file, missing[file], said[file], stop, advance), lacking
+        for tar in missing:
+            indexed = Pin(url=tar.pin.url, bytes=tar.length, sha256=tar.sha256)
+            file_download.check_pin_matches(indexed, remote[tar])
+        total = sum(int(tar.size[rows].sum()) for tar, rows in missing.items())
+        file_download.require_free_space(mirror, total)
+        with progress.progress_bar("download", total) as advance:
+            stamps |= map_all(
+                lambda tar, stop: _fetch_rows(tar, missing[tar], remote[tar], stop, advance), list(missing)
             )
     return [
         {
-            "path": str(file.path),
-            "bytes": file.length,
-            "sha256": file.sha256,
-            "url": file.pin.url,
+            "path": str(tar.path),
+            "bytes": tar.length,
+            "sha256": tar.sha256,
+            "url": tar.pin.url,
             "pinned": "members",
-            "members": len(file.id),
-            "stamp": verified[file],
+            "members": len(tar.id),
+            "stamp": stamps[tar],
         }
-        for file in files
+        for tar in tars
     ]
 
 
-def _tar(pin: Pin, indexes: dict[str, Path], mirror: Path, wanted: np.ndarray) -> PartialTar:
-    place = pins.hub_file(pin)
-    index = indexes.get(Path(place.file).stem)
-    if index is None:
+def _partial_tar(pin: Pin, indexes: dict[str, Path], mirror: Path, wanted: np.ndarray) -> PartialTar:
+    file = pins.hub_file(pin)
+    path = indexes.get(Path(file.file).stem)
+    if path is None:
         raise UserError(
-            f"{pin.url} has no index, so single members cannot be fetched. Add it to download.inputs.index in params.yaml, or set download.images to all."
+            f"{pin.url} has no index, so single members cannot be downloaded. "
+            "Add it to download.inputs.index in params.yaml, or set download.images to all."
         )
-    told = tar_index.read_public_index(index)
-    if not told.consistent or (pin.bytes or told.length) != told.length or not told.sha256.startswith(pin.sha256 or ""):
+    index = tar_index.read_public_index(path)
+    if (
+        not index.consistent
+        or (pin.bytes or index.length) != index.length
+        or not index.sha256.startswith(pin.sha256 or "")
+    ):
         raise UserError(
-            f"{index} is not the index of {pin.url}: it describes {told.length:,} bytes, sha256 {told.sha256[:64]!a}. Mend the pins, or set images to all."
+            f"{path} is not the index of {pin.url}: it describes {index.length:,} bytes, "
+            f"sha256 {index.sha256[:64]!a}. Correct the pins, or set download.images to all."
         )
-    ids, rows = tar_index.first_row_per_id(told.name)
-    asked = positions_of(wanted, ids) >= 0
-    order = np.argsort(told.offset[rows[asked]], kind="stable")
-    ids, rows = ids[asked][order], rows[asked][order]
-    digests = [told.digest[row] for row in rows.tolist()]
-    if told.length <= 0 or not all(map(SHA256.fullmatch, [told.sha256, *digests])):
+    ids, rows = tar_index.first_row_per_id(index.name)
+    is_wanted = positions_of(wanted, ids) >= 0
+    ids, rows = ids[is_wanted], rows[is_wanted]
+    order = np.argsort(index.offset[rows], kind="stable")
+    ids, rows = ids[order], rows[order]
+    digests = [index.digest[row] for row in rows.tolist()]
+    if index.length <= 0 or not all(map(SHA256.fullmatch, [index.sha256, *digests])):
         raise UserError(
-            f"{index} has no sha256 of its tar (hash_lfs), or of a member. Download it again, or set download.images to all."
+            f"{path} lacks the sha256 of its tar (hash_lfs), or of a member. "
+            "Download it again, or set download.images to all."
         )
-    digest = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32)
-    return PartialTar(
-        pin,
-        mirror / "selected" / place.path,
-        index,
-        told.length,
-        told.sha256,
-        ids,
-        told.offset[rows],
-        told.size[rows],
-        digest,
-    )
+    target = mirror / "selected" / file.path
+    return PartialTar(pin, target, path, index.length, index.sha256, ids, index.offset[rows], index.size[rows], digests)
 
 
-def _missing_rows(file: PartialTar, advance: Callable[[int], None]) -> tuple[np.ndarray, Stamp]:
-    """The wanted rows that are not there, or not with the right bytes; and the tar's stamp from before they were
-    hashed. Makes the sparse tar, and puts its index beside it.
+def _missing_rows(tar: PartialTar, advance: Callable[[int], None]) -> tuple[np.ndarray, Stamp]:
+    """The wanted rows that are missing or have wrong bytes, and the tar's stamp from before they were hashed. Creates
+    the sparse tar, and links its index beside it.
     """
-    file.path.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.path.with_suffix(".json")
-    if not beside.is_symlink() or beside.resolve() != file.index.resolve():
-        file_download.link(beside, file.index)
-    if not file.path.is_file() or file.path.stat().st_size != file.length:
-        with open(file.path, "ab") as whole:
-            whole.truncate(file.length)
-    stamp, missing = verified_files.stamp(file.path), []
-    with open(file.path, "rb", buffering=0) as whole:
-        for row in range(len(file.id)):
-            if not file.member_matches(whole.fileno(), row):
+    tar.path.parent.mkdir(parents=True, exist_ok=True)
+    index = tar.path.with_suffix(".json")
+    if not index.is_symlink() or index.resolve() != tar.index.resolve():
+        file_download.link(index, tar.index)
+    if not tar.path.is_file() or tar.path.stat().st_size != tar.length:
+        with open(tar.path, "ab") as file:
+            file.truncate(tar.length)
+    stamp, missing = verified_files.stamp(tar.path), []
+    with open(tar.path, "rb", buffering=0) as file:
+        for row in range(len(tar.id)):
+            if not tar.member_matches(file.fileno(), row):
                 missing.append(row)
-            advance(int(file.size[row]))
+            advance(int(tar.size[row]))
     return np.array(missing, np.int64), stamp
 
 
 def _fetch_rows(
-    file: PartialTar, rows: np.ndarray, said: RemoteFile, stop: threading.Event, advance: Callable[[int], None]
+    tar: PartialTar, rows: np.ndarray, remote: RemoteFile, stop: threading.Event, advance: Callable[[int], None]
 ) -> Stamp:
-    """Fetches these rows, until all are right; returns the tar's stamp from before they were hashed the last time."""
-    with open(file.path, "r+b", buffering=0) as whole:
+    """Downloads these rows until all are right; returns the tar's stamp from before they were last hashed."""
+    storage = remote.storage  # a signed address, which expires
+
+    def copy(descriptor: int, first: int, last: int) -> None:
+        nonlocal storage
+        storage = storage or client.head_file(tar.file).storage
         try:
-            fcntl.flock(whole, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{file.path} is being written by another download. Wait for it, or stop it.") from None
-        source = RangeDownloader(file, said)
-        for _ in range(WRONG):
-            for first, last in _merge_ranges(file.offset[rows], file.size[rows]):
-                client.retry(
-                    lambda first=first, last=last: source.copy(whole.fileno(), first, last, stop), file.pin.url, stop
-                )
-                inside = (file.offset[rows] >= first) & (file.offset[rows] < last)
-                advance(int(file.size[rows[inside]].sum()))
-            os.fsync(whole.fileno())
-            stamp = verified_files.stamp(file.path)
-            wrong = np.array([row for row in rows.tolist() if not file.member_matches(whole.fileno(), row)], np.int64)
-            if not len(wrong):
-                return stamp
-            advance(-int(file.size[wrong].sum()))
-            concurrency.log_above_bar(
-                f"{file.pin.url}: {len(wrong):,} members arrived with other bytes than the index says; they are fetched again"
-            )
-            rows = wrong
-    raise UserError(
-        f"{file.pin.url}: post {file.id[rows[0]]} arrived {WRONG} times with other bytes than its index says. Try again later, or set download.images to all."
-    )
-
-
-class RangeDownloader:
-    """Where a tar's bytes come from: the signed address that the hub gave, asked for anew when it no longer works."""
-
-    def __init__(self, file: PartialTar, said: RemoteFile):
-        self.file, self.said = file, said
-
-    def copy(self, descriptor: int, first: int, last: int, stop: threading.Event) -> None:
-        """Bytes first … last - 1 of the tar to their place. Raises Passing."""
-        self.said = self.said or client.head_file(self.file.place)
-        position = first
-        try:
-            with client.open_range(self.file.place, first, last - 1, self.said.storage) as (offset, pieces):
-                if offset != first:
-                    raise TransientError("sends whole files only")
-                for piece in pieces:
-                    if stop.is_set():
-                        raise Cancelled
-                    if position + len(piece) > last:
-                        raise TransientError("sent more than it was asked for")
-                    written = os.pwrite(descriptor, piece, position)
-                    if written < len(piece):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    position += written
-            if position < last:
-                raise TransientError("ended a range early")
-        except TransientError as fault:
-            self.said, fault.gained = None, position - first
+            client.copy_range(tar.file, descriptor, first, last, stop, storage=storage)
+        except TransientError:
+            storage = None
             raise
+
+    with open(tar.path, "r+b", buffering=0) as file:
+        descriptor = file.fileno()
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{tar.path} is being written by another download. Wait for it, or stop it.") from None
+        for _ in range(file_download.ATTEMPTS):
+            for first, last in _merge_ranges(tar.offset[rows], tar.size[rows]):
+                client.retry(functools.partial(copy, descriptor, first, last), tar.pin.url, stop)
+                inside = (tar.offset[rows] >= first) & (tar.offset[rows] < last)
+                advance(int(tar.size[rows[inside]].sum()))
+            os.fsync(descriptor)
+            stamp = verified_files.stamp(tar.path)
+            wrong = [row for row in rows.tolist() if not tar.member_matches(descriptor, row)]
+            if not wrong:
+                return stamp
+            rows = np.array(wrong, np.int64)
+            advance(-int(tar.size[rows].sum()))
+            progress.log_above_bar(
+                f"{tar.pin.url}: {len(rows):,} members arrived with other bytes than the index says; "
+                "they are downloaded again"
+            )
+    raise UserError(
+        f"{tar.pin.url}: post {tar.id[rows[0]]} arrived {file_download.ATTEMPTS} times with other bytes than its "
+        "index says. Try again later, or set download.images to all."
+    )
 
 
 def _merge_ranges(offset: np.ndarray, size: np.ndarray) -> Iterator[tuple[int, int]]:
     """Ranges (first, last + 1) that cover members in ascending order."""
-    first = last = None
+    first, last = 0, 0
     for begin, length in zip(offset.tolist(), size.tolist(), strict=True):
-        if first is None or begin > last + GAP or begin + length > first + RUN:
-            if first is not None and last > first:
-                yield first, last
-            first, last = begin, begin
+        if last > first and (begin > last + GAP or begin + length > first + RANGE):
+            yield first, last
+            last = first
+        if last == first:
+            first = last = begin
         last = max(last, begin + length)
-    if first is not None and last > first:
+    if last > first:
         yield first, last

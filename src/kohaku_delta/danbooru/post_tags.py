@@ -1,9 +1,9 @@
-"""Invariant: the tags of any posts, grouped by post, each post's in the order of posttagrelation.id, in memory that
-does not grow with the table.
+"""Groups the tags of any posts by post, in the order of posttagrelation.id, in memory that does not grow with the
+table.
 
-The table is read once, in its own order (a disk is never sought in). Rows of other posts are dropped; the rest goes to
-one temporary file for every eight chunks, which has no name and so is gone with the process. Then each file is handed
-out chunk by chunk: few enough posts that what is made of them stays in a processor's cache.
+The table is read once, in its own order. Pairs of other posts are dropped; the rest is written to temporary files, one
+for every eight chunks of posts. The files have no name, so they disappear with the process. Then each file is read and
+processed chunk by chunk: a chunk is small enough to stay in a processor's cache.
 """
 
 import tempfile
@@ -17,14 +17,14 @@ from tqdm import tqdm
 from kohaku_delta.danbooru.database import Database, IdLookup
 from kohaku_delta.parallel import ordered_map
 
-BITS = 13  # of a post's place in its chunk: with three bits of a class, numpy sorts by radix
-CHUNKS = 8  # of a file; a process may hold about a thousand files open
+BITS = 13  # of a post's position in its chunk: with the three bits of a tag's class, numpy sorts by radix
+CHUNKS = 8  # per file; a process may have about a thousand files open
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Posts `start` … `stop` of the given ids, and their pairs: post (uint16, place in the chunk), tag (int32, place
-    among the tag ids).
+    """Posts `start` … `stop` - 1 of the ids, and their pairs: post (uint16, position in the chunk), tag (int32,
+    position among the tag ids).
     """
 
     start: int
@@ -37,63 +37,53 @@ def chunks(database: Database, ids: np.ndarray, tag_ids: np.ndarray, work: Calla
     """work(chunk) of the posts `ids` (int64, ascending, distinct), in order, every post in one chunk; `work` runs in
     threads.
 
-    Pairs with a tag that is not in `tag_ids` are left out. `scratch` is the folder for the temporary files (8 bytes a
+    Pairs with a tag that is not in `tag_ids` are left out. `scratch` is the folder for the temporary files (8 bytes per
     pair).
     """
-    posts, tags = IdLookup(ids), IdLookup(tag_ids)
+    post_position, tag_position = IdLookup(ids), IdLookup(tag_ids)
     starts = range(0, len(ids), 1 << BITS)
 
-    def wanted(pairs: np.ndarray) -> tuple[int, list[tuple[int, np.ndarray]]]:
-        """How many pairs were read, and those that are wanted, by chunk: place in the chunk << 32 | tag."""
-        place = posts(pairs >> 32)
-        kept = np.flatnonzero(place >= 0)
-        place, known = place[kept], tags(pairs[kept] & 0xFFFFFFFF)
-        if len(known) and known.min() < 0:
-            place, known = place[known >= 0], known[known >= 0]
-        number = (place >> BITS).astype(np.uint16)
-        packed = (place & ((1 << BITS) - 1)).astype(np.int64) << 32 | known
+    def split(pairs: np.ndarray) -> tuple[int, list[tuple[int, np.ndarray]]]:
+        """How many pairs were read, and those that are wanted, by chunk: position in the chunk << 32 | tag."""
+        post, tag = post_position(pairs >> 32), tag_position(pairs & 0xFFFFFFFF)
+        wanted = (post >= 0) & (tag >= 0)
+        post, tag = post[wanted], tag[wanted]
+        number = (post >> BITS).astype(np.uint16)
+        packed = (post & ((1 << BITS) - 1)).astype(np.int64) << 32 | tag
         if (number[1:] < number[:-1]).any():
             order = np.argsort(number, kind="stable")
             number, packed = number[order], packed[order]
-        cuts = [0, *(np.flatnonzero(number[1:] != number[:-1]) + 1).tolist(), len(number)]
-        return len(pairs), [
-            (int(number[first]), packed[first:last]) for first, last in zip(cuts, cuts[1:]) if last > first
-        ]
+        cuts = np.flatnonzero(np.diff(number)) + 1
+        firsts = number[np.append(0, cuts)].tolist() if len(number) else []
+        return len(pairs), list(zip(firsts, np.split(packed, cuts), strict=False))
 
     def read(first: int) -> list:
-        file, order = files[first // CHUNKS], parts[first // CHUNKS]
+        """work(chunk) of the chunks of one file."""
+        file, parts = files[first // CHUNKS], written[first // CHUNKS]
         file.seek(0)
-        packed, cuts = np.frombuffer(file.read(), np.int64), np.cumsum([0, *(length for _, length in order)])
+        pieces = np.split(np.frombuffer(file.read(), np.int64), np.cumsum([length for _, length in parts]))
         file.close()
-        done = []
+        results = []
         for number in range(first, min(first + CHUNKS, len(starts))):
-            pieces = [packed[cuts[place] : cuts[place + 1]] for place, (each, _) in enumerate(order) if each == number]
-            own = np.concatenate([packed[:0], *pieces])
-            start = starts[number]
-            done.append(
-                work(
-                    Chunk(
-                        start, min(start + (1 << BITS), len(ids)), (own >> 32).astype(np.uint16), own.astype(np.int32)
-                    )
-                )
-            )
-        return done
+            own = [piece for piece, (chunk, _) in zip(pieces, parts, strict=False) if chunk == number]
+            pairs = np.concatenate([np.empty(0, np.int64), *own])
+            stop = min(starts[number] + (1 << BITS), len(ids))
+            chunk = Chunk(starts[number], stop, (pairs >> 32).astype(np.uint16), pairs.astype(np.int32))
+            results.append(work(chunk))
+        return results
 
     firsts = range(0, len(starts), CHUNKS)
-    parts: list[list[tuple[int, int]]] = [
-        [] for _ in firsts
-    ]  # of each file: (chunk, pairs) of what was written, in order
+    written: list[list[tuple[int, int]]] = [[] for _ in firsts]  # per file: (chunk, number of pairs) in order
     with ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile(dir=scratch, buffering=1 << 18)) for _ in firsts]
-        with tqdm(
-            total=database.last_relation(), desc="tags of posts", unit=" pairs", unit_scale=True, disable=None
-        ) as bar:
-            for count, found in database.relations(wanted):
+        total = database.last_relation()
+        with tqdm(total=total, desc="tags of posts", unit=" pairs", unit_scale=True, disable=None) as bar:
+            for count, parts in database.relations(split):
                 bar.update(count)
-                for number, part in found:
-                    files[number // CHUNKS].write(part)
-                    parts[number // CHUNKS].append((number, len(part)))
+                for number, pairs in parts:
+                    files[number // CHUNKS].write(pairs)
+                    written[number // CHUNKS].append((number, len(pairs)))
         with tqdm(total=len(starts), desc="captions", unit_scale=1 << BITS, unit=" posts", disable=None) as bar:
-            for done in ordered_map(read, firsts):
-                bar.update(len(done))
-                yield from done
+            for results in ordered_map(read, firsts):
+                bar.update(len(results))
+                yield from results

@@ -1,10 +1,10 @@
-"""Invariant: the captions of the release, character for character: keep + ", |||" + general, as HakuBooru of February
-2024 wrote them.
+"""Writes the captions of the release, character for character: keep + ", |||" + general, as HakuBooru of February 2024
+wrote them.
 
 keep is special tags, characters, copyrights (series), artists; general is the other general tags, the meta tags that
-survive, and the tags of date, rating and quality. Inside a class the order is posttagrelation.id ascending. A pair that
-the database repeats is repeated: the tool joined three tables and asked for no distinct rows. A tag of a caption is one
-row (post, class, word) here, so that one radix sort writes 8,192 captions at once.
+remain, and the tags of date, rating and quality. Within a class the order is posttagrelation.id ascending. A pair that
+the database repeats is repeated: the tool joined three tables without asking for distinct rows. A tag of a caption is
+one row (post, class, word) here, so that one radix sort writes 8,192 captions at once.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,7 @@ import pyarrow.compute as pc
 
 from kohaku_delta.danbooru import post_tags
 from kohaku_delta.danbooru.database import Database, positions_of, unique_sorted
-from kohaku_delta.dataset import post_metadata as rows
-from kohaku_delta.dataset.post_metadata import NONE, PostMetadata, post_metadata
+from kohaku_delta.dataset.post_metadata import NONE, PostMetadata, date_tags, post_metadata
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
 from kohaku_delta.params import Caption
@@ -32,27 +31,25 @@ SCHEMA = pa.schema(
     ]
 )
 WORDS = pa.list_(pa.dictionary(pa.int32(), pa.string()))
-STORED = pa.schema(
-    [("post_id", pa.int64()), ("keep", WORDS), ("general", WORDS), ("caption", pa.string())]
-)  # SCHEMA, before a file is written
+# SCHEMA, before a file is written
+STORED = pa.schema([("post_id", pa.int64()), ("keep", WORDS), ("general", WORDS), ("caption", pa.string())])
 
 # classes of tags, in the order in which a caption has them
 SPECIAL, CHARACTER, COPYRIGHT, ARTIST, GENERAL, META = range(6)
-LEFT_OUT, BROKEN = 6, 7  # no part of a caption; makes a caption impossible (Database.broken_tags)
-CLASS_OF_TYPE = np.array(
-    [GENERAL, ARTIST, CHARACTER, COPYRIGHT, META, LEFT_OUT, BROKEN], np.uint8
-)  # database types 0 … 4, then -1, -2
+LEFT_OUT, BROKEN = 6, 7  # not in captions; makes a caption impossible (Database.broken_tags)
+# by database type 0 … 4, then -1, -2
+CLASS_OF_TYPE = np.array([GENERAL, ARTIST, CHARACTER, COPYRIGHT, META, LEFT_OUT, BROKEN], np.uint8)
 
 
 def display_names(names: pa.StringArray, parameters: Caption) -> pa.StringArray:
-    """Names of tags as captions write them."""
+    """Names of tags as they are written in captions."""
     short = pc.less_equal(pc.utf8_length(names), parameters.underscores_kept_up_to)
     return pc.if_else(short, names, pc.replace_substring(names, "_", " "))
 
 
 class Vocabulary:
-    """Every word that a caption can have: the database's tags in the order of their ids, then the words of dates,
-    ratings and quality.
+    """Every word that a caption can contain: the database's tags in the order of their ids, then the words of dates,
+    ratings and quality. A word is an index in `text`.
     """
 
     def __init__(self, database: Database, parameters: Caption):
@@ -72,37 +69,35 @@ class Vocabulary:
         self.classes[usable & (blank | ((self.classes == META) & dropped))] = LEFT_OUT
 
         tail = [
-            *rows.creation_years(parameters),
+            *date_tags(parameters),
             *(word for words in parameters.ratings.values() for word in words),
             *parameters.quality,
         ]
         self.text = pa.concat_arrays([display_names(name, parameters), pa.array(tail, pa.string())])
-        # what captions are put together from: each word with the comma behind it, each as the last one, the separator,
-        # and it behind nothing
-        followed, separator = (
-            pc.binary_join_element_wise(self.text, ", ", ""),
-            [parameters.separator, ", " + parameters.separator],
-        )
-        self.pieces = pa.concat_arrays([followed, self.text, pa.array(separator, pa.string())])
-        self.date = len(name)
-        self.rating, place = {}, self.date + len(rows.creation_years(parameters))
-        for known, words in parameters.ratings.items():
-            self.rating[known] = range(place, place + len(words))
-            place += len(words)
-        self.quality = place
+        # captions are joined from: each word with a comma, each word without (the last one), the separator after keep,
+        # and the separator after nothing
+        with_comma = pc.binary_join_element_wise(self.text, ", ", "")
+        separators = pa.array([parameters.separator, ", " + parameters.separator], pa.string())
+        self.pieces = pa.concat_arrays([with_comma, self.text, separators])
+        self.date = len(name)  # first words of dates, of each rating, and of quality
+        self.rating, first = {}, self.date + len(date_tags(parameters))
+        for rating, words in parameters.ratings.items():
+            self.rating[rating] = range(first, first + len(words))
+            first += len(words)
+        self.quality = first
 
-    def metadata_tags(self, said: PostMetadata, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """The words of date, rating and quality of posts start … stop: how many each post has, and the words, post by
-        post.
+    def metadata_tags(self, metadata: PostMetadata, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """The words of date, rating and quality of posts start … stop - 1: how many each post has, and the words, post
+        by post.
         """
         date, rating, quality = (
-            values[start:stop].astype(np.int32) for values in (said.date, said.rating, said.quality)
+            values[start:stop].astype(np.int32) for values in (metadata.date, metadata.rating, metadata.quality)
         )
         columns = [np.where(date != NONE, self.date + date, NONE)]
-        for place in range(max(map(len, self.rating.values()), default=0)):
+        for number in range(max(map(len, self.rating.values()), default=0)):
             words = np.full(128, NONE, np.int32)
             for known, own in self.rating.items():
-                words[known] = own[place] if place < len(own) else NONE
+                words[known] = own[number] if number < len(own) else NONE
             columns.append(np.where(rating != NONE, words[rating], NONE))
         columns.append(np.where(quality != NONE, self.quality + quality, NONE))
         words = np.stack(columns, axis=1, dtype=np.int32)
@@ -112,7 +107,8 @@ class Vocabulary:
         """keep joined by ", ", then ", ", the separator, and general joined by ", " (nothing between separator and
         general).
 
-        word (int32): of each caption its words and, at `middle`, a place for the separator; `ends` (n + 1) cut them.
+        word (int32) is changed; it holds the words of each caption and, at `middle`, a place for the separator. `ends`
+        (n + 1) are the boundaries of captions.
         """
         words = len(self.text)
         last = ends[1:] - 1
@@ -126,7 +122,7 @@ class Vocabulary:
 @dataclass(frozen=True)
 class CaptionChunk:
     """Captions of the posts `id` (n). keep and general are words of the vocabulary in the order of the caption; *_ends
-    (int32, n + 1) cut them.
+    (int32, n + 1) are the boundaries of posts.
     """
 
     id: np.ndarray
@@ -135,30 +131,33 @@ class CaptionChunk:
     general: np.ndarray
     general_ends: np.ndarray
     caption: pa.StringArray
-    named: np.ndarray  # words that are artists or characters, each once a post that has it
+    named: np.ndarray  # words that are artists or characters, each once per post that has it
 
 
-def write_chunk(chunk: post_tags.Chunk, ids: np.ndarray, said: PostMetadata, vocabulary: Vocabulary) -> CaptionChunk:
+def write_chunk(
+    chunk: post_tags.Chunk, ids: np.ndarray, metadata: PostMetadata, vocabulary: Vocabulary
+) -> CaptionChunk:
     """The captions of one chunk of the posts `ids`."""
-    count, possible = chunk.stop - chunk.start, said.possible[chunk.start : chunk.stop]
+    count, possible = chunk.stop - chunk.start, metadata.possible[chunk.start : chunk.stop]
     post, word, classes = chunk.post, chunk.tag, vocabulary.classes.take(chunk.tag)
     unused = np.flatnonzero(classes >= LEFT_OUT)
     if (classes[unused] == BROKEN).any() or not possible.all():
         bad = np.unique(np.r_[post[classes == BROKEN].astype(np.int64), np.flatnonzero(~possible)])
-        first = ", ".join(str(ids[chunk.start + place]) for place in bad[:5])
+        examples = ", ".join(str(ids[chunk.start + place]) for place in bad[:5])
         raise UserError(
-            f"No caption can be written for post {first}: its rating, fav_count or one of its tags is NULL or unknown. The filter stage drops such posts."
+            f"No caption can be written for post {examples}: its rating, fav_count or one of its tags is NULL or "
+            "unknown. The filter stage drops such posts."
         )
     group = post << np.uint16(3) | classes
     word = word.take(np.argsort(group, kind="stable"))
     counts = np.bincount(group, minlength=count * 8).reshape(count, 8)  # tags of each post and class
     word = word[np.repeat(np.tile(np.arange(8) < LEFT_OUT, count), counts.reshape(-1))] if len(unused) else word
     counts = counts[:, :LEFT_OUT]
-    wanted = np.repeat(np.tile(np.isin(np.arange(LEFT_OUT), (CHARACTER, ARTIST)), count), counts.reshape(-1))
-    named = np.repeat(np.arange(count) << 32, counts[:, CHARACTER] + counts[:, ARTIST]) | word[wanted]
+    is_name = np.repeat(np.tile(np.isin(np.arange(LEFT_OUT), (CHARACTER, ARTIST)), count), counts.reshape(-1))
+    named = np.repeat(np.arange(count) << 32, counts[:, CHARACTER] + counts[:, ARTIST]) | word[is_name]
 
-    # each caption is a run of kept words, a place for the separator, and a run of general words, the tail last
-    tails, tail = vocabulary.metadata_tags(said, chunk.start, chunk.stop)
+    # each caption: kept words, a place for the separator, general words, and the words of the metadata at the end
+    tails, tail = vocabulary.metadata_tags(metadata, chunk.start, chunk.stop)
     keeps, generals = counts[:, :GENERAL].sum(axis=1), counts[:, GENERAL:].sum(axis=1)
     ends = _ends(keeps + 1 + generals + tails)
     middle = ends[:-1] + keeps
@@ -193,20 +192,20 @@ def iter_captions(
     """Captions of the posts `ids` (int64, ascending, distinct), 8,192 at a time. `scratch` is the folder for temporary
     files.
     """
-    said = post_metadata(database, ids, parameters)
+    metadata = post_metadata(database, ids, parameters)
     vocabulary = Vocabulary(database, parameters)
     for written in post_tags.chunks(
-        database, ids, vocabulary.ids, lambda chunk: write_chunk(chunk, ids, said, vocabulary), scratch
+        database, ids, vocabulary.ids, lambda chunk: write_chunk(chunk, ids, metadata, vocabulary), scratch
     ):
         yield vocabulary, written
 
 
 def as_table(vocabulary: Vocabulary, parts: list[CaptionChunk]) -> pa.Table:
-    """Captions as a table of STORED: the lists name words of one dictionary, which a parquet file stores as such."""
+    """Captions as a table of STORED: the lists refer to one dictionary of words, and so does the parquet file."""
     used = np.zeros(len(vocabulary.text), bool)
     for part in parts:
         used[part.keep] = used[part.general] = True
-    words_used = vocabulary.text.filter(pa.array(used)).dictionary_encode()  # two tags can read the same: a_b_c, a b c
+    words_used = vocabulary.text.filter(pa.array(used)).dictionary_encode()  # names can be equal: a_b_c, a b c
     places = np.zeros(len(used), np.int32)
     places[used] = words_used.indices.to_numpy()
 
@@ -228,7 +227,7 @@ def write_captions(database: Database, ids, parameters: Caption, path, counts=No
     """The captions of a list of posts (any order, repeats count once) as a parquet file of SCHEMA, post_id ascending,
     in bounded memory.
 
-    `counts` (lists.Counts) hears of every artist and character.
+    `counts` (tag_counts.TagCounter) counts every artist and character.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with parquet.open_writer(path, STORED, plain=["caption"]) as append:
@@ -257,12 +256,12 @@ def caption_posts(database: Database, ids, parameters: Caption) -> pa.Table:
 
 
 def captionable(
-    database: Database, ids: np.ndarray, parameters: Caption, said: PostMetadata | None = None
+    database: Database, ids: np.ndarray, parameters: Caption, metadata: PostMetadata | None = None
 ) -> np.ndarray:
-    """Of each post `ids` (int64, ascending, distinct), whether the release's tool could caption it (bool). `said`:
-    facts, if at hand.
+    """Whether the release's tool could caption each of the posts `ids` (int64, ascending, distinct) (bool). `metadata`
+    of the same posts is read if it is not given.
     """
-    can = (said or post_metadata(database, ids, parameters)).possible.copy()
+    possible = (metadata or post_metadata(database, ids, parameters)).possible.copy()
     broken = positions_of(ids, database.posts_of(database.broken_tags()))
-    can[broken[broken >= 0]] = False
-    return can
+    possible[broken[broken >= 0]] = False
+    return possible

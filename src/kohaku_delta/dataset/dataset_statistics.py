@@ -1,8 +1,7 @@
-"""Invariant: every figure of the report is counted from what the stages wrote and from the database; nothing is
-estimated.
+"""Counts the dataset from what the stages wrote and from the database; nothing is estimated.
 
-`survey` gives one dictionary of plain numbers: what pictures.py draws, what published.py compares and what dataset.json
-holds.
+The functions give parts of one dictionary of plain numbers: report/dataset_plots.py draws it, published_counts.py
+compares it, and `metrics` makes dataset.json of it.
 """
 
 import json
@@ -17,128 +16,138 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from kohaku_delta.danbooru.database import Database, unique_sorted
-from kohaku_delta.dataset import post_metadata as rows
 from kohaku_delta.dataset.captions import display_names
-from kohaku_delta.dataset.post_metadata import REASONS
+from kohaku_delta.dataset.post_metadata import date_tags, post_metadata, reason_counts
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
 from kohaku_delta.params import Caption, Schedule
 from kohaku_delta.sdxl.tokenizer import ClipTokenizer, is_plain
 
-TOP = 20  # names of each kind
+TOP = 20  # names per kind
 BUCKET = re.compile(r"bucket \d+: resolution \((\d+), (\d+)\), count: (\d+)")
-META = 4
+META = 4  # type of a tag
 
 
 def filter_counts(selection: Path, posts: Path, dropped: Path) -> dict:
-    """What became of the selected posts. Refuses files that do not belong together: selected = trained + dropped."""
-    drawn, kept, lost = (
-        parquet.read(selection, ["drawn"]),
-        parquet.read(posts, ["despite"]),
-        parquet.read(dropped, ["reason"]),
-    )
-    if drawn.num_rows != kept.num_rows + lost.num_rows:
+    """How many posts were selected, trained on and dropped. Raises UserError unless selected = trained + dropped."""
+    selected = parquet.read(selection, ["drawn"])
+    trained, lost = parquet.read(posts, ["despite"]), parquet.read(dropped, ["reason"])
+    if selected.num_rows != trained.num_rows + lost.num_rows:
         raise UserError(
-            f"{selection} holds {drawn.num_rows:,} posts, but {posts} and {dropped} hold {kept.num_rows:,} + {lost.num_rows:,}. "
-            "They are of different runs: run the filter stage again."
+            f"{selection} holds {selected.num_rows:,} posts, but {posts} and {dropped} hold {trained.num_rows:,} + "
+            f"{lost.num_rows:,}. They are of different runs: run the filter stage again."
         )
-
-    def counted(column: pa.ChunkedArray) -> dict[str, int]:
-        found = {each["values"]: each["counts"] for each in column.drop_null().value_counts().to_pylist()}
-        return {reason: found[reason] for reason in REASONS if reason in found}
-
     return {
-        "drawn": pc.sum(drawn["drawn"]).as_py(), "selected": drawn.num_rows, "trained": kept.num_rows,
-        "dropped": counted(lost["reason"]), "despite": counted(kept["despite"]),
-    }  # fmt: skip
+        "drawn": pc.sum(selected["drawn"]).as_py(),
+        "selected": selected.num_rows,
+        "trained": trained.num_rows,
+        "dropped": reason_counts(lost["reason"]),
+        "despite": reason_counts(trained["despite"]),
+    }
 
 
 def metadata_counts(database: Database, ids: np.ndarray, parameters: Caption) -> dict:
-    """Posts of each year (0: unreadable), and of each rating and quality (rows: ratings, then none; columns: qualities,
-    then none).
+    """Posts per year (0: unreadable), and per rating and quality (rows: ratings, then none; columns: qualities, then
+    none).
     """
-    said = rows.post_metadata(database, ids, parameters)
-    years, counts = np.unique(said.year, return_counts=True)
-    places = list(parameters.ratings)
-    rating = np.array([places.index(each) if each in places else len(places) for each in range(-1, max(places) + 1)])[
-        said.rating + 1
-    ]
-    quality = np.where(said.quality < 0, len(parameters.quality), said.quality)
-    matrix = np.zeros((len(places) + 1, len(parameters.quality) + 1), np.int64)
-    np.add.at(matrix, (rating, quality), 1)
+    metadata = post_metadata(database, ids, parameters)
+    years, counts = np.unique(metadata.year, return_counts=True)
+    ratings = np.array(list(parameters.ratings))
+    row = np.where(metadata.rating[:, None] == ratings, np.arange(len(ratings)), len(ratings)).min(axis=1)
+    column = np.where(metadata.quality < 0, len(parameters.quality), metadata.quality)
+    matrix = np.zeros((len(ratings) + 1, len(parameters.quality) + 1), np.int64)
+    np.add.at(matrix, (row, column), 1)
     return {"years": dict(zip(years.tolist(), counts.tolist(), strict=True)), "ratings": matrix.tolist()}
 
 
 def bucket_counts(path: Path, parameters: Schedule) -> dict:
-    """Images of each bucket, the number of micro-batches of an epoch (B), and the steps."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    found = [BUCKET.fullmatch(line) for line in lines]
-    if not all(found):
-        raise UserError(
-            f"{path} has a line that is not of the form “bucket 0: resolution (256, 3328), count: 177”: {lines[found.index(None)][:80]!r}. Run the schedule stage again."
-        )
-    sizes = [[int(each) for each in match.groups()] for match in found]
-    batches = sum(math.ceil(count / parameters.batch_size) for _, _, count in sizes)
-    return {
-        "buckets": sizes,
-        "micro_batches": batches,
-        "steps": parameters.epochs * math.ceil(batches / parameters.micro_batches),
-    }
+    """Images per bucket [width, height, count], micro-batches per epoch, and steps."""
+    buckets = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        match = BUCKET.fullmatch(line)
+        if not match:
+            raise UserError(
+                f"{path} has a line that is not of the form “bucket 0: resolution (256, 3328), count: 177”: "
+                f"{line[:80]!r}. Run the schedule stage again."
+            )
+        buckets.append([int(number) for number in match.groups()])
+    batches = sum(math.ceil(count / parameters.batch_size) for _, _, count in buckets)
+    steps = parameters.epochs * math.ceil(batches / parameters.micro_batches)
+    return {"buckets": buckets, "micro_batches": batches, "steps": steps}
+
+
+class WordTable:
+    """Every distinct word of the captions: how many tokens it has with a comma behind it and without, and whether
+    cleaning (ftfy) leaves it as it is.
+    """
+
+    def __init__(self, tokenizer: ClipTokenizer):
+        self.tokenizer = tokenizer
+        self.index: dict[str, int] = {}
+        self.with_comma = self.alone = np.zeros(0, np.int32)
+        self.plain = np.zeros(0, bool)
+
+    def add(self, words: list[str]) -> np.ndarray:
+        """The index of each of these words (int32)."""
+        new = [word for word in words if word not in self.index]
+        self.index.update({word: len(self.index) + number for number, word in enumerate(new)})
+        count = self.tokenizer.encode
+        self.with_comma = np.append(self.with_comma, [len(count(f"{word},")) for word in new]).astype(np.int32)
+        self.alone = np.append(self.alone, [len(count(word)) for word in new]).astype(np.int32)
+        self.plain = np.append(self.plain, [is_plain(word) for word in new]).astype(bool)
+        return np.array([self.index[word] for word in words], np.int32)
 
 
 def tag_and_token_counts(captions: Path, database: Database, parameters: Caption, tokenizer: ClipTokenizer) -> dict:
     """The most frequent general tags, words of captions, and how many captions have which number of tokens.
 
     A caption's length is what the trainer's tokenizer makes of it before anything is shuffled or dropped. CLIP's
-    tokenizer never joins what a space divides, so it is the sum over the caption's words, each with its comma (which
-    may join the punctuation before it), the last one without: every distinct word is tokenised once. A caption with a
-    word that ftfy may change is tokenised whole: ftfy looks at the whole text.
+    tokenizer never joins what a space separates, so the length is the sum over the caption's words, each with its comma
+    (which may join the punctuation before it), the last one without: every distinct word is tokenised once. A caption
+    with a word that ftfy may change is tokenised whole, because ftfy looks at the whole text.
     """
     file = pq.ParquetFile(captions, read_dictionary=["keep.list.element", "general.list.element"])
-    place: dict[str, int] = {}
+    words = WordTable(tokenizer)
     images, lengths = np.zeros(0, np.int64), []
-    behind, last = (
-        np.zeros(0, np.int32),
-        np.zeros(0, np.int32),
-    )  # tokens of each word, with a comma behind it and without
-    plain = np.zeros(0, bool)  # words that cleaning leaves as they are
     for number in tqdm(range(file.num_row_groups), desc="captions", unit=" row groups", disable=None):
         part = file.read_row_group(number, columns=["keep", "general"])
-        keep, general = (_list_lengths(part[name]) for name in ("keep", "general"))
-        for _, _, dictionary in (keep, general):
-            new = [word for word in dictionary if word not in place]
-            place.update(zip(new, range(len(place), len(place) + len(new))))
-            behind = np.append(behind, [len(tokenizer.encode(f"{word},")) for word in new]).astype(np.int32)
-            last = np.append(last, [len(tokenizer.encode(word)) for word in new]).astype(np.int32)
-            plain = np.append(plain, [is_plain(word) for word in new]).astype(bool)
-        images.resize(len(place), refcheck=False)
-        length, odd = np.zeros(len(keep[0]) - 1, np.int64), np.zeros(len(keep[0]) - 1, bool)
-        for ends, indices, dictionary in (keep, general):
-            word = np.array([place[each] for each in dictionary], np.int32)[indices]
-            length += np.diff(np.append(0, np.cumsum(behind[word], dtype=np.int64))[ends])
-            odd |= np.diff(np.append(0, np.cumsum(~plain[word]))[ends]) > 0
-        post = np.repeat(np.arange(len(ends) - 1), np.diff(ends)) << 32  # of the general part, which came last
-        images += np.bincount(unique_sorted(post | word) & 0xFFFFFFFF, minlength=len(place))  # an image counts once
+        length, changed = np.zeros(part.num_rows, np.int64), np.zeros(part.num_rows, bool)
+        for name in ("keep", "general"):
+            ends, indices, dictionary = _word_lists(part[name])
+            word = words.add(dictionary)[indices]
+            length += _sums(words.with_comma[word], ends)
+            changed |= _sums(~words.plain[word], ends) > 0
+        images.resize(len(words.index), refcheck=False)
+        post = np.repeat(np.arange(part.num_rows), np.diff(ends)) << 32  # of the general part, which came last
+        images += np.bincount(unique_sorted(post | word) & 0xFFFFFFFF, minlength=len(images))  # an image counts once
         full = np.diff(ends) > 0
         final = word[ends[1:][full] - 1]
-        length[full] += last[final] - behind[final]
-        for row in np.flatnonzero(odd).tolist():
+        length[full] += words.alone[final] - words.with_comma[final]
+        for row in np.flatnonzero(changed).tolist():
             length[row] = len(tokenizer.encode(", ".join(part["keep"][row].as_py() + part["general"][row].as_py())))
         lengths.append(np.bincount(length))
-    longest = max((len(each) for each in lengths), default=0)
-    total = sum((np.pad(each, (0, longest - len(each))) for each in lengths), np.zeros(longest, np.int64))
+    longest = max((len(counts) for counts in lengths), default=0)
+    total = sum((np.pad(counts, (0, longest - len(counts))) for counts in lengths), np.zeros(longest, np.int64))
     tags = database.tags()
     meta = display_names(tags.filter(pc.equal(tags["type"], META))["name"].combine_chunks(), parameters).to_pylist()
-    said = {
-        *rows.creation_years(parameters),
-        *parameters.quality,
-        *(word for tags in parameters.ratings.values() for word in tags),
-        *meta,
-    }
-    order = np.argsort(-images, kind="stable")
-    names = list(place)
-    top = [(names[word], int(images[word])) for word in order[: 50 * TOP].tolist() if names[word] not in said][:TOP]
+    rated = (word for words in parameters.ratings.values() for word in words)
+    not_general = {*date_tags(parameters), *parameters.quality, *rated, *meta}
+    names = list(words.index)
+    order = np.argsort(-images, kind="stable")[: 50 * TOP].tolist()
+    top = [(names[word], int(images[word])) for word in order if names[word] not in not_general][:TOP]
     return {"general": top, "tokens": total.tolist()}
+
+
+def _word_lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Ends (n + 1), indices and dictionary of a list column of words."""
+    lists = column.combine_chunks()
+    lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
+    return lists.offsets.to_numpy(), lists.values.indices.to_numpy(), lists.values.dictionary.to_pylist()
+
+
+def _sums(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The sum of each run of values (int64)."""
+    return np.diff(np.append(0, np.cumsum(values, dtype=np.int64))[ends])
 
 
 def most_frequent(path: Path) -> list[tuple[str, int]]:
@@ -153,25 +162,17 @@ def metrics(figures: dict, parameters: Caption, length: int) -> dict:
     """The figures as DVC shows them: names and numbers only. `length` is the trainer's longest caption in tokens."""
     counts = np.array(figures["tokens"], np.int64)
     whole = np.cumsum(counts)
-    places = {"median": 0.5, "p90": 0.9, "p99": 0.99}
-    long = int(counts[length + 1 :].sum())
     ratings = [*(", ".join(words) for words in parameters.ratings.values()), "none"]
+    quality = np.sum(figures["ratings"], axis=0).tolist()
+    percentiles = {
+        name: int(np.searchsorted(whole, share * whole[-1]))
+        for name, share in {"median": 0.5, "p90": 0.9, "p99": 0.99}.items()
+    }
+    kept = ("drawn", "selected", "trained", "dropped", "despite", "micro_batches", "steps")
     return {
-        **{
-            name: figures[name]
-            for name in ("drawn", "selected", "trained", "dropped", "despite", "micro_batches", "steps")
-        },
+        **{name: figures[name] for name in kept},
         "buckets": len(figures["buckets"]),
         "ratings": {name: sum(row) for name, row in zip(ratings, figures["ratings"], strict=True)},
-        "quality": dict(zip([*parameters.quality, "none"], np.sum(figures["ratings"], axis=0).tolist(), strict=True)),
-        "tokens": {name: int(np.searchsorted(whole, share * whole[-1])) for name, share in places.items()}
-        | {"longest": len(counts) - 1, f"over_{length}": long},
+        "quality": dict(zip([*parameters.quality, "none"], quality, strict=True)),
+        "tokens": percentiles | {"longest": len(counts) - 1, f"over_{length}": int(counts[length + 1 :].sum())},
     }
-
-
-def _list_lengths(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Ends, indices and dictionary of a list column of words."""
-    lists = column.combine_chunks()
-    lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
-    values = lists.values
-    return lists.offsets.to_numpy(), values.indices.to_numpy(), values.dictionary.to_pylist()

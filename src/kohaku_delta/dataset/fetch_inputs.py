@@ -1,8 +1,8 @@
-"""Invariant: with images whole or selected, whoever reads a post that is trained on, or measured on, finds the same
-bytes at the same place.
+"""Downloads and verifies the inputs of a recipe, with whole tars or only the images that some stage reads.
 
 With download.images: selected the database comes first, then the posts are drawn from it as the select stage draws
-them, and only their files are fetched; with those that the preview measures on.
+them, and only their files and those of the preview's held-out posts are downloaded. They are at the same offsets as in
+the whole tars, so every later stage does the same with either.
 """
 
 from collections.abc import Sequence
@@ -19,52 +19,54 @@ from kohaku_delta.params import Recipe
 
 
 def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> dict:
-    """Fetches and verifies what the recipe is made of; returns the entries of inputs.json. folder: that of params.yaml.
+    """Downloads and verifies the inputs of a recipe; returns the entries of inputs.json. folder: that of params.yaml.
     others: mirrors that are only read.
     """
     download = recipe.download
     unused = {"delta_base"} if recipe.merge.start == "merge" else {"gamma", "beta"}
-    _check_user_files(recipe, folder)
+    _require_user_files(recipe, folder)
     if download.images == "all":
         return mirror.resolve_inputs(download, folder, unused | {"index"}, others)
     for name in ("database", "tars", "index"):
         if name not in download.inputs:
             raise UserError(
-                f"download.images is selected, and download.inputs has no {name}. Add it to params.yaml, or set download.images to all."
+                f"download.images is selected, but download.inputs has no {name}. "
+                "Add it to params.yaml, or set download.images to all."
             )
     tars = [
         pin
-        for each in _as_list(download.inputs["tars"])
-        for pin in pins.expand_span(each, pins.pin_list_path(folder, "tars"))
+        for span in _as_list(download.inputs["tars"])
+        for pin in pins.expand_span(span, pins.pin_list_path(folder, "tars"))
     ]
     if any(not pin.url.startswith("hf://") or pins.hub_file(pin).revision is None for pin in tars):
         raise UserError(
-            "download.images is selected, and download.inputs.tars are not all hf://…@revision/…. Pin them (`kohaku-delta pin`), or set images to all."
+            "download.images is selected, but not all of download.inputs.tars are hf://…@revision/…. "
+            "Pin them (`kohaku-delta pin`), or set images to all."
         )
     entries = mirror.resolve_inputs(download, folder, unused | {"tars"}, others)
     indexes = {Path(entry["path"]).stem: folder / entry["path"] for entry in _as_list(entries["index"])}
-    chosen = partial_download.fetch_members(
-        tars, indexes, folder / download.mirror, needed_post_ids(Database(folder / entries["database"]["path"]), recipe)
-    )
+    posts = needed_post_ids(Database(folder / entries["database"]["path"]), recipe)
     entries["tars"] = [
-        entry | {"path": mirror.manifest_path(Path(entry["path"]), folder, download.mirror)} for entry in chosen
+        entry | {"path": mirror.manifest_path(Path(entry["path"]), folder, download.mirror)}
+        for entry in partial_download.fetch_members(tars, indexes, folder / download.mirror, posts)
     ]
     return entries
 
 
-def _check_user_files(recipe: Recipe, folder: Path) -> None:
-    """Says at once, and with the other way, that a parent is missing which only the user can bring."""
+def _require_user_files(recipe: Recipe, folder: Path) -> None:
+    """Raises UserError at once, naming the alternative, if a parent is missing that only the user can supply."""
     for name in ("gamma", "beta") if recipe.merge.start == "merge" else ():
         for pin in _as_list(recipe.download.inputs.get(name, [])):
             path = folder / pin.url.removeprefix("file://")
             if pin.url.startswith("file://") and not path.is_file():
                 raise UserError(
-                    f"{path} is not there: {name} is supplied by you ({pins.pin_strength(pin)}). Put it there, or start without it (merge.start: published)."
+                    f"{path} does not exist: {name} is supplied by you ({pins.pin_strength(pin)}). "
+                    "Put it there, or start without it (merge.start: published)."
                 )
 
 
 def needed_post_ids(database: Database, recipe: Recipe) -> np.ndarray:
-    """The ids whose images some stage reads: selected, or held out for the preview."""
+    """Ids of the posts whose images some stage reads: selected, or held out for the preview."""
     ids, selected = database.post_ids(), selection.select(database, recipe.selection)["post_id"].to_numpy()
     return np.concatenate([selected, selection.held_out(ids, selected, recipe.preview.seed, recipe.preview.held_out)])
 

@@ -1,18 +1,15 @@
-"""Invariant: selected = trained + dropped, every post on one side, with one reason; the tars decide, the metadata says
-why.
+"""Decides which selected posts are trained on. Every selected post is either trained on or dropped with one reason.
 
-A post is trained on when a tar holds an image for it that can be read, and a caption can be written. Nothing else is
-asked: a deleted post whose file is in a tar is trained on, as it was in the release, and `despite` says so. The reason
-of a dropped post is the first that holds:
+A post is trained on if a tar holds an image for it that can be read, and a caption can be written; its metadata does
+not matter. A deleted post whose file is in a tar is trained on, as it was in the release, and `despite` says so. The
+reason of a dropped post is the first that applies:
 
-1. no tar holds its file: what the metadata says, in the order deleted, banned, hidden (NULL md5 or file_url: for gold
-   accounts only),
-   not an image (by file_ext), and missing from the tars where the metadata gives no reason at all;
-2. the file in the tar is not an image, by its name's extension;
-3. caption impossible: the tool that made the captions failed on it (a NULL rating, say), before anyone looked at the
-   image;
-4. unreadable image: truncated, empty, no picture, with more pixels than filter.max_pixels, or not the bytes that the
-   tar's public index names.
+1. no tar holds its file: the reason in the metadata, in the order deleted, banned, hidden (NULL md5 or file_url: for
+   gold accounts only), not an image (by file_ext), or "missing from the tars" if the metadata gives none;
+2. the file in the tar is not an image, by the extension of its name;
+3. caption impossible: the release's tool failed on it (a NULL rating, for example), before anyone looked at the image;
+4. unreadable image: truncated, empty, not an image, with more pixels than filter.max_pixels, or with another sha256
+   than in the tar's public index.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -60,60 +57,60 @@ def filter_posts(
     partial: bool = False,
 ) -> tuple[pa.Table, pa.Table]:
     """The posts `ids` (any order, repeats count once) as (POSTS, DROPPED), both ascending. `files`: tars by number
-    (tars.folder).
+    (tars.tars_in). `index`: where the index of the tars is kept (default: tar_index.default_index_path).
 
-    posts.despite is the reason that the metadata would have given, or null. `index` is where the index of the tars is
-    kept (members.beside). Refuses when a main tar is not among `files`, unless `partial`: then its posts are missing
-    from the tars. Refuses a damaged tar.
+    posts.despite is the reason against the post in the metadata, or null. Raises UserError for a damaged tar, and if a
+    main tar is not among `files`, unless `partial`: then its posts are missing from the tars.
     """
     ids = unique_sorted(ids)
-    residues = set(np.flatnonzero(np.bincount(ids % 1000)).tolist())
+    residues = set(np.unique(ids % 1000).tolist())
     absent = sorted(residues - files.keys())
     if absent and not partial:
         names = ", ".join(f"data-{number:04d}.tar" for number in absent[:8]) + (" …" if len(absent) > 8 else "")
         raise UserError(
-            f"{len(absent):,} main tars of selected posts are not there: {names}. Download them into the tars folder, or name the right folder by --tars, "
-            "or take what the tars at hand hold with --partial."
+            f"{len(absent):,} main tars of selected posts do not exist: {names}. Download them into the tars folder, "
+            "set --tars to the right folder, or use only the tars that are there with --partial."
         )
     if not files:
         raise UserError(
-            "There is no tar (data-0000.tar …) at all, so no post has an image. Download them, or name their folder by --tars."
+            "There is no tar (data-0000.tar …) at all, so no post has an image. Download them, or set --tars."
         )
-    concerned = {number: path for number, path in files.items() if number % 1000 in residues or number == tars.ADD_ON}
+    relevant = {number: path for number, path in files.items() if number % 1000 in residues or number == tars.ADD_ON}
     stop = Event()
-    with ThreadPoolExecutor(1) as beside:  # SQLite and the tars do not wait for each other
+    with ThreadPoolExecutor(1) as pool:  # SQLite and the tars do not wait for each other
         try:
-            listed = beside.submit(tar_index.index_tars, concerned, index or tar_index.default_index_path(files), stop)
-            said = post_metadata(database, ids, caption, parameters.images)
-            possible = captions.captionable(database, ids, caption, said)
-            held = listed.result()
+            index_path = index or tar_index.default_index_path(files)
+            indexing = pool.submit(tar_index.index_tars, relevant, index_path, stop)
+            metadata = post_metadata(database, ids, caption, parameters.images)
+            possible = captions.captionable(database, ids, caption, metadata)
+            members = indexing.result()
         finally:
             stop.set()
-    tar, place = find_in_tars(ids, held)
+    tar, row = find_in_tars(ids, members)
     offset, size = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
     width, height = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
-    reason = np.where(said.against == KEPT, MISSING, said.against).astype(np.int8)
+    reason = np.where(metadata.against == KEPT, MISSING, metadata.against).astype(np.int8)
 
-    def look(posts: np.ndarray) -> int:
+    def check(posts: np.ndarray) -> int:
+        """Fills in the arrays for posts of one tar (positions in `ids`)."""
         number = int(tar[posts[0]])
-        holder, row = held[number], place[posts]
-        offset[posts], size[posts] = holder.offset[row], holder.size[row]
-        images = pc.is_in(holder.extension.take(pa.array(row)), pa.array(parameters.images)).to_numpy(
-            zero_copy_only=False
-        )
-        good = images & possible[posts]
-        reason[posts] = np.where(images, np.where(possible[posts], KEPT, IMPOSSIBLE), NO_IMAGE)
+        own, rows = members[number], row[posts]
+        offset[posts], size[posts] = own.offset[rows], own.size[rows]
+        extensions = own.extension.take(pa.array(rows))
+        is_image = pc.is_in(extensions, pa.array(parameters.images)).to_numpy(zero_copy_only=False)
+        good = is_image & possible[posts]
+        reason[posts] = np.where(is_image, np.where(possible[posts], KEPT, IMPOSSIBLE), NO_IMAGE)
         width[posts[good]], height[posts[good]] = image_sizes.sizes_by_header(
-            files[number], holder, row[good], parameters.max_pixels
+            files[number], own, rows[good], parameters.max_pixels
         )
         reason[posts[good & (width[posts] == 0)]] = UNREADABLE
         return len(posts)
 
-    order = np.argsort((tar + 1).astype(np.uint16), kind="stable")  # sixteen bits: numpy sorts by radix
+    order = np.argsort(tar, kind="stable")
     order = order[np.searchsorted(tar[order], 0) :]
     groups = np.split(order, np.flatnonzero(np.diff(tar[order])) + 1) if len(order) else []
     with tqdm(total=len(order), desc="images", unit=" images", unit_scale=True, disable=None) as bar:
-        for count in ordered_map(look, groups):
+        for count in ordered_map(check, groups):
             bar.update(count)
 
     kept = np.flatnonzero(reason == KEPT)
@@ -125,7 +122,7 @@ def filter_posts(
         kept = np.flatnonzero(reason == KEPT)
     names = pa.array([files[number].name if number in files else None for number in range(max(files) + 1)], pa.string())
     words = pa.array(REASONS)
-    against = said.against[kept]
+    against = metadata.against[kept]
     columns = [
         ids[kept],
         names.take(pa.array(tar[kept])),
@@ -136,39 +133,24 @@ def filter_posts(
         words.take(pa.array(against, mask=against == KEPT)),
     ]
     dropped = np.flatnonzero(reason != KEPT)
-    return pa.table(columns, schema=POSTS), pa.table(
-        [ids[dropped], words.take(pa.array(reason[dropped]))], schema=DROPPED
-    )
+    reasons = words.take(pa.array(reason[dropped]))
+    return pa.table(columns, schema=POSTS), pa.table([ids[dropped], reasons], schema=DROPPED)
 
 
-def find_in_tars(ids: np.ndarray, held: dict[int, TarMembers]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each post (int64, ascending): the number of the tar that holds its file (int32, -1 for none), and the place
+def find_in_tars(ids: np.ndarray, members: dict[int, TarMembers]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each post (int64, ascending): the number of the tar that holds its file (int32, -1 for none), and the row
     among its members (int32).
 
-    The first hit wins: main, recent, add-on.
+    The first tar that holds it counts: main, recent, add-on.
     """
-    tar, place = np.full(len(ids), -1, np.int32), np.full(len(ids), -1, np.int32)
-    residue = ids % 1000
-    order = np.argsort(residue.astype(np.uint16), kind="stable")
-    cuts = np.searchsorted(residue[order], np.arange(1001))
-    for number in sorted(held):
+    tar, row = np.full(len(ids), -1, np.int32), np.full(len(ids), -1, np.int32)
+    residue = (ids % 1000).astype(np.uint16)
+    order = np.argsort(residue, kind="stable")
+    by_residue = np.split(order, np.searchsorted(residue[order], np.arange(1, 1000)))
+    for number in sorted(members):
         if number <= tars.ADD_ON:
-            posts = (
-                order[cuts[number % 1000] : cuts[number % 1000 + 1]] if number != tars.ADD_ON else np.arange(len(ids))
-            )
+            posts = by_residue[number % 1000] if number != tars.ADD_ON else np.arange(len(ids))
             posts = posts[tar[posts] < 0]
-            found = positions_of(held[number].id, ids[posts])
-            tar[posts[found >= 0]], place[posts[found >= 0]] = number, found[found >= 0]
-    return tar, place
-
-
-def format_counts(posts: pa.Table, dropped: pa.Table) -> str:
-    """How many posts each reason dropped, and how many are trained on although the metadata speaks against them, as a
-    phrase.
-    """
-
-    def counted(column: pa.ChunkedArray) -> str:
-        counts = {each["values"]: each["counts"] for each in column.drop_null().value_counts().to_pylist()}
-        return ", ".join(f"{reason} {counts[reason]:,}" for reason in REASONS if reason in counts) or "none"
-
-    return f"{counted(dropped['reason'])}; trained despite the metadata: {counted(posts['despite'])}"
+            rows = positions_of(members[number].id, ids[posts])
+            tar[posts[rows >= 0]], row[posts[rows >= 0]] = number, rows[rows >= 0]
+    return tar, row

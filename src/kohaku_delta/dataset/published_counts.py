@@ -1,4 +1,4 @@
-"""Invariant: published figures are compared with and reported; nothing is ever made to fit them."""
+"""Compares counts of the dataset with the published ones. Nothing is ever made to fit them."""
 
 from kohaku_delta.params import PublishedDataset
 
@@ -34,6 +34,7 @@ def comparison_sentence(comparison: dict | str) -> str:
         return comparison
     posts, steps, buckets = (comparison[name] for name in ("posts", "steps", "buckets"))
     return (
-        f"published {posts['published']:,} posts (here {posts['difference']:+,}), {steps['published']:,} steps (here {steps['difference']:+,}), "
+        f"published {posts['published']:,} posts (here {posts['difference']:+,}), "
+        f"{steps['published']:,} steps (here {steps['difference']:+,}), "
         f"{buckets['equal']} of {buckets['published']} known buckets equal"
     )

@@ -1,9 +1,8 @@
-"""Invariant: the same database and seed give the same posts, drawn as the release drew them: one stream, by index over
-ascending ids.
+"""Draws the posts that the release drew: the same database and seed give the same posts.
 
 The release called Python's `random.choices` on lists of posts: pick number i is `population[floor(random() * n)]`, with
-replacement, and ranges follow one another in one stream of MT19937. numpy continues Python's own state, so a million
-draws take milliseconds and are the same numbers.
+replacement, and the ranges follow one another in one stream of MT19937. numpy continues the state of Python's
+generator, so a million draws take milliseconds and give the same numbers.
 """
 
 import random
@@ -27,9 +26,9 @@ def python_compatible_rng(seed: int) -> np.random.Generator:
 
 
 def sample_indices(numbers: np.random.Generator, population: int, count: int, replacement: bool) -> np.ndarray:
-    """`count` indices (int64) below `population`, in the order of drawing.
+    """`count` indices (int64) below `population`, in the order in which they are drawn.
 
-    With replacement: `random.choices`. Without: every index gets one number and the smallest `count` numbers win (all,
+    With replacement: `random.choices`. Without: every index gets one number, and the `count` smallest numbers win (all,
     if there are fewer).
     """
     if replacement:
@@ -38,7 +37,7 @@ def sample_indices(numbers: np.random.Generator, population: int, count: int, re
 
 
 def select(database: Database, parameters: Selection) -> pa.Table:
-    """Each distinct post once: post_id int64 ascending, drawn int32 (how often; 1 in a range that is taken whole)."""
+    """Each selected post once: post_id int64 ascending, drawn int32 (how often; 1 in a range with draw: all)."""
     ids = database.post_ids()
     numbers = python_compatible_rng(parameters.seed)
     drawn = np.zeros(len(ids), np.int64)
@@ -52,19 +51,19 @@ def select(database: Database, parameters: Selection) -> pa.Table:
             span = f"{part.from_} <= id < {part.below}" if part.below is not None else f"id >= {part.from_}"
             raise UserError(
                 f"The database {database.path} has no post with {span}, so selection.ranges.{place} can draw none. "
-                "Remove that range, or name the database that was meant."
+                "Remove that range, or name another database."
             )
         else:
             chosen = sample_indices(numbers, stop - start, part.draw, parameters.replacement)
             drawn[start:stop] += np.bincount(chosen, minlength=stop - start)
     taken = drawn > 0
     if not taken.any():
-        raise UserError(f"selection.ranges take no post of the database {database.path}: nothing would be trained on.")
+        raise UserError(f"selection.ranges selects no post of the database {database.path}.")
     return pa.table({"post_id": ids[taken], "drawn": drawn[taken].astype(np.int32)}, schema=SCHEMA)
 
 
 def held_out(ids: np.ndarray, selected: np.ndarray, seed: int, count: int) -> np.ndarray:
-    """`count` post ids out of those not selected, ascending; fewer when there are fewer. The preview measures on them."""
+    """`count` ids of posts that are not selected, ascending; all, if there are fewer. The preview measures on them."""
     rest = np.setdiff1d(ids, selected)
     keys = np.random.Philox(key=[seed, 0]).random_raw(len(rest))
     return np.sort(rest[np.argsort(keys, kind="stable")[:count]])

@@ -1,8 +1,7 @@
-"""Invariant: two lists that can never again be one file: how often each artist and each character occurs in what is
-trained on.
+"""Counts how often each artist and each character occurs in the training images, as two separate lists.
 
-An image counts once for a name, however often the database repeats the pair. Names are those of the captions (what a
-user types into a prompt), most frequent first, then by code point.
+An image counts once for a name, even if the database repeats the pair. Names are those of the captions (what a user
+types into a prompt), most frequent first, then by code point.
 """
 
 import json
@@ -15,15 +14,15 @@ from kohaku_delta.dataset.captions import ARTIST, CHARACTER, Vocabulary
 
 
 class TagCounter:
-    """Images of each tag, added up chunk by chunk as captions are written."""
+    """Images per tag, added up chunk by chunk as captions are written."""
 
-    def __init__(self):
-        self.images = None
-        self.vocabulary = None
+    def __init__(self) -> None:
+        self.images = np.zeros(0, np.int64)
+        self.vocabulary: Vocabulary | None = None
 
     def add(self, named: np.ndarray, vocabulary: Vocabulary) -> None:
-        """`named`: places of tags that are artists or characters, each once an image."""
-        if self.images is None:
+        """`named`: positions of artists and characters in the vocabulary, each once per image."""
+        if self.vocabulary is None:
             self.images, self.vocabulary = np.zeros(len(vocabulary.ids), np.int64), vocabulary
         self.images += np.bincount(named, minlength=len(self.images))
 
@@ -36,7 +35,7 @@ class TagCounter:
         return self._counts_of_kind(CHARACTER)
 
     def _counts_of_kind(self, kind: int) -> dict[str, int]:
-        if self.images is None:
+        if self.vocabulary is None:
             return {}
         tags = np.flatnonzero((self.vocabulary.classes == kind) & (self.images > 0))
         table = pa.table({"name": self.vocabulary.text.take(pa.array(tags)), "images": self.images[tags]})
@@ -46,7 +45,7 @@ class TagCounter:
 
 
 def write_tag_counts(counts: dict[str, int], path) -> None:
-    """One JSON object, a name a line."""
+    """Writes one JSON object, one name per line."""
     with atomic_files.atomic_write(path, "w") as file:
         json.dump(counts, file, ensure_ascii=False, indent=1)
         file.write("\n")

@@ -1,1 +1,1 @@
-"""File formats: safetensors, parquet and file hashes. Reading is bounded; writing gives the same bytes for the same content."""
+"""File formats: safetensors, parquet and file hashes. Reading is bounded; the same content gives the same bytes."""

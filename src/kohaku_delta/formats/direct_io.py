@@ -1,10 +1,9 @@
-"""Invariant: reading and writing past the page cache moves the same bytes as through it; a file system that cannot do
-it is used as any other.
+"""Reading and writing past the page cache (O_DIRECT), with the same bytes as through it.
 
-A merge reads 14 GB once and writes 7 GB once. Through the page cache the processor copies each of those bytes once
-more, into memory that it must find first, and other programs lose what they had there. O_DIRECT asks for places,
-lengths and memory in whole blocks, which is all that this module hides. Short reads and small files go through the page
-cache: there reading ahead is worth more.
+A merge reads 14 GB once and writes 7 GB once. The page cache would copy every byte once more and evict the files of
+other programs; a merge or bake takes twice as long that way (docs/performance.md). O_DIRECT needs offsets, lengths and
+memory in whole blocks, which this module hides. A file system without O_DIRECT is used through its page cache, and so
+are short reads and small files, for which read-ahead is worth more.
 """
 
 import errno
@@ -14,103 +13,97 @@ from pathlib import Path
 
 import numpy as np
 
-BLOCK = 4096  # what every device and file system is content with
-ALIGNED = (
-    8  # where numbers of any dtype may lie in memory; a file whose tensors lie elsewhere is read through the page cache
-)
-LEAST = 1 << 18  # bytes of a read, or of a file to write, from which it is worth it
-STAGE = 4 << 20  # bytes written at a time
+BLOCK = 4096  # bytes; enough for every device and file system
+ALIGNMENT = 8  # bytes; numbers of any dtype may start at such an address
+MIN_DIRECT = 1 << 18  # bytes of a read, or of a file to write, from which O_DIRECT pays
+STAGE = 4 << 20  # bytes per write
+
+# Freed at once: from then on glibc reuses freed arrays up to this size (its limit is 32 MiB). Otherwise it returns them
+# to the system and gets cleared pages, which costs a merge a quarter of its time.
+np.empty((32 << 20) - (64 << 10), np.uint8)
 
 
-def aligned_buffer(size: int) -> np.ndarray:
-    """`size` bytes and room for whole blocks around them, beginning at a block's boundary."""
-    return align_view(np.empty(size + 3 * BLOCK, np.uint8))
-
-
-def align_view(held: np.ndarray) -> np.ndarray:
-    """All of `held` (uint8) but one block, beginning at a block's boundary."""
-    first = -held.ctypes.data % BLOCK
-    return held[first : first + held.size - BLOCK]
+def aligned_buffer(size: int) -> memoryview:
+    """At least `size` bytes of memory that start at a block boundary."""
+    memory = np.empty(size + BLOCK, np.uint8)
+    return memory.data[-memory.ctypes.data % BLOCK :]
 
 
 class Reader:
-    """An open file, read by position from any thread."""
+    """An open file that any thread may read by position."""
 
     def __init__(self, path: Path):
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self._past: int | None = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            self._direct: int | None = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         except OSError:
-            self._past = None
+            self._direct = None
         self.size = os.fstat(self.descriptor).st_size
 
     def close(self) -> None:
-        for descriptor in (self.descriptor, self._past):
+        for descriptor in (self.descriptor, self._direct):
             if descriptor is not None:
                 os.close(descriptor)
 
-    def read(self, place: int, length: int, into: np.ndarray) -> memoryview:
-        """The bytes at place … place + length, somewhere in `into`, which is `memory` of that length; fewer where the
-        file ends before.
-        """
-        if self._past is not None and length >= LEAST and place % ALIGNED == 0:
-            first = place - place % BLOCK
+    def read(self, offset: int, length: int) -> memoryview:
+        """The `length` bytes from `offset` on, in new memory; fewer only if the file ends before."""
+        lead = offset % BLOCK
+        if self._direct is not None and length >= MIN_DIRECT and offset % ALIGNMENT == 0:
+            blocks = -(-(lead + length) // BLOCK) * BLOCK
+            buffer = aligned_buffer(blocks)[:blocks]
             try:
-                found = _fill(self._past, memoryview(into)[: -(-(place + length - first) // BLOCK) * BLOCK], first)
-                return memoryview(into)[place - first : min(place - first + length, found)]
+                return buffer[lead : min(lead + length, _read_into(self._direct, buffer, offset - lead, BLOCK))]
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno != errno.EINVAL:  # the file system accepted the flag but not the read
                     raise
-        return memoryview(into)[: _fill(self.descriptor, memoryview(into)[:length], place)]
+        buffer = aligned_buffer(length)[:length]
+        return buffer[: _read_into(self.descriptor, buffer, offset, 1)]
 
 
-def _fill(descriptor: int, room: memoryview, place: int) -> int:
+def _read_into(descriptor: int, buffer: memoryview, offset: int, block: int) -> int:
+    """Fill `buffer` from the file; return how many bytes there were. A read that ends inside a block met the end."""
     done = 0
-    while done < len(room):
-        read = os.preadv(descriptor, [room[done:]], place + done)
-        done += read
-        if not read or done % BLOCK:  # past the page cache a read that is no whole block has met the file's end
-            rest = done < len(room) and read and not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT
-            if not rest:
-                break
+    while done < len(buffer) and (count := os.preadv(descriptor, [buffer[done:]], offset + done)):
+        done += count
+        if done % block:
+            break
     return done
 
 
 class Writer:
-    """Writes an empty file of a known size from its beginning; `close` before anything else is done with the
-    descriptor.
-    """
+    """Writes an empty file of `size` bytes from its beginning. Call `close` before the descriptor is used again."""
 
     def __init__(self, descriptor: int, size: int):
-        self._descriptor, self._stage, self._held = descriptor, aligned_buffer(STAGE), 0
-        self._direct = size >= LEAST and self._switch(True)
+        self._descriptor, self._stage, self._used = descriptor, aligned_buffer(STAGE), 0
+        self._direct = size >= MIN_DIRECT and self._set_direct(True)
 
     def write(self, data: memoryview) -> None:
         while data:
-            taken = min(len(data), STAGE - self._held)
-            memoryview(self._stage)[self._held : self._held + taken] = data[:taken]
-            self._held, data = self._held + taken, data[taken:]
-            if self._held == STAGE:
+            count = min(len(data), STAGE - self._used)
+            self._stage[self._used : self._used + count] = data[:count]
+            self._used, data = self._used + count, data[count:]
+            if self._used == STAGE:
                 self._flush()
 
     def close(self) -> None:
-        """Writes the rest, which may be no whole block, through the page cache."""
+        """Write the rest through the page cache, because it may be no whole block."""
         if self._direct:
-            self._switch(False)
+            self._set_direct(False)
         self._flush()
 
     def _flush(self) -> None:
-        rest = memoryview(self._stage)[: self._held]
+        rest = self._stage[: self._used]
         while rest:
             try:
                 rest = rest[os.write(self._descriptor, rest) :]
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
-                self._direct = self._switch(False)  # the file system took the flag and does not keep it
-        self._held = 0
+                self._direct = self._set_direct(False)  # the file system accepted the flag but not the write
+        self._used = 0
 
-    def _switch(self, on: bool) -> bool:
+    def _set_direct(self, on: bool) -> bool:
+        """Switch O_DIRECT on or off; return whether it is on."""
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
         try:
             fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)

@@ -1,9 +1,8 @@
-"""Invariant: a safetensors file is read only after its header was checked whole, and written only in the one order that
-its contents decide.
+"""Reading and writing safetensors files.
 
-Reading: `open_file(path)` checks the header; tensors then come whole or in pieces, by position (pread), never mapped.
-Writing: `write(path, specs, produce, metadata)` in one pass, with a thread for each of the two hashes. The bytes depend
-on contents only; where safetensors itself is deterministic (at most one metadata key) it writes the same ones.
+Reading: `open_file(path)` checks the whole header first; tensors are then read by position, whole or in pieces, never
+mapped. Writing: `write(path, specs, produce, metadata)` in one pass, with both hashes computed on the way. The bytes
+depend on the contents only; where safetensors itself is deterministic (at most one metadata key) they are the same.
 """
 
 import hashlib
@@ -21,13 +20,13 @@ from kohaku_delta.errors import UserError
 from kohaku_delta.formats import direct_io, dtypes, safetensors_header
 from kohaku_delta.formats.safetensors_header import TensorSpec, content_digest
 
-PIECE = 4 << 20
+PIECE = 4 << 20  # bytes
 Buffer = bytes | memoryview | np.ndarray
 
 
 @dataclass(frozen=True)
 class WriteResult:
-    """What a file turned out to be: its size, its sha256, and its content digest."""
+    """Of a written file: its size in bytes, its sha256, and its content digest."""
 
     bytes: int
     sha256: str
@@ -35,33 +34,20 @@ class WriteResult:
 
 
 class SafetensorsFile:
-    """An open, checked file. `specs` in name order; `metadata`; `size` in bytes."""
+    """An open file with a checked header. `specs` in name order; `metadata`; `size` in bytes."""
 
-    def __init__(
-        self,
-        path: Path,
-        reader: direct_io.Reader,
-        specs: dict[str, TensorSpec],
-        offsets: dict[str, int],
-        metadata: dict[str, str],
-    ):
-        self.path, self.specs, self.metadata, self.size = path, specs, metadata, reader.size
-        self._reader, self._offsets = reader, offsets
+    def __init__(self, path: Path, reader: direct_io.Reader):
+        self.path, self.size, self._reader = path, reader.size, reader
+        self.specs, self._offsets, self.metadata = safetensors_header.parse_header(path, reader.descriptor, reader.size)
 
     def header_bytes(self) -> bytes:
-        """All that stands before the tensors."""
+        """Everything before the tensors."""
         return os.pread(self._reader.descriptor, self.size - sum(spec.nbytes for spec in self.specs.values()), 0)
 
-    def read_bytes(
-        self, name: str, start: int = 0, length: int | None = None, into: np.ndarray | None = None
-    ) -> memoryview:
-        """`length` of the tensor's bytes from its byte `start` (all that follow, when not given); somewhere in `into`
-        (direct.memory of that length), if given.
-        """
+    def read_bytes(self, name: str, start: int = 0, length: int | None = None) -> memoryview:
+        """`length` bytes of the tensor from its byte `start` on (default: all that follow), in new memory."""
         length = self.specs[name].nbytes - start if length is None else length
-        found = self._reader.read(
-            self._offsets[name] + start, length, direct_io.aligned_buffer(length) if into is None else into
-        )
+        found = self._reader.read(self._offsets[name] + start, length)
         if len(found) < length:
             raise UserError(f"{self.path} became shorter while it was read. Is another program writing it?")
         return found.toreadonly()
@@ -77,7 +63,7 @@ class SafetensorsFile:
         return np.frombuffer(self.read_bytes(name), dtypes.NUMPY[spec.dtype]).reshape(spec.shape)
 
     def float32(self, name: str) -> np.ndarray:
-        """The whole tensor's values."""
+        """The whole tensor's values. Raises UserError for a tensor of whole numbers or of 8-bit floats."""
         spec = self.specs[name]
         if spec.dtype not in dtypes.FLOATS:
             raise UserError(
@@ -97,82 +83,77 @@ class SafetensorsFile:
 
 
 @contextmanager
-def open_file(path) -> Iterator[SafetensorsFile]:
-    """A checked File. Refuses, with the file's name and the reason, whatever is not a whole and well-formed safetensors
-    file.
+def open_file(path: Path | str) -> Iterator[SafetensorsFile]:
+    """Open a safetensors file. Raises UserError, with the path and the reason, for anything that is not a whole and
+    well-formed one.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; a safetensors file was expected.")
     try:
         reader = direct_io.Reader(path)
     except FileNotFoundError:
         raise UserError(f"{path} is not there. Check the path, or run the stage that writes it.") from None
     try:
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; a safetensors file was expected.")
-        specs, offsets, metadata = safetensors_header.parse_header(path, reader.descriptor, reader.size)
-        yield SafetensorsFile(path, reader, specs, offsets, metadata)
+        yield SafetensorsFile(path, reader)
     finally:
         reader.close()
 
 
 def write(
-    path,
+    path: Path | str,
     specs: Mapping[str, TensorSpec],
     produce: Callable[[list[str]], Iterable[tuple[str, Buffer]]],
     metadata: Mapping[str, str] | None = None,
     sources: Iterable[Path] = (),
 ) -> WriteResult:
-    """Writes the file in one pass; `produce(order)` gives (name, bytes) pieces, the tensors in that order. Nothing is
-    left when it raises.
-
-    A piece is done with when the next one is asked for. Refuses to write over one of `sources`.
+    """Write a file in one pass. `produce(order)` yields (name, bytes) pieces of the tensors in that order; a failure
+    leaves no file. Raises UserError if `path` is one of `sources`, ValueError if the pieces are not those of `specs`.
     """
     path = Path(path)
-    for source in sources:
-        if path.exists() and os.path.samefile(path, source):
-            raise UserError(f"{path} is an input and the output at once. Name another file with --out.")
+    if path.exists() and any(os.path.samefile(path, source) for source in sources):
+        raise UserError(f"{path} is an input and the output at once. Name another file with --out.")
     head, order = safetensors_header.build_header(specs, metadata or {})
-    if len(head) - 8 > safetensors_header.LIMIT:
+    if len(head) - 8 > safetensors_header.MAX_HEADER:
         raise UserError(
-            f"{path}: the header would have {len(head) - 8} bytes, more than the {safetensors_header.LIMIT} that are read back. Shorten the metadata."
+            f"{path}: the header would have {len(head) - 8} bytes, and at most {safetensors_header.MAX_HEADER} are "
+            "read back. Shorten the metadata."
         )
     whole, hashes = hashlib.sha256(head), {}
     total = len(head) + sum(spec.nbytes for spec in specs.values())
     with atomic_files.atomic_write(path) as file, ThreadPoolExecutor(2) as pool:
-        os.posix_fallocate(file.fileno(), 0, total)  # a disk that is too full is known now
+        os.posix_fallocate(file.fileno(), 0, total)  # fails now if the disk is too full
         disk = direct_io.Writer(file.fileno(), total)
         disk.write(memoryview(head))
         pieces = iter(produce(order))
         for name in order:
             tensor, left = hashlib.sha256(), specs[name].nbytes
             while left:
-                of, piece = next(pieces, (None, b""))
-                data = memoryview(piece).cast("B")
+                produced, piece = next(pieces, (None, b""))
+                data = (piece.data if isinstance(piece, np.ndarray) else memoryview(piece)).cast("B")
                 left -= len(data)
-                if of != name or left < 0:
-                    raise ValueError(f"{name}: its {specs[name].nbytes} bytes were announced, and {of} came")
-                hashed = [pool.submit(each.update, data) for each in (whole, tensor)]
+                if produced != name or left < 0:
+                    raise ValueError(f"{name}: {specs[name].nbytes} bytes were announced; {produced} came")
+                hashing = [pool.submit(digest.update, data) for digest in (whole, tensor)]
                 disk.write(data)
-                wait(hashed)
+                wait(hashing)
             hashes[name] = tensor.hexdigest()
-        for of, _ in pieces:
-            raise ValueError(f"{of} came after the last tensor")
+        for produced, _ in pieces:
+            raise ValueError(f"{produced} came after the last tensor")
         disk.close()
     return WriteResult(total, whole.hexdigest(), content_digest(specs, hashes))
 
 
 def save(
-    path,
+    path: Path | str,
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None = None,
     dtype_of: Mapping[str, str] | None = None,
 ) -> WriteResult:
-    """Writes arrays held in memory. `dtype_of` names the dtype of arrays that numpy cannot (bfloat16 bits)."""
-    known = {
-        dtype: name for name, dtype in reversed(dtypes.NUMPY.items()) if name not in ("BF16", "F8_E4M3", "F8_E5M2")
-    }
+    """Write arrays from memory. `dtype_of` names the dtype of arrays for which numpy has none (bfloat16 bits)."""
+    names = {dtype: name for name, dtype in dtypes.NUMPY.items() if name not in ("BF16", "F8_E4M3", "F8_E5M2")}
     specs = {
-        name: TensorSpec((dtype_of or {}).get(name) or known[array.dtype], array.shape)
+        name: TensorSpec((dtype_of or {}).get(name) or names[array.dtype], array.shape)
         for name, array in tensors.items()
     }
     return write(

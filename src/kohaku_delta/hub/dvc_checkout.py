@@ -1,9 +1,8 @@
-"""Invariant: a stage that DVC runs in a temporary checkout (`dvc exp run --temp`, `--queue`) finds the recipe's local
-inputs as in the repository.
+"""Links the recipe's local inputs into a temporary checkout of DVC (`dvc exp run --temp`, `--queue`), so that a stage
+finds them there as in the repository.
 
-Such a checkout holds what git tracks and the outputs of the stages. The mirror, and what `file://` pins name outside of
-it, are neither: they are linked here to the repository's own. Nothing is copied, and what is downloaded goes to the one
-mirror.
+Such a checkout holds what git tracks and the outputs of the stages, but neither the mirror nor the `file://` inputs
+outside of it. They are linked, not copied, and new downloads go to the one mirror.
 """
 
 import os
@@ -11,29 +10,26 @@ from pathlib import Path
 
 from kohaku_delta import params as recipes
 
-# DVC sets it for every stage; in a temporary checkout to the folder of the repository that the experiment is of
+# DVC sets it for every stage; in a temporary checkout to the folder of the experiment's repository
 REPOSITORY = "DVC_ROOT"
 
 
 def link_inputs(params: Path) -> None:
-    """Links what is missing here and lies in the repository. params: the recipe's file. Does nothing outside of a
-    temporary checkout.
+    """Links what is missing here and exists in the repository. params: the recipe's params.yaml. Does nothing outside
+    of a temporary checkout.
     """
-    here, repository = _dvc_root(params), os.environ.get(REPOSITORY)
-    if here is None or not repository or Path(repository).resolve() == here:
+    checkout = next((folder for folder in params.resolve().parents if (folder / ".dvc").is_dir()), None)
+    repository = os.environ.get(REPOSITORY)
+    if checkout is None or not repository or Path(repository).resolve() == checkout:
         return
     download = recipes.load(params).download
-    pins = [pin for each in download.inputs.values() for pin in (each if isinstance(each, list) else [each])]
-    for name in (download.mirror, *(pin.url.removeprefix("file://") for pin in pins if pin.url.startswith("file://"))):
-        place = Path(os.path.normpath(params.resolve().parent / name))
-        if not place.is_relative_to(here) or os.path.lexists(place):
+    pins = [pin for pinned in download.inputs.values() for pin in (pinned if isinstance(pinned, list) else [pinned])]
+    local = [pin.url.removeprefix("file://") for pin in pins if pin.url.startswith("file://")]
+    for name in (download.mirror, *local):
+        path = Path(os.path.normpath(params.resolve().parent / name))
+        if not path.is_relative_to(checkout) or os.path.lexists(path):
             continue
-        other = Path(repository) / place.relative_to(here)
-        if other.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(other.resolve(), target_is_directory=other.is_dir())
-
-
-def _dvc_root(params: Path) -> Path | None:
-    """The nearest folder above the recipe that has DVC's own folder."""
-    return next((folder for folder in params.resolve().parents if (folder / ".dvc").is_dir()), None)
+        original = Path(repository) / path.relative_to(checkout)
+        if original.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(original.resolve(), target_is_directory=original.is_dir())

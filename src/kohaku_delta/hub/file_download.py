@@ -1,147 +1,133 @@
-"""Invariant: a file appears at its place in the mirror in one step, after its bytes on the disk were hashed and agree
-with the pin and with the hub.
+"""Downloads single files. A file appears in the mirror in one step, after its bytes on the disk were hashed and agree
+with the pin and with the Hub.
 
-What has arrived lies beside that place as .name.mark.part, where mark begins the digest that the hub says the file has:
-after a kill, power cut or broken connection the next run goes on from there, and never with the bytes of another file
-under the same name. Two processes never write one part: it is locked.
+What has arrived is kept beside the target as .name.mark.part; mark is the start of the hash that the Hub gives for the
+file. After a kill, power cut or broken connection the next run continues from there, and never with the bytes of
+another file of the same name. A part is locked, so two processes never write to one.
 """
 
 import fcntl
 import functools
 import glob
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats.hashing import hash_file
-from kohaku_delta.hub import client, concurrency, verified_files
-from kohaku_delta.hub.client import Cancelled, RemoteFile, TransientError
+from kohaku_delta.hub import client, progress, verified_files
+from kohaku_delta.hub.client import RemoteFile
 from kohaku_delta.hub.pins import hub_file
 from kohaku_delta.hub.verified_files import VerifiedFile
 from kohaku_delta.params import Pin
 
-WRONG = 3  # times that a whole file may arrive with wrong bytes
+ATTEMPTS = 3  # that a whole file, or a member of a tar, may arrive with wrong bytes
 
 
-def partial_path(target: Path, said: RemoteFile) -> Path:
-    return target.parent / f".{target.name}.{said.mark}.part"
+def partial_path(target: Path, remote: RemoteFile) -> Path:
+    return target.parent / f".{target.name}.{remote.mark}.part"
 
 
-def check_pin_matches(pin: Pin, said: RemoteFile) -> None:
-    """Refuses, before a byte is fetched, a file that the hub itself says to be another one than the pin."""
-    if pin.bytes is not None and said.size != pin.bytes:
+def check_pin_matches(pin: Pin, remote: RemoteFile) -> None:
+    """Raises UserError, before a byte is downloaded, if the Hub has another file than the pin says."""
+    difference = None
+    if pin.bytes is not None and remote.size != pin.bytes:
+        difference = f"{remote.size:,} bytes there, the pin says {pin.bytes:,}"
+    elif pin.sha256 is not None and remote.sha256 is not None and not remote.sha256.startswith(pin.sha256):
+        difference = f"the sha256 {remote.sha256} there, the pin says {pin.sha256}"
+    if difference:
         raise UserError(
-            f"{pin.url}: the hub has {said.size:,} bytes there, the pin says {pin.bytes:,}. It is another file: mend the pin, or name a mirror (--mirror)."
+            f"{pin.url}: the hub has {difference}. It is another file: correct the pin, or name a mirror (--mirror)."
         )
-    if pin.sha256 is not None and said.sha256 is not None and not said.sha256.startswith(pin.sha256):
+
+
+def require_free_space(mirror: Path, needed: int) -> None:
+    """Raises UserError if the disk of the mirror has no room for `needed` bytes."""
+    existing = next(folder for folder in (mirror.absolute(), *mirror.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
         raise UserError(
-            f"{pin.url}: the hub has the sha256 {said.sha256} there, the pin says {pin.sha256}. It is another file: mend the pin, or name a mirror (--mirror)."
+            f"{needed:,} bytes are still to be downloaded into {mirror}, and {free:,} are free there. "
+            "Free some space, or make it a link to a larger disk."
         )
 
 
 def download_file(
-    pin: Pin, target: Path, said: RemoteFile, stop: threading.Event, advance: Callable[[int], object]
+    pin: Pin, target: Path, remote: RemoteFile, stop: threading.Event, advance: Callable[[int], object]
 ) -> VerifiedFile:
-    """Fetches the file of a pin to `target`; returns its sha256 and stamp. `advance` hears of bytes that arrived (and,
-    negative, of bytes that were thrown away).
+    """Downloads the file of a pin to `target`; returns its sha256 and stamp. `advance` is called with the number of
+    bytes that arrived, and with a negative one if they are thrown away.
     """
-    for _ in range(WRONG):
-        with _locked(partial_path(target, said)) as file:
-            client.retry(functools.partial(_download_rest, pin, file, said, stop, advance), pin.url, stop)
-            file.flush()
-            os.fsync(file.fileno())
-            found = hash_file(partial_path(target, said))
+    for _ in range(ATTEMPTS):
+        part = partial_path(target, remote)
+        with _locked(part) as descriptor:
+            rest = functools.partial(_download_rest, pin, descriptor, remote, stop, advance)
+            client.retry(rest, pin.url, stop)
+            os.fsync(descriptor)
+            found = hash_file(part)
             if (
-                found.startswith(pin.sha256 or said.sha256 or "")
-                and found == (said.sha256 or found)
-                and _matches_git_sha1(partial_path(target, said), said)
+                found.startswith(pin.sha256 or "")
+                and found == (remote.sha256 or found)
+                and (remote.git is None or _git_sha1(part, remote.size) == remote.git)
             ):
-                os.replace(partial_path(target, said), target)
-                _remove_stale_parts(target)
+                os.replace(part, target)
+                for stale in target.parent.glob(f".{glob.escape(target.name)}.*.part"):  # of older files of this name
+                    stale.unlink(missing_ok=True)
                 return VerifiedFile(found, verified_files.stamp(target))
-            file.seek(0)
-            file.truncate()
-            advance(-said.size)
-        concurrency.log_above_bar(
-            f"{pin.url}: {said.size:,} bytes arrived with the sha256 {found}, which is wrong; they were thrown away, and the file is fetched again"
+            os.truncate(descriptor, 0)
+            advance(-remote.size)
+        progress.log_above_bar(
+            f"{pin.url}: {remote.size:,} bytes arrived with the wrong sha256 {found}; the file is downloaded again"
         )
-        said = client.retry(lambda: client.head_file(hub_file(pin)), pin.url, stop)
-        check_pin_matches(pin, said)
+        remote = client.retry(lambda: client.head_file(hub_file(pin)), pin.url, stop)
+        check_pin_matches(pin, remote)
     raise UserError(
-        f"{pin.url} arrived {WRONG} times with other bytes than its sha256 says ({pin.sha256 or said.sha256 or said.git}). Try again later."
+        f"{pin.url} arrived {ATTEMPTS} times with other bytes than its sha256 says "
+        f"({pin.sha256 or remote.sha256 or remote.git}). Try again later."
     )
 
 
 def _download_rest(
-    pin: Pin, file: BinaryIO, said: RemoteFile, stop: threading.Event, advance: Callable[[int], object]
+    pin: Pin, descriptor: int, remote: RemoteFile, stop: threading.Event, advance: Callable[[int], object]
 ) -> None:
-    """Goes on where the part ends, until it is as long as the hub says. Raises Passing."""
-    have = file.seek(0, os.SEEK_END)
-    if have < said.size:
-        begun = have
-        try:
-            with client.open_range(hub_file(pin), have) as (offset, pieces):
-                if offset != have:
-                    file.seek(offset)
-                    file.truncate()
-                    advance(offset - have)
-                    have = begun = offset
-                for piece in pieces:
-                    if stop.is_set():
-                        raise Cancelled
-                    if have + len(piece) > said.size:
-                        raise TransientError("sent more than the file has")
-                    file.write(piece)
-                    have += len(piece)
-                    advance(len(piece))
-        except TransientError as fault:
-            fault.gained = have - begun
-            raise
-        finally:
-            file.flush()
-        if have < said.size:
-            raise TransientError("ended the file early", gained=have - begun)
-    elif have > said.size:
-        file.truncate(said.size)
+    """Continues at the end of the part, up to the size that the Hub gives."""
+    have = os.fstat(descriptor).st_size
+    if have > remote.size:
+        os.truncate(descriptor, remote.size)
+    elif have < remote.size:
+        client.copy_range(hub_file(pin), descriptor, have, remote.size, stop, advance)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
+def _locked(path: Path) -> Iterator[int]:
+    """A descriptor of the file, created if it does not exist, that no other process of ours writes to."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            same = os.path.samestat(
-                os.fstat(file.fileno()), os.stat(path)
-            )  # another process may have moved it to its place meanwhile
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(descriptor), os.stat(path))  # another process may have moved it meanwhile
         except (BlockingIOError, FileNotFoundError):
-            same = False
-        if not same:
+            mine = False
+        if not mine:
             raise UserError(f"{path} is being written by another download. Wait for it, or stop it.")
-        yield file
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
-def _matches_git_sha1(path: Path, said: RemoteFile) -> bool:
-    """Whether the file is what git's digest says, where the hub gave that one: git keeps sha1("blob <size>\\0" +
-    bytes).
-    """
-    return said.git is None or hash_file(path, start=b"blob %d\0" % said.size, algorithm="sha1") == said.git
-
-
-def _remove_stale_parts(target: Path) -> None:
-    """Removes parts of other files that once had this name."""
-    for other in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        other.unlink(missing_ok=True)
+def _git_sha1(path: Path, size: int) -> str:
+    """git's hash of a file: sha1("blob <size>\\0" + bytes)."""
+    return hash_file(path, start=b"blob %d\0" % size, algorithm="sha1")
 
 
 def link(path: Path, target: Path) -> None:
-    """Makes `path` a link to a file of another place, in one step."""
+    """Makes `path` a symbolic link to `target`, in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.parent / f".{path.name}.link"
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(target.resolve())
-    os.replace(aside, path)
+    new = path.parent / f".{path.name}.link"
+    new.unlink(missing_ok=True)
+    new.symlink_to(target.resolve())
+    os.replace(new, path)

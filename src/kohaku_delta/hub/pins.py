@@ -1,9 +1,9 @@
-"""Invariant: a pin says one file: where it comes from, its size and its sha256 (whole, its first digits, or not known).
+"""Pins: where an input comes from, its size, and its sha256 (whole, its first digits, or unknown).
 
-A pin whose url holds a span, data-{0000..2000}.tar, says many files. Its bytes and sha256 are then those of its list,
-pins-<input>.csv beside params.yaml, which has a line a file (file,bytes,sha256): one digest in params.yaml pins them
-all. Without sha256 there is no list, every file of the span is meant, and their hashes are recorded at first download.
-`kohaku-delta pin` writes list and digest.
+A pin whose url has a span, data-{0000..2000}.tar, names many files. Its bytes and sha256 are then those of its list,
+pins-<input>.csv beside params.yaml, which has one line per file (file,bytes,sha256): one hash in params.yaml pins them
+all. Without sha256 there is no list, every file of the span is meant, and their hashes are recorded at the first
+download. `kohaku-delta pin` writes list and hash.
 """
 
 import csv
@@ -23,7 +23,7 @@ COLUMNS = ["file", "bytes", "sha256"]
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file on the hub."""
+    """A file on the Hugging Face Hub."""
 
     repo: str
     kind: str  # "model" | "dataset"
@@ -32,12 +32,12 @@ class HubFile:
 
     @property
     def path(self) -> Path:
-        """Where it lies in a mirror."""
+        """Its path in a mirror."""
         return Path(self.kind, self.repo, self.revision or "", self.file)
 
 
 def hub_file(pin: Pin) -> HubFile:
-    """The hub's place of an hf:// pin. A revision must be a whole commit id: a branch moves."""
+    """The file of an hf:// pin. A revision must be a whole commit id: a branch moves."""
     match = HF.match(pin.url)
     if not match:
         raise UserError(f"{pin.url} is not of the form hf://[datasets/]owner/name@revision/file.")
@@ -47,19 +47,15 @@ def hub_file(pin: Pin) -> HubFile:
             f"{pin.url}: the revision {revision!r} is not a commit id of 40 hex digits; a branch or tag can move."
         )
     if {"", ".", ".."} & {*match["repo"].split("/"), *match["file"].split("/")}:
-        raise UserError(f"{pin.url} leads out of its repository. Mend the url in params.yaml (download.inputs).")
+        raise UserError(f"{pin.url} leads out of its repository. Correct the url in params.yaml (download.inputs).")
     return HubFile(match["repo"], "dataset" if match["kind"] else "model", revision, match["file"])
 
 
 def pin_strength(pin: Pin) -> str:
-    """How its bytes are known: "sha256", "prefix <digits>", or "recorded" at first download."""
+    """How its bytes are known: "sha256", "prefix <digits>", or "recorded" at the first download."""
     if pin.sha256 is None:
         return "recorded"
     return "sha256" if len(pin.sha256) == 64 else f"prefix {pin.sha256}"
-
-
-def has_span(pin: Pin) -> bool:
-    return SPAN.search(pin.url) is not None
 
 
 def span_files(pin: Pin) -> int:
@@ -68,28 +64,23 @@ def span_files(pin: Pin) -> int:
     return int(match[2]) - int(match[1]) + 1 if match else 1
 
 
-def expand_span(pin: Pin, listing: Path) -> list[Pin]:
-    """A pin whose url holds {0000..2000} as one pin a file, as its list `listing` has them; any other pin as it is."""
+def expand_span(pin: Pin, pin_list: Path) -> list[Pin]:
+    """One pin per file of a pin with a span, as its list `pin_list` has them; any other pin as it is."""
     match = SPAN.search(pin.url)
     if not match:
         return [pin]
-    urls = {
-        pin.url[: match.start()] + str(number).zfill(len(match[1])) + pin.url[match.end() :]: number
-        for number in range(int(match[1]), int(match[2]) + 1)
-    }
+    before, after = pin.url[: match.start()], pin.url[match.end() :]
+    urls = [f"{before}{number:0{len(match[1])}}{after}" for number in range(int(match[1]), int(match[2]) + 1)]
     if pin.sha256 is None:
         return [Pin(url=url, bytes=None, sha256=None) for url in urls]
-    listed = read_pin_list(listing, pin)
-    front = pin.url[: pin.url.rindex("/", 0, match.start()) + 1]
-    if strange := sorted(file for file in listed if front + file not in urls):
+    folder = before[: before.rindex("/") + 1]
+    listed = {folder + file: entry for file, entry in read_pin_list(pin_list, pin).items()}
+    if unknown := sorted(listed.keys() - set(urls)):
         raise UserError(
-            f"{listing} names {strange[0]}, which is no file of {pin.url}. Run `kohaku-delta pin` again, or mend the url."
+            f"{pin_list} names {unknown[0].removeprefix(folder)}, which is no file of {pin.url}. "
+            "Run `kohaku-delta pin` again, or correct the url."
         )
-    return [
-        Pin(url=url, bytes=listed[url[len(front) :]][0], sha256=listed[url[len(front) :]][1])
-        for url in urls
-        if url[len(front) :] in listed
-    ]
+    return [Pin(url=url, bytes=listed[url][0], sha256=listed[url][1]) for url in urls if url in listed]
 
 
 def pin_list_path(folder: Path, name: str) -> Path:
@@ -98,32 +89,31 @@ def pin_list_path(folder: Path, name: str) -> Path:
 
 
 def format_pin_list(files: list[tuple[str, int, str | None]]) -> bytes:
-    """The content of a list: (file, bytes, sha256) each."""
+    """The content of a list of (file, bytes, sha256)."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(
-        [COLUMNS, *((file, size, sha256 or "") for file, size, sha256 in files)]
-    )
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *files])
     return text.getvalue().encode()
 
 
-def read_pin_list(listing: Path, pin: Pin) -> dict[str, tuple[int, str | None]]:
+def read_pin_list(pin_list: Path, pin: Pin) -> dict[str, tuple[int, str | None]]:
     """file → (bytes, sha256) of a list whose own sha256 is the pin's."""
     try:
-        content = listing.read_bytes()
+        content = pin_list.read_bytes()
     except FileNotFoundError:
         raise UserError(
-            f"{listing} is not there; {pin.url} is pinned by it. Bring it back, or set that pin's bytes and sha256 to null and run `kohaku-delta pin`."
+            f"{pin_list} does not exist; {pin.url} is pinned by it. "
+            "Restore it, or set that pin's bytes and sha256 to null and run `kohaku-delta pin`."
         ) from None
-    if hashlib.sha256(content).hexdigest() != pin.sha256:
+    found = hashlib.sha256(content).hexdigest()
+    if found != pin.sha256:
         raise UserError(
-            f"{listing} has the sha256 {hashlib.sha256(content).hexdigest()}; params.yaml pins {pin.sha256} ({pin.url}). Bring back the list that was pinned."
+            f"{pin_list} has the sha256 {found}; params.yaml pins {pin.sha256} ({pin.url}). "
+            "Restore the list that was pinned."
         )
-    rows = list(csv.reader(io.StringIO(content.decode("utf-8", "replace"))))
-    if rows[:1] != [COLUMNS] or any(
-        len(row) != 3 or not re.fullmatch(r"[1-9][0-9]{0,17}", row[1]) or not re.fullmatch(r"([0-9a-f]{64})?", row[2])
-        for row in rows[1:]
-    ):
+    header, *rows = list(csv.reader(io.StringIO(content.decode("utf-8", "replace")))) or [[]]
+    row_form = re.compile(r"[^,]*,[1-9][0-9]{0,17},([0-9a-f]{64})?")
+    if header != COLUMNS or any(len(row) != 3 or not row_form.fullmatch(",".join(row)) for row in rows):
         raise UserError(
-            f"{listing} is not a list of pins ({','.join(COLUMNS)}). Run `kohaku-delta pin`, which writes it."
+            f"{pin_list} is not a list of pins ({','.join(COLUMNS)}). Run `kohaku-delta pin`, which writes it."
         )
-    return {file: (int(size), sha256 or None) for file, size, sha256 in rows[1:]}
+    return {file: (int(size), sha256 or None) for file, size, sha256 in rows}

@@ -1,9 +1,9 @@
-"""Guarantee: a file that was hashed once is used without being read again only while its size and both its times (of
-its content, of its inode) stay the same.
+"""Remembers which files were hashed. A file is used without hashing it again only if its size, modification time and
+inode change time are still the same.
 
-A stamp is taken before the hashing begins, so an edit during or after it shows. Stamps lie beside inputs.json as
-inputs.verified.json, which no stage depends on: times vary from host to host, and decide only whether a file is read
-again, never what a stage writes.
+A stamp (size and times) is taken before the hashing begins, so an edit during or after it is noticed. Stamps are kept
+beside inputs.json as inputs.verified.json. No stage depends on that file: times differ from host to host, and decide
+only whether a file is read again, never what a stage writes.
 """
 
 import fcntl
@@ -18,13 +18,14 @@ from pathlib import Path
 from kohaku_delta import atomic_files
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats.hashing import hash_file
+from kohaku_delta.paths import stamps_path
 
-TICK = 0.02  # s; Linux's file systems take their times from a clock that ticks every 1 to 10 ms
+TICK = 0.02  # seconds; Linux takes the times of files from a clock that ticks every 1 to 10 ms
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """What the file system says of a file, following links. ctime_ns also changes if a tool puts the old mtime back."""
+    """Size and times of a file, following links. ctime_ns also changes if a tool restores the old mtime."""
 
     bytes: int
     mtime_ns: int
@@ -45,54 +46,42 @@ def stamp(path: Path) -> Stamp:
 
 
 def hash_with_stamp(path: Path, advance: Callable[[int], object] = lambda count: None) -> VerifiedFile:
-    """Hashes a file. Refuses one that is changed meanwhile."""
+    """Hashes a file. Raises UserError if it changes meanwhile. `advance` is called with the number of bytes read."""
     before = stamp(path)
-    if (
-        0 <= (age := time.time() - before.ctime_ns / 1e9) < TICK
-    ):  # an edit in the same tick of the clock would leave the same times
+    age = time.time() - before.ctime_ns / 1e9
+    if 0 <= age < TICK:  # another edit in the same tick would leave the same times
         time.sleep(TICK - age)
         before = stamp(path)
     sha256 = hash_file(path, advance)
     if stamp(path) != before:
-        raise UserError(f"{path} was changed while it was hashed. Run this again when no other program writes it.")
+        raise UserError(f"{path} was changed while it was hashed. Run this again when no other program writes to it.")
     return VerifiedFile(sha256, before)
 
 
-def stamps_path(listed: Path) -> Path:
-    """Where the stamps of a list of inputs are kept."""
-    return listed.with_name(f"{listed.stem}.verified.json")
-
-
-def read_stamps(listed: Path) -> dict[str, VerifiedFile]:
-    """Path as in the list → what was verified of it; nothing if there are no stamps that can be read: then the files
-    are hashed again.
-    """
+def read_stamps(manifest: Path) -> dict[str, VerifiedFile]:
+    """What was verified, by the path in inputs.json. Empty if it cannot be read: then the files are hashed again."""
     try:
-        content = json.loads(stamps_path(listed).read_text(encoding="utf-8"))
+        content = json.loads(stamps_path(manifest).read_text(encoding="utf-8"))
         return {
-            path: VerifiedFile(each["sha256"], Stamp(each["bytes"], each["mtime_ns"], each["ctime_ns"]))
-            for path, each in content.items()
+            path: VerifiedFile(entry["sha256"], Stamp(entry["bytes"], entry["mtime_ns"], entry["ctime_ns"]))
+            for path, entry in content.items()
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 
-def write_stamps(listed: Path, known: dict[str, VerifiedFile]) -> None:
-    """Keeps stamps, if the folder can be written; without them the files are hashed again at their next use."""
-    with suppress(OSError), atomic_files.atomic_write(stamps_path(listed), "w") as file:
-        json.dump(
-            {path: {"sha256": each.sha256, **asdict(each.stamp)} for path, each in known.items()},
-            file,
-            indent=1,
-            sort_keys=True,
-        )
+def write_stamps(manifest: Path, known: dict[str, VerifiedFile]) -> None:
+    """Keeps stamps, if the folder can be written to; without them the files are hashed again at their next use."""
+    content = {path: {"sha256": file.sha256, **asdict(file.stamp)} for path, file in known.items()}
+    with suppress(OSError), atomic_files.atomic_write(stamps_path(manifest), "w") as file:
+        json.dump(content, file, indent=1, sort_keys=True)
         file.write("\n")
 
 
 @contextmanager
-def exclusive(listed: Path) -> Iterator[None]:
-    """Waits for other processes that hash inputs of the same list, where the file system has locks."""
-    with open(listed, "rb") as file:
+def exclusive(manifest: Path) -> Iterator[None]:
+    """Waits for other processes that hash inputs of the same inputs.json, if the file system has locks."""
+    with open(manifest, "rb") as file:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,48 +1,32 @@
-"""Invariant: one JSON object on the last line of stdout, whatever is broken: what torch and bitsandbytes say of this
-host, and the model's sizes.
+"""What torch and bitsandbytes find on this host, and the model's sizes: one JSON object on the last line of stdout.
 
-A process of its own, because `numerics.hold` must come before torch and a library that fails may take its process with
-it: python probe.py PARAMS
+    python -m kohaku_delta.preflight.gpu_probe PARAMS
+
+A process of its own, because the numerics must be fixed before torch is imported, and because a broken library may end
+the process that imports it.
 """
 
 import json
-import os
 import sys
 from dataclasses import asdict
-
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
 from pathlib import Path
 
 from kohaku_delta import numerics
 from kohaku_delta import params as recipes
 from kohaku_delta.errors import UserError
+from kohaku_delta.params import Recipe
 from kohaku_delta.preflight import parameter_counts
 
 
-def main(params: Path) -> None:
-    recipe = recipes.load(params)
-    found = {
-        "numerics": "",
-        "bitsandbytes": "",
-        "cards": [],
-        "architectures": [],
-        "cuda": "",
-        "nccl": "",
-        "numbers": None,
-    }
+def probe(recipe: Recipe, folder: Path) -> dict:
+    found: dict = {"numerics": "", "gpus": [], "architectures": [], "cuda": "", "nccl": "", "model": None}
     try:
         numerics.enforce(recipe.train.device)
-    except UserError as refusal:
-        found["numerics"] = refusal.message
-    except Exception as error:  # whatever a broken installation of torch raises
-        print(
-            json.dumps(
-                found
-                | {"numerics": f"torch cannot be imported ({type(error).__name__})", "bitsandbytes": "it needs torch"}
-            )
-        )
-        return
+    except UserError as error:
+        found["numerics"] = error.message
+    except Exception as error:  # a broken installation of torch may raise anything
+        reason = f"torch cannot be imported ({type(error).__name__})"
+        return found | {"numerics": reason, "bitsandbytes": "it needs torch"}
     import torch
 
     found["cuda"] = torch.version.cuda or ""
@@ -50,26 +34,31 @@ def main(params: Path) -> None:
         found["architectures"] = torch.cuda.get_arch_list()
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         for number in range(torch.cuda.device_count()):
-            card = torch.cuda.get_device_properties(number)
-            seen = {"name": card.name, "memory": card.total_memory, "architecture": f"{card.major}.{card.minor}"}
-            found["cards"].append(seen | {"multiprocessors": card.multi_processor_count})
+            gpu = torch.cuda.get_device_properties(number)
+            found["gpus"].append(
+                {
+                    "name": gpu.name,
+                    "memory": gpu.total_memory,
+                    "architecture": f"{gpu.major}.{gpu.minor}",
+                    "multiprocessors": gpu.multi_processor_count,
+                }
+            )
     found["bitsandbytes"] = bitsandbytes_error(recipe.train.device)
     try:
-        found["numbers"] = (
-            asdict(numbers) if (numbers := parameter_counts.count_parameters(recipe, params.parent)) else None
-        )
-    except (ImportError, AttributeError):  # of libraries that do not fit together: their line names them
-        pass
-    print(json.dumps(found))
+        model = parameter_counts.count_parameters(recipe, folder)
+        found["model"] = asdict(model) if model else None
+    except (ImportError, AttributeError):
+        pass  # libraries that do not fit together: the check of the libraries names them
+    return found
 
 
 def bitsandbytes_error(device: str) -> str:
-    """Why bitsandbytes cannot compute on `device`; "" when it can. A version that does not find its library imports
-    well and fails at the first step.
+    """Why bitsandbytes cannot compute on `device`; "" if it can. Without its native library it imports all the same,
+    and fails at the first step.
     """
     try:
         from bitsandbytes import cextension
-    except Exception as error:  # whatever a broken installation raises
+    except Exception as error:  # a broken installation may raise anything
         return f"it cannot be imported ({type(error).__name__})"
     if type(cextension.lib).__name__.startswith("ErrorHandlerMock"):
         return "its native library did not load"
@@ -77,7 +66,8 @@ def bitsandbytes_error(device: str) -> str:
 
 
 if __name__ == "__main__":
+    params = Path(sys.argv[1])
     try:
-        main(Path(sys.argv[1]))
-    except UserError as refusal:
-        print(json.dumps({"refusal": refusal.message}))
+        print(json.dumps(probe(recipes.load(params), params.parent)))
+    except UserError as error:
+        print(json.dumps({"error": error.message}))

@@ -1,178 +1,121 @@
-"""Invariant: a line is green only if what it names was seen and is enough; a red line says what to do. What does not
-concern the recipe has no line.
+"""The check list for a host. A check passes only if what it names was seen and is enough; a failed one has a remedy.
 
-A described host (`--simulate`) has lines only for what its description says.
+A check that does not concern the recipe, or whose facts are not known (a host that is only described), is left out.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kohaku_delta.params import Recipe
-from kohaku_delta.preflight import size_estimates
+from kohaku_delta.preflight import estimates
 from kohaku_delta.preflight.host_facts import Host
-from kohaku_delta.preflight.parameter_counts import ParameterCounts
-
-BROKEN = ((0, 36, 0), (0, 41, 0))  # bitsandbytes, model card: its 8-bit optimizers are wrong from … to
-DRIVERS = {12: 525, 13: 580}  # CUDA major → least driver, NVIDIA's table of minor version compatibility
-SPARE = 0.02  # of the disk, for what is not counted (logs, indices)
+from kohaku_delta.units import format_size
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One line of the table."""
+    """One line of the table. `what`: what was found; `remedy`: what to do if it is not ok."""
 
     name: str
-    good: bool
-    says: str
-    remedy: str = ""
+    ok: bool
+    what: str
+    remedy: str
 
 
-def format_bytes(number: float) -> str:
-    """Bytes as people read them."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if number >= scale:
-            return f"{number / scale:.3g} {unit}"
-    return f"{number / 1e3:.3g} kB"
+def run_checks(host: Host, recipe: Recipe) -> list[CheckResult]:
+    """The results of all checks that apply."""
+    checks = CHECKS + (GPU_CHECKS if recipe.train.device == "cuda" else [])
+    results = [result for check in checks if (result := check(host, recipe))]
+    return results + check_disks(host, recipe)
 
 
-def all_checks(
-    recipe: Recipe, host: Host, numbers: ParameterCounts | None, locked: dict[str, str]
-) -> list[CheckResult]:
-    """All lines. numbers: None leaves out what depends on the model's size."""
-    lines: list[CheckResult | None] = [
-        _python(host),
-        _tools(host, recipe),
-        _libraries(host, locked, recipe),
-        _bitsandbytes(host, locked, recipe),
-    ]
-    lines += [_numerics(host, recipe)]
-    if recipe.train.device == "cuda":
-        lines += [
-            _gpus(host, recipe),
-            _same_gpus(host),
-            _architecture(host),
-            _driver(host, locked),
-            _cuda(host, locked, recipe),
-            _nccl(host, locked),
-        ]
-        lines += [_gpu_memory(host, recipe, numbers)] if numbers else []
-    if numbers:
-        lines += [_memory(host, recipe, numbers)]
-    lines += [_shared_memory(host, recipe), _supplied(host), _database(host)]
-    if numbers and host.places is not None:
-        lines += list(_disks(host, recipe, numbers))
-    return [line for line in lines if line is not None]
-
-
-def _install(recipe: Recipe) -> str:
-    return f"install the lock (requirements/{recipe.requirements}.txt): `make environment LOCK={recipe.requirements}`, or build the image anew"
-
-
-def _python(host: Host) -> CheckResult | None:
+def check_python(host: Host, recipe: Recipe) -> CheckResult | None:
     if host.python is None:
         return None
-    return CheckResult(
-        "Python", host.python.startswith("3.11."), host.python, "the lock is for 3.11: make .venv with that one"
-    )
+    ok = host.python.startswith("3.11.")
+    return CheckResult("Python", ok, host.python, "the lock is for Python 3.11: make .venv with it")
 
 
-def _tools(host: Host, recipe: Recipe) -> CheckResult | None:
+def check_tools(host: Host, recipe: Recipe) -> CheckResult | None:
     if host.missing_tools is None:
         return None
     missing = ", ".join(host.missing_tools)
-    says = f"not there: {missing}" + (" (DVC does without git)" if missing == "git" else "") if missing else "there"
-    return CheckResult("dvc, git", "dvc" not in host.missing_tools, says, f"put .venv/bin on PATH; {_install(recipe)}")
+    note = " (DVC works without git)" if missing == "git" else ""
+    what = f"missing: {missing}{note}" if missing else "present"
+    return CheckResult("dvc, git", "dvc" not in host.missing_tools, what, f"put .venv/bin on PATH; {_install(recipe)}")
 
 
-def _libraries(host: Host, locked: dict[str, str], recipe: Recipe) -> CheckResult | None:
+def check_libraries(host: Host, recipe: Recipe) -> CheckResult | None:
     if host.libraries is None:
         return None
-    found = {name: host.libraries.get(name, "is missing") for name in sorted(locked)}
-    others = [f"{name} {number} (lock: {locked[name]})" for name, number in found.items() if number != locked[name]]
-    good = f"all {len(locked)} as in requirements/{recipe.requirements}.txt"
-    return CheckResult(
-        "libraries",
-        not others,
-        f"{len(others)} of {len(locked)} differ: {', '.join(others[:3])}" if others else good,
-        _install(recipe),
-    )
+    differing = [
+        f"{name} {host.libraries.get(name, 'is missing')} (lock: {version})"
+        for name, version in sorted(host.locked.items())
+        if host.libraries.get(name) != version
+    ]
+    what = f"all {len(host.locked)} as in requirements/{recipe.requirements}.txt"
+    if differing:
+        what = f"{len(differing)} of {len(host.locked)} differ: {', '.join(differing[:3])}"
+    return CheckResult("libraries", not differing, what, _install(recipe))
 
 
-def _bitsandbytes(host: Host, locked: dict[str, str], recipe: Recipe) -> CheckResult | None:
+def check_bitsandbytes(host: Host, recipe: Recipe) -> CheckResult | None:
     if host.libraries is None or host.bitsandbytes is None:
         return None
-    installed = host.libraries.get("bitsandbytes", "")
-    number = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
+    installed, locked = host.libraries.get("bitsandbytes", ""), host.locked.get("bitsandbytes")
+    version = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
+    first, last = estimates.BITSANDBYTES_BROKEN
+    fault = ""
     if not installed:
-        says = "it is not installed"
-    elif BROKEN[0] <= number <= BROKEN[1]:
-        says = f"{installed}: the 8-bit optimizers of 0.36.0 to 0.41.0 are broken (model card)"
-    elif installed != locked.get("bitsandbytes"):
-        says = f"{installed}: the lock says {locked.get('bitsandbytes')}, and another version rounds otherwise"
+        fault = "not installed"
+    elif first <= version <= last:
+        fault = f"{installed}: the 8-bit optimizers of 0.36.0 to 0.41.0 are broken (model card)"
+    elif installed != locked:
+        fault = f"{installed}: the lock has {locked}, and another version rounds differently"
     elif host.bitsandbytes:
-        says = f"{installed}: {host.bitsandbytes}"
-    else:
-        return CheckResult("bitsandbytes", True, f"{installed}, native library loaded")
-    return CheckResult(
-        "bitsandbytes", False, says, f"{_install(recipe)}; on a GPU host look at the lines on driver and CUDA first"
-    )
+        fault = f"{installed}: {host.bitsandbytes}"
+    remedy = f"{_install(recipe)}; on a GPU host look at the lines on driver and CUDA first"
+    return CheckResult("bitsandbytes", not fault, fault or f"{installed}, native library loaded", remedy)
 
 
-def _numerics(host: Host, recipe: Recipe) -> CheckResult | None:
+def check_numerics(host: Host, recipe: Recipe) -> CheckResult | None:
     if host.numerics is None:
         return None
-    says = host.numerics or f"the contract for {recipe.train.device} holds"
-    return CheckResult("numerics", not host.numerics, says, "mend what the sentence names; the other lines say how")
+    what = host.numerics or f"the contract for {recipe.train.device} holds"
+    return CheckResult("numerics", not host.numerics, what, "fix what the sentence names; the other lines say how")
 
 
-def _gpus(host: Host, recipe: Recipe) -> CheckResult | None:
-    if host.cards is None:
+def check_gpu_count(host: Host, recipe: Recipe) -> CheckResult | None:
+    if host.gpus is None:
         return None
-    count, ranks, lanes = len(host.cards), recipe.execution.ranks, recipe.schedule.lanes
+    count, ranks, lanes = len(host.gpus), recipe.execution.ranks, recipe.schedule.lanes
     if lanes % ranks:
-        return CheckResult(
-            "GPUs",
-            False,
-            f"execution.ranks is {ranks}, which does not divide {lanes} lanes",
-            f"set execution.ranks in params.yaml to a divisor of {lanes}",
-        )
-    names = ", ".join(sorted({card.name for card in host.cards}))
-    says = f"{count} ({names})" if count else "none is seen"
-    possible = max((each for each in range(1, count + 1) if lanes % each == 0), default=0)
-    remedy = "show the GPUs to this process (driver; `--gpus all` for a container)"
-    if possible:
+        what = f"execution.ranks is {ranks}, which does not divide {lanes} lanes"
+        return CheckResult("GPUs", False, what, f"set execution.ranks in params.yaml to a divisor of {lanes}")
+    names = ", ".join(sorted({gpu.name for gpu in host.gpus}))
+    what = f"{f'{count} ({names})' if count else 'none is visible'}, for {ranks} ranks that share {lanes} lanes"
+    remedy = "make the GPUs visible to this process (driver; `--gpus all` for a container)"
+    if possible := max((number for number in range(1, count + 1) if lanes % number == 0), default=0):
         remedy = f"set execution.ranks in params.yaml to {possible}: it takes longer, the bits are the same"
-    return CheckResult("GPUs", count >= ranks, f"{says}, for {ranks} ranks that share {lanes} lanes", remedy)
+    return CheckResult("GPUs", count >= ranks, what, remedy)
 
 
-def _same_gpus(host: Host) -> CheckResult | None:
-    if not host.cards or host.cards[0].multiprocessors is None:
+def check_same_gpu(host: Host, recipe: Recipe) -> CheckResult | None:
+    if not host.gpus or host.gpus[0].multiprocessors is None:
         return None
-    kinds = sorted(
-        {
-            f"{card.name}, architecture {card.architecture}, {card.multiprocessors} multiprocessors"
-            for card in host.cards
-        }
-    )
-    remedy = (
-        "equal bits need one kind: show only equal ones (CUDA_VISIBLE_DEVICES), and set execution.ranks to their number"
-    )
-    return CheckResult("same GPU", len(kinds) == 1, " / ".join(kinds), remedy)
+    kinds = {f"{gpu.name}, architecture {gpu.architecture}, {gpu.multiprocessors} multiprocessors" for gpu in host.gpus}
+    remedy = "equal bits need one kind: show only equal GPUs (CUDA_VISIBLE_DEVICES), and set execution.ranks to match"
+    return CheckResult("same GPU", len(kinds) == 1, " / ".join(sorted(kinds)), remedy)
 
 
-def _architecture(host: Host) -> CheckResult | None:
-    if not host.cards or not host.architectures or host.cards[0].architecture is None:
+def check_architecture(host: Host, recipe: Recipe) -> CheckResult | None:
+    if not host.gpus or not host.architectures or host.gpus[0].architecture is None:
         return None
-    major, minor = map(int, host.cards[0].architecture.split("."))
-    fitting = [each for each in host.architectures if _has_kernels_for(each, major, minor)]
-    says = f"sm_{major}{minor}; torch is built for {', '.join(host.architectures)}"
-    return CheckResult(
-        "architecture",
-        bool(fitting),
-        says,
-        "take a GPU of one of these architectures: the lock's torch has no code for this one",
-    )
+    major, minor = map(int, host.gpus[0].architecture.split("."))
+    ok = any(_has_kernels_for(architecture, major, minor) for architecture in host.architectures)
+    what = f"sm_{major}{minor}; torch is built for {', '.join(host.architectures)}"
+    remedy = "use a GPU of one of these architectures: the lock's torch has no code for this one"
+    return CheckResult("architecture", ok, what, remedy)
 
 
 def _has_kernels_for(built: str, major: int, minor: int) -> bool:
@@ -180,127 +123,156 @@ def _has_kernels_for(built: str, major: int, minor: int) -> bool:
     (compute_) on any later one.
     """
     kind, _, number = built.partition("_")
-    number = "".join(each for each in number if each.isdigit())
-    theirs = (int(number[:-1]), int(number[-1])) if len(number) > 1 else (99, 0)
-    return theirs <= (major, minor) and (kind == "compute" or theirs[0] == major)
+    digits = "".join(character for character in number if character.isdigit())
+    version = (int(digits[:-1]), int(digits[-1])) if len(digits) > 1 else (99, 0)
+    return version <= (major, minor) and (kind == "compute" or version[0] == major)
 
 
-def _driver(host: Host, locked: dict[str, str]) -> CheckResult | None:
+def check_driver(host: Host, recipe: Recipe) -> CheckResult | None:
     if host.driver is None:
         return None
-    cuda = (_locked_version(locked, "cuda-toolkit", "nvidia-cuda-runtime") or "13").split(".")[0]
-    least = DRIVERS.get(int(cuda), max(DRIVERS.values()))
-    found = host.driver.split(".")[0]
-    says = host.driver or "none answers (nvidia-smi)"
-    return CheckResult(
-        "driver",
-        found.isdigit() and int(found) >= least,
-        says,
-        f"install NVIDIA's driver {least} or later on the host: CUDA {cuda} needs it",
-    )
+    cuda = (_locked_version(host, "cuda-toolkit", "nvidia-cuda-runtime") or "13").split(".")[0]
+    lowest = estimates.DRIVERS.get(int(cuda), max(estimates.DRIVERS.values()))
+    major = host.driver.split(".")[0]
+    remedy = f"install NVIDIA's driver {lowest} or later on the host: CUDA {cuda} needs it"
+    ok = major.isdigit() and int(major) >= lowest
+    return CheckResult("driver", ok, host.driver or "none answers (nvidia-smi)", remedy)
 
 
-def _cuda(host: Host, locked: dict[str, str], recipe: Recipe) -> CheckResult | None:
+def check_cuda(host: Host, recipe: Recipe) -> CheckResult | None:
     if host.cuda is None:
         return None
-    wanted = ".".join((_locked_version(locked, "cuda-toolkit", "nvidia-cuda-runtime") or "").split(".")[:2])
-    return CheckResult(
-        "CUDA", host.cuda == wanted, f"{host.cuda or 'torch is a CPU build'} (lock: {wanted})", _install(recipe)
-    )
+    locked = ".".join((_locked_version(host, "cuda-toolkit", "nvidia-cuda-runtime") or "").split(".")[:2])
+    what = f"{host.cuda or 'torch is a CPU build'} (lock: {locked})"
+    return CheckResult("CUDA", host.cuda == locked, what, _install(recipe))
 
 
-def _nccl(host: Host, locked: dict[str, str]) -> CheckResult | None:
+def check_nccl(host: Host, recipe: Recipe) -> CheckResult | None:
     if host.nccl is None:
         return None
-    wanted = _locked_version(locked, "nvidia-nccl") or ""
-    remedy = (
-        "another NCCL comes before the lock's: unset LD_LIBRARY_PATH and LD_PRELOAD"
-        if host.nccl
-        else "it is seen with the GPUs: mend their lines"
-    )
-    return CheckResult("NCCL", host.nccl == wanted, f"{host.nccl or 'none answers'} (lock: {wanted})", remedy)
+    locked = _locked_version(host, "nvidia-nccl") or ""
+    remedy = "another NCCL hides the lock's: unset LD_LIBRARY_PATH and LD_PRELOAD"
+    if not host.nccl:
+        remedy = "it is visible only with the GPUs: fix their lines"
+    return CheckResult("NCCL", host.nccl == locked, f"{host.nccl or 'none answers'} (lock: {locked})", remedy)
 
 
-def _gpu_memory(host: Host, recipe: Recipe, numbers: ParameterCounts) -> CheckResult | None:
-    if not host.cards:
+def check_gpu_memory(host: Host, recipe: Recipe) -> CheckResult | None:
+    if not host.gpus or host.model is None:
         return None
-    least, lowest = (
-        size_estimates.gpu_memory(recipe, numbers, recipe.execution.ranks),
-        min(card.memory for card in host.cards),
+    needed, smallest = estimates.gpu_memory(recipe, host.model), min(gpu.memory for gpu in host.gpus)
+    always = estimates.total(estimates.gpu_memory_parts(recipe, host.model))
+    what = (
+        f"{format_size(smallest)} per GPU; {format_size(needed)} is taken as enough (the release's GPUs), "
+        f"{format_size(always)} of it is always in use"
     )
-    always = size_estimates.total(size_estimates.gpu_memory_parts(recipe, numbers, recipe.execution.ranks))
-    says = f"{format_bytes(lowest)} a GPU; {format_bytes(least)} is taken for enough (the release's cards), {format_bytes(always)} of it is always full"
-    remedy = "take larger GPUs"
-    if lowest > always:
-        remedy += "; how much activations need was not measured, so less may do: try the train stage by hand"
-    return CheckResult("GPU memory", lowest >= least, says, remedy)
+    remedy = "use larger GPUs"
+    if smallest > always:
+        remedy += "; what activations need was not measured, so less may do: try the train stage by hand"
+    return CheckResult("GPU memory", smallest >= needed, what, remedy)
 
 
-def _memory(host: Host, recipe: Recipe, numbers: ParameterCounts) -> CheckResult | None:
-    if host.memory is None:
+def check_memory(host: Host, recipe: Recipe) -> CheckResult | None:
+    if host.memory is None or host.model is None:
         return None
-    least = size_estimates.host_memory(recipe, numbers, recipe.execution.ranks)
-    says = f"{format_bytes(host.memory)}, {format_bytes(least)} while {recipe.execution.ranks} ranks begin"
-    return CheckResult("memory", host.memory >= least, says, "add swap for the beginning, or train with fewer ranks")
+    needed = estimates.host_memory(recipe, host.model)
+    what = f"{format_size(host.memory)}; {format_size(needed)} while {recipe.execution.ranks} ranks start"
+    return CheckResult("memory", host.memory >= needed, what, "add swap for the start, or train with fewer ranks")
 
 
-def _shared_memory(host: Host, recipe: Recipe) -> CheckResult | None:
+def check_shared_memory(host: Host, recipe: Recipe) -> CheckResult | None:
     if host.shared_memory is None:
         return None
-    least = size_estimates.shared_memory(recipe, recipe.execution.ranks)
-    remedy = f"give /dev/shm {format_bytes(least)} (`--shm-size` or `--ipc=host` for a container, `mount -o remount,size=…` on a host), or lower execution.workers"
-    return CheckResult(
-        "shared memory",
-        host.shared_memory >= least,
-        f"{format_bytes(host.shared_memory)} in /dev/shm, {format_bytes(least)} needed",
-        remedy,
+    needed = estimates.shared_memory(recipe)
+    what = f"{format_size(host.shared_memory)} in /dev/shm, {format_size(needed)} needed"
+    remedy = (
+        f"give /dev/shm {format_size(needed)} (`--shm-size` or `--ipc=host` for a container, "
+        "`mount -o remount,size=…` on a host), or lower execution.workers"
     )
+    return CheckResult("shared memory", host.shared_memory >= needed, what, remedy)
 
 
-def _supplied(host: Host) -> CheckResult | None:
-    if host.supplied is None:
+def check_supplied_inputs(host: Host, recipe: Recipe) -> CheckResult | None:
+    if host.missing_inputs is None:
         return None
-    missing = ", ".join(host.supplied)
-    remedy = "put the file there (params.yaml says where it comes from), or start from the published base: merge.start: published"
-    return CheckResult("supplied inputs", not missing, f"not there: {missing}" if missing else "there", remedy)
+    missing = ", ".join(host.missing_inputs)
+    remedy = (
+        "put the file there (params.yaml says where to get it), "
+        "or start from the published base: merge.start: published"
+    )
+    return CheckResult("supplied inputs", not missing, f"missing: {missing}" if missing else "present", remedy)
 
 
-def _database(host: Host) -> CheckResult | None:
+def check_database(host: Host, recipe: Recipe) -> CheckResult | None:
     if host.database is None:
         return None
-    remedy = "mend it (docs/recipe.md has the layout), or name the one that was meant: download.inputs.database in params.yaml"
+    remedy = "fix it (docs/recipe.md has the layout), or name another one: download.inputs.database in params.yaml"
     return CheckResult("database", not host.database, host.database or "laid out as danbooru2023.db", remedy)
 
 
-def _disks(host: Host, recipe: Recipe, numbers: ParameterCounts) -> Iterator[CheckResult]:
-    """A line a file system: what is still to come into its folders, against what is free."""
-    written = size_estimates.build_sizes(recipe, numbers)
+def check_disks(host: Host, recipe: Recipe) -> list[CheckResult]:
+    """One result per file system: what is still to be written into its folders, against what is free."""
+    if host.folders is None or host.model is None:
+        return []
+    built = estimates.build_sizes(recipe, host.model)
     needs = {
-        "mirror": size_estimates.download_sizes(recipe, numbers),
-        "build": written,
-        "cache": written,
-        "work": size_estimates.state_sizes(recipe, numbers),
+        "mirror": estimates.download_sizes(recipe, host.model),
+        "build": built,
+        "cache": built,
+        "work": estimates.state_sizes(recipe, host.model),
     }
-    folders = {name: size_estimates.total(each) for name, each in needs.items()}
-    open_ends = {
-        name: [one.what for one in each if one.bytes is None] if name != "cache" else [] for name, each in needs.items()
-    }
-    shared: dict[int, list[str]] = defaultdict(list)
-    for name, place in host.places.items():
-        shared[place.device].append(name)
-    for names in shared.values():
-        left = {name: max(0, folders[name] - host.places[name].there) for name in names}
-        least, free = sum(left.values()), host.places[names[0]].free
-        parts = ", ".join(f"{name} {format_bytes(left[name])}" for name in names if left[name])
-        says = f"{format_bytes(free)} free, {format_bytes(least)} to come" + (f": {parts}" if parts else "")
-        unknown = [name for place in names for name in open_ends[place]]
-        says += f"; not known: {', '.join(unknown)}" if unknown else ""
-        remedy = "free some, or put the largest folder elsewhere: download.mirror and execution.work in params.yaml, `dvc cache dir`, or links"
-        yield CheckResult(f"disk of {', '.join(names)}", free >= least * (1 + SPARE), says, remedy)
+    by_device: dict[int, list[str]] = {}
+    for name, folder in host.folders.items():
+        by_device.setdefault(folder.device, []).append(name)
+    results = []
+    for names in by_device.values():
+        to_come = {name: max(0, estimates.total(needs[name]) - host.folders[name].present) for name in names}
+        needed, free = sum(to_come.values()), host.folders[names[0]].free
+        parts = ", ".join(f"{name} {format_size(size)}" for name, size in to_come.items() if size)
+        unknown = [each.what for name in names if name != "cache" for each in needs[name] if each.bytes is None]
+        what = f"{format_size(free)} free, {format_size(needed)} to come" + (f": {parts}" if parts else "")
+        what += f"; not known: {', '.join(unknown)}" if unknown else ""
+        remedy = (
+            "free some space, or put the largest folder elsewhere: download.mirror and execution.work in params.yaml, "
+            "`dvc cache dir`, or links"
+        )
+        ok = free >= needed * (1 + estimates.SPARE_DISK)
+        results.append(CheckResult(f"disk of {', '.join(names)}", ok, what, remedy))
+    return results
 
 
-def _locked_version(locked: dict[str, str], *beginnings: str) -> str | None:
-    """The version of the first locked library whose name begins so: NVIDIA's carry the CUDA version in theirs."""
-    return next(
-        (number for beginning in beginnings for name, number in locked.items() if name.startswith(beginning)), None
-    )
+def _install(recipe: Recipe) -> str:
+    lock = recipe.requirements
+    return f"install the lock (requirements/{lock}.txt): `make environment LOCK={lock}`, or build the image again"
+
+
+def _locked_version(host: Host, *prefixes: str) -> str | None:
+    """The version of the first locked library with such a name: NVIDIA's names end with the CUDA version."""
+    for prefix in prefixes:
+        for name, version in host.locked.items():
+            if name.startswith(prefix):
+                return version
+    return None
+
+
+Check = Callable[[Host, Recipe], CheckResult | None]
+CHECKS: list[Check] = [
+    check_python,
+    check_tools,
+    check_libraries,
+    check_bitsandbytes,
+    check_numerics,
+    check_memory,
+    check_shared_memory,
+    check_supplied_inputs,
+    check_database,
+]
+GPU_CHECKS: list[Check] = [
+    check_gpu_count,
+    check_same_gpu,
+    check_architecture,
+    check_driver,
+    check_cuda,
+    check_nccl,
+    check_gpu_memory,
+]

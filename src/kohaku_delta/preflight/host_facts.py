@@ -1,8 +1,6 @@
-"""Invariant: what is said of a host was read on it; None: not known (a host that is only described). Nothing here
-changes the host.
+"""What this host has, read without changing it. None: not known, as for a host that is only described.
 
-The checks see a `Host` and nothing else, so a test can hand in any. GPUs and libraries are read in another process
-(`probe`), which imports torch.
+The checks see nothing but a `Host`, so a test can pass any. gpu_probe reads GPUs and libraries in another process.
 """
 
 import importlib.metadata
@@ -17,16 +15,20 @@ from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
+from kohaku_delta.danbooru import schema
+from kohaku_delta.danbooru.database import Database
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import Pin, Recipe
+from kohaku_delta.preflight import estimates
 from kohaku_delta.preflight.parameter_counts import ParameterCounts
+from kohaku_delta.provenance import import_closure
 
-PATIENCE = 300  # seconds for the probe; on a cold disk torch and diffusers take their time
+PROBE_TIMEOUT = 300  # seconds; importing torch and diffusers from a cold disk is slow
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. `memory` in bytes, `architecture` as "8.6"."""
+    """`memory` in bytes, `architecture` as "8.6"."""
 
     name: str
     memory: int
@@ -36,50 +38,49 @@ class Gpu:
 
 @dataclass(frozen=True)
 class DiskFolder:
-    """A folder that is written to. `device`: folders with the same one share `free`; `there`: bytes that it has
-    already.
-    """
+    """A folder that is written to. Folders of the same `device` share `free` bytes; `present`: bytes already in it."""
 
     path: str
     device: int
     free: int
-    there: int
+    present: int
 
 
 @dataclass(frozen=True)
 class Host:
-    """Sizes in bytes. `driver`: "" where none answers; `numerics`, `bitsandbytes`: "" where all is well, else a
-    sentence.
+    """Sizes in bytes. `locked`: versions in the lock; `model`: its sizes, None if unknown.
 
-    `architectures`: what torch was built for ("sm_86"); `supplied`: pinned file:// inputs that are not there;
-    `database`: what is wrong with a local database, "" if nothing.
+    `driver`: "" if none answers; `numerics`, `bitsandbytes`, `database`: "" if all is well, else what is wrong;
+    `architectures`: what torch was built for ("sm_86"); `missing_inputs`: pinned file:// inputs that are not there.
     """
 
+    locked: dict[str, str]
+    model: ParameterCounts | None = None
     python: str | None = None
     missing_tools: tuple[str, ...] | None = None
     libraries: dict[str, str] | None = None
     numerics: str | None = None
     bitsandbytes: str | None = None
-    cards: tuple[Gpu, ...] | None = None
+    gpus: tuple[Gpu, ...] | None = None
     architectures: tuple[str, ...] | None = None
     driver: str | None = None
     cuda: str | None = None
     nccl: str | None = None
     memory: int | None = None
     shared_memory: int | None = None
-    places: dict[str, DiskFolder] | None = None
-    supplied: tuple[str, ...] | None = None
+    folders: dict[str, DiskFolder] | None = None
+    missing_inputs: tuple[str, ...] | None = None
     database: str | None = None
 
 
-def inspect_host(recipe: Recipe, params: Path) -> tuple[Host, ParameterCounts | None]:
-    """This host, seen from the recipe's folder; and the sizes of the model, which the same process counts (None where
-    libraries are missing).
-    """
+def inspect_host(recipe: Recipe, params: Path) -> Host:
+    """This host, as seen from the folder of `params`."""
     folder = params.parent
     root = (folder / recipe.root).resolve()
     found = _probe(params)
     return Host(
+        locked=locked_versions(recipe, folder),
+        model=ParameterCounts(**found["model"]) if found["model"] else None,
         python=platform.python_version(),
         missing_tools=tuple(tool for tool in ("dvc", "git") if not shutil.which(tool)),
         libraries={
@@ -87,49 +88,54 @@ def inspect_host(recipe: Recipe, params: Path) -> tuple[Host, ParameterCounts | 
         },
         numerics=found["numerics"],
         bitsandbytes=found["bitsandbytes"],
-        cards=tuple(Gpu(**card) for card in found["cards"]),
+        gpus=tuple(Gpu(**gpu) for gpu in found["gpus"]),
         architectures=tuple(found["architectures"]),
-        driver=driver(),
+        driver=_driver(),
         cuda=found["cuda"],
         nccl=found["nccl"],
         memory=_memory(),
         shared_memory=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
-        places=_places(recipe, folder, root),
-        supplied=_supplied(recipe, folder),
-        database=_database(recipe, folder),
-    ), ParameterCounts(**found["numbers"]) if found["numbers"] else None
+        folders={
+            "mirror": _disk_folder(folder / recipe.download.mirror),
+            "build": _disk_folder(folder / "build"),
+            "cache": _disk_folder(root / ".dvc" / "cache"),
+            "work": _disk_folder(folder / recipe.execution.work),
+        },
+        missing_inputs=_missing_inputs(recipe, folder),
+        database=database_error(recipe, folder),
+    )
+
+
+def locked_versions(recipe: Recipe, folder: Path) -> dict[str, str]:
+    """The version of each library in the recipe's lock."""
+    lock = folder / recipe.root / "requirements" / f"{recipe.requirements}.txt"
+    return {name: library.version for name, library in import_closure.locked_libraries(lock).items()}
 
 
 def _probe(params: Path) -> dict:
-    script = Path(__file__).with_name("gpu_probe.py")
+    command = [sys.executable, "-P", "-m", "kohaku_delta.preflight.gpu_probe", str(params)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     try:
-        done = subprocess.run(
-            [sys.executable, str(script), str(params)], capture_output=True, text=True, timeout=PATIENCE
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT, env=environment)
         found = json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"{script} did not answer in {PATIENCE} s. Does `nvidia-smi` answer? A card that hangs needs a restart of the host."
+            f"gpu_probe did not answer in {PROBE_TIMEOUT} s. Does `nvidia-smi` answer? "
+            "A GPU that hangs needs a restart of the host."
         ) from None
     except (ValueError, IndexError):
-        said = done.stderr.strip().splitlines()
-        raise UserError(
-            f"{script} could not look at this host: {said[-1] if said else f'exit code {done.returncode}'}"
-        ) from None
-    if "refusal" in found:
-        raise UserError(found["refusal"])
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise UserError(f"gpu_probe could not inspect this host: {lines[-1]}") from None
+    if "error" in found:
+        raise UserError(found["error"])
     return found
 
 
-def driver() -> str:
-    """The NVIDIA driver's version; "" where none answers."""
+def _driver() -> str:
+    """The NVIDIA driver's version; "" if none answers."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else ""
@@ -137,54 +143,41 @@ def driver() -> str:
 
 def _memory() -> int:
     """Main memory in bytes: the machine's, or what a container may use of it."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
-    said = limit.read_text().strip() if limit.is_file() else "max"
-    return min(total, int(said)) if said.isdigit() else total
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(machine, int(text)) if text.isdigit() else machine
 
 
-def _places(recipe: Recipe, folder: Path, root: Path) -> dict[str, DiskFolder]:
-    cache = root / ".dvc" / "cache"
-    paths = {
-        "mirror": folder / recipe.download.mirror,
-        "build": folder / "build",
-        "cache": cache,
-        "work": folder / recipe.execution.work,
-    }
-    return {name: _place(path) for name, path in paths.items()}
-
-
-def _place(path: Path) -> DiskFolder:
+def _disk_folder(path: Path) -> DiskFolder:
     existing = path.resolve()
     while not existing.exists():
         existing = existing.parent
-    there = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
-    return DiskFolder(str(path), existing.stat().st_dev, shutil.disk_usage(existing).free, there)
+    present = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
+    return DiskFolder(str(path), existing.stat().st_dev, shutil.disk_usage(existing).free, present)
 
 
-def _supplied(recipe: Recipe, folder: Path) -> tuple[str, ...]:
-    from kohaku_delta.preflight.size_estimates import wanted_posts
-
-    paths = [pin.url.removeprefix("file://") for _, pin in wanted_posts(recipe) if pin.url.startswith("file://")]
-    return tuple(path for path in paths if not (folder / path).is_file())
+def _local_path(pin: Pin, folder: Path) -> Path | None:
+    """The file of a file:// pin."""
+    return folder / pin.url.removeprefix("file://") if pin.url.startswith("file://") else None
 
 
-def _database(recipe: Recipe, folder: Path) -> str | None:
-    """What the select stage would refuse a local database for, before anything is downloaded; None if there is no local
-    one.
-    """
-    from kohaku_delta.danbooru import schema
-    from kohaku_delta.danbooru.database import Database
+def _missing_inputs(recipe: Recipe, folder: Path) -> tuple[str, ...]:
+    return tuple(
+        pin.url.removeprefix("file://")
+        for _, pin in estimates.needed_pins(recipe)
+        if (path := _local_path(pin, folder)) and not path.is_file()
+    )
 
+
+def database_error(recipe: Recipe, folder: Path) -> str | None:
+    """Why the select stage would refuse a local database; "" if it would not; None if there is no local one."""
     pin = recipe.download.inputs.get("database")
-    if (
-        not isinstance(pin, Pin)
-        or not pin.url.startswith("file://")
-        or not (path := folder / pin.url.removeprefix("file://")).is_file()
-    ):
+    path = _local_path(pin, folder) if isinstance(pin, Pin) else None
+    if not path or not path.is_file():
         return None
     try:
         schema.check_schema(Database(path))
-    except UserError as refusal:
-        return refusal.message
+    except UserError as error:
+        return error.message
     return ""

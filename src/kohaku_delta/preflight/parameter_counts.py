@@ -1,6 +1,7 @@
-"""Invariant: sizes are counted on the modules themselves, without their numbers: of a local checkpoint of the recipe;
-else of SDXL 1.0, if the pinned sizes are its own; else of a checkpoint in the mirror. Otherwise the model's size is
-not known, and nothing is planned from it.
+"""Sizes of the model and of its LoKr, counted on the modules themselves without their weights.
+
+The model is a local checkpoint of the recipe; otherwise SDXL 1.0, if the pinned sizes are SDXL's; otherwise a
+checkpoint in the mirror. Otherwise its size is not known, and nothing is planned from it.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from kohaku_delta.hub import pins
 from kohaku_delta.params import Pin, Recipe
 
-CLIP = {
+CLIP: dict[str, int | None] = {
     "bos_token_id": 49406,
     "eos_token_id": 49407,
     "pad_token_id": None,
@@ -17,32 +18,59 @@ CLIP = {
     "vocab_size": 49408,
 }
 # Stability AI's SDXL 1.0: config.json of unet, text_encoder, text_encoder_2 and vae at the pinned revision
-SDXL = {
+SDXL: dict[str, dict] = {
     "unet": {
-        "sample_size": 128, "in_channels": 4, "out_channels": 4, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (320, 640, 1280), "layers_per_block": 2,
-        "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048, "use_linear_projection": True,
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+        "sample_size": 128,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
     },
-    "te1": CLIP | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768},
-    "te2": CLIP | {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280},
+    "te1": CLIP
+    | {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "projection_dim": 768,
+    },
+    "te2": CLIP
+    | {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "projection_dim": 1280,
+    },
     "vae": {
-        "sample_size": 1024, "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "latent_channels": 4,
-        "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
+        "sample_size": 1024,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "latent_channels": 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
     },
-}  # fmt: skip
-SDXL_BYTES = (6.94e9, 13.88e9)  # of a checkpoint in fp16 and in fp32: 3.47 billion numbers
-EIGHT_BIT, BLOCK = (
-    4096,
-    256,
-)  # bitsandbytes 0.50.2: elements from which Lion keeps 8 bits, and elements a scale of 4 bytes
+}
+SDXL_BYTES = (6.94e9, 13.88e9)  # a checkpoint in fp16 and in fp32: 3.47 billion numbers
+# bitsandbytes 0.50.2: the size from which Lion keeps 8-bit state, and the numbers that share a scale of 4 bytes
+EIGHT_BIT_FROM, BLOCK = 4096, 256
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Counts of numbers, and bytes of the optimizer's state. `of`: whose sizes these are.
+    """Counts of numbers, and bytes of the optimizer's state. `of`: the model that was counted.
 
-    `entries`: tensors of the LoKr; `trained`: its numbers that a gradient reaches."""
+    `entries`: tensors of the LoKr; `trained`: its numbers that get a gradient.
+    """
 
     of: str
     unet: int
@@ -55,7 +83,7 @@ class ParameterCounts:
 
 
 def count_parameters(recipe: Recipe, folder: Path) -> ParameterCounts | None:
-    """The sizes of the recipe's model and LoKr; None if they are not known before the download. Imports torch."""
+    """Sizes of the model and LoKr of the recipe in `folder`; None if unknown before the download. Imports torch."""
     import torch
     from lycoris.modules.lokr import LokrModule
     from lycoris.modules.norms import NormModule
@@ -64,72 +92,69 @@ def count_parameters(recipe: Recipe, folder: Path) -> ParameterCounts | None:
     from kohaku_delta.sdxl import model_loading
     from kohaku_delta.weights import lokr_preset
 
-    checkpoint = _local_checkpoint(recipe, folder, "file://") or (
-        None if _is_sdxl(recipe) else _local_checkpoint(recipe, folder, "hf://")
+    checkpoint = _local_checkpoint(recipe, folder) or (
+        None if _is_sdxl(recipe) else _mirrored_checkpoint(recipe, folder)
     )
     if not checkpoint and not _is_sdxl(recipe):
         return None
+    configs: dict[str, dict] = SDXL
     if checkpoint:
         with safetensors_io.open_file(checkpoint) as file:
-            configs = model_loading.architecture({name: spec.shape for name, spec in file.specs.items()}, recipe.model)
-    else:
-        configs = SDXL
-    built = model_loading.build(configs)
-    sizes = {part: sum(weight.numel() for weight in module.parameters()) for part, module in built.items()}
-    idle = f"lora_te1_text_model_encoder_layers_{built['te1'].config.num_hidden_layers - 1}_"
-    lokr = recipe.lokr
-    weights: list[tuple[bool, int]] = []
+            shapes = {name: spec.shape for name, spec in file.specs.items()}
+        configs = model_loading.architecture(shapes, recipe.model)
+    parts = model_loading.build(configs)
+    sizes = {part: sum(weight.numel() for weight in module.parameters()) for part, module in parts.items()}
+    # The penultimate output of text encoder 1 is used, so its last layer gets no gradient.
+    untrained = f"lora_te1_text_model_encoder_layers_{configs['te1']['num_hidden_layers'] - 1}_"
+    lokr, entries, trained = recipe.lokr, [], []
     with torch.device("meta"):
-        for target in lokr_preset.lokr_targets({part: built[part] for part in ("te1", "te2", "unet")}, lokr.preset):
-            layer = built[target.part].get_submodule(target.path)
+        for target in lokr_preset.lokr_targets({part: parts[part] for part in ("te1", "te2", "unet")}, lokr.preset):
+            layer = parts[target.part].get_submodule(target.path)
             if target.algorithm == "norm":
                 entry = NormModule(target.lora, layer)
             else:
                 entry = LokrModule(
                     target.lora, layer, lora_dim=lokr.dim, alpha=lokr.alpha, factor=target.factor, full_matrix=True
                 )
-            weights += [(target.lora.startswith(idle), weight.numel()) for weight in entry.parameters()]
-    trained = [size for never, size in weights if not never]
+            counts = [weight.numel() for weight in entry.parameters()]
+            entries += counts
+            trained += [] if target.lora.startswith(untrained) else counts
     return ParameterCounts(
         of=checkpoint.name if checkpoint else "SDXL 1.0",
         unet=sizes["unet"],
         text=sizes["te1"] + sizes["te2"],
         vae=sizes["vae"],
-        lokr=sum(size for _, size in weights),
-        entries=len(weights),
+        lokr=sum(entries),
+        entries=len(entries),
         trained=sum(trained),
-        optimizer=sum(state(size) for size in trained),
+        optimizer=sum(map(_optimizer_bytes, trained)),
     )
 
 
-def state(size: int) -> int:
-    """Bytes of Lion8bit's state for a weight of so many numbers: 8 bits and a scale a block, or fp32 for a small one."""
-    return size + 4 * -(-size // BLOCK) if size >= EIGHT_BIT else 4 * size
+def _optimizer_bytes(count: int) -> int:
+    """Lion8bit's state of a weight with `count` numbers: 8 bits each and a scale per block; fp32 for a small weight."""
+    return count + 4 * -(-count // BLOCK) if count >= EIGHT_BIT_FROM else 4 * count
 
 
-def checkpoints(recipe: Recipe) -> dict[str, Pin]:
-    """The pins whose files have the model's architecture, the surest first."""
+def architecture_pins(recipe: Recipe) -> dict[str, Pin]:
+    """The pins of checkpoints that have the model's architecture, the most reliable first."""
     names = ("delta_base", "sdxl") if recipe.merge.start == "published" else ("sdxl", "beta", "gamma")
     return {name: pin for name in names if isinstance(pin := recipe.download.inputs.get(name), Pin)}
 
 
-def _local_checkpoint(recipe: Recipe, folder: Path, scheme: str) -> Path | None:
-    """A checkpoint that is a local file (file://), or is in the mirror already (hf://): the miniature's has dimensions
-    of its own.
-    """
-    for pin in checkpoints(recipe).values():
-        if pin.url.startswith(scheme):
-            path = folder / (
-                pin.url.removeprefix(scheme)
-                if scheme == "file://"
-                else Path(recipe.download.mirror) / pins.hub_file(pin).path
-            )
-            if path.is_file():
-                return path
-    return None
+def _local_checkpoint(recipe: Recipe, folder: Path) -> Path | None:
+    urls = [pin.url for pin in architecture_pins(recipe).values()]
+    paths = [folder / url.removeprefix("file://") for url in urls if url.startswith("file://")]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _mirrored_checkpoint(recipe: Recipe, folder: Path) -> Path | None:
+    remote = [pin for pin in architecture_pins(recipe).values() if pin.url.startswith("hf://")]
+    paths = [folder / recipe.download.mirror / pins.hub_file(pin).path for pin in remote]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _is_sdxl(recipe: Recipe) -> bool:
     """Whether the pinned sizes, as far as there are any, are those of SDXL 1.0."""
-    known = [pin.bytes for pin in checkpoints(recipe).values() if pin.bytes]
-    return bool(known) and all(any(abs(each / size - 1) < 0.01 for size in SDXL_BYTES) for each in known)
+    sizes = [pin.bytes for pin in architecture_pins(recipe).values() if pin.bytes]
+    return bool(sizes) and all(any(abs(size / sdxl - 1) < 0.01 for sdxl in SDXL_BYTES) for size in sizes)

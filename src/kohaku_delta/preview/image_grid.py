@@ -1,5 +1,6 @@
-"""Invariant: the same pictures and labels give the same PNG: per prompt one row of named pictures side by side, the
-prompt above.
+"""The preview's grid: per prompt a row of named pictures side by side, with the prompt above it.
+
+The same pictures and labels give the same PNG.
 """
 
 import io
@@ -8,7 +9,8 @@ import textwrap
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-MARGIN, LINE, SIZE = 12, 15, 12
+MARGIN, LINE, FONT_SIZE = 12, 15, 12  # px
+MIN_WIDTH = 192  # px: smaller pictures are enlarged by a whole factor
 
 
 def draw_grid(
@@ -16,32 +18,32 @@ def draw_grid(
     pictures: dict[str, list[np.ndarray]],
     distances: dict[str, dict[str, float]],
     columns: int,
-    caption: str,
+    title: str,
 ) -> bytes:
-    """PNG bytes. pictures: name → one per prompt, (H, W, 3) uint8, all of one size, shown at least 192 px wide;
-    distances: as picture_distance.measure gives them, or empty.
+    """PNG bytes. pictures: name → one per prompt, uint8 RGB (H, W, 3), all of one size; distances: as
+    picture_distance.mean_distances returns them, or empty.
     """
     first = next(iter(pictures.values()))[0]
-    scale = max(1, -(-192 // first.shape[1]))
+    scale = max(1, -(-MIN_WIDTH // first.shape[1]))
     height, width = first.shape[0] * scale, first.shape[1] * scale
-    font = ImageFont.load_default(SIZE)
-    labels = [textwrap.wrap(prompt, max(16, len(pictures) * width // 6))[:4] for prompt in prompts]
-    head = LINE * (max(map(len, labels)) + 1) + 4
-    cell = (len(pictures) * (width + 2) + 2 * MARGIN, height + head + MARGIN)
+    font = ImageFont.load_default(FONT_SIZE)
+    wrapped = [textwrap.wrap(prompt, max(16, len(pictures) * width // 6))[:4] for prompt in prompts]
+    head = LINE * (max(map(len, wrapped)) + 1) + 4
+    cell_width, cell_height = len(pictures) * (width + 2) + 2 * MARGIN, height + head + MARGIN
     rows = -(-len(prompts) // columns)
-    sheet = Image.new("RGB", (cell[0] * columns + MARGIN, cell[1] * rows + 2 * LINE + MARGIN), "white")
+    sheet = Image.new("RGB", (cell_width * columns + MARGIN, cell_height * rows + 2 * LINE + MARGIN), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, MARGIN // 2), caption, fill="black", font=font)
-    for index, lines in enumerate(labels):
-        left, top = MARGIN + cell[0] * (index % columns), 2 * LINE + cell[1] * (index // columns)
+    pen.text((MARGIN, MARGIN // 2), title, fill="black", font=font)
+    for index, lines in enumerate(wrapped):
+        left, top = MARGIN + cell_width * (index % columns), 2 * LINE + cell_height * (index // columns)
         for number, line in enumerate(lines):
             pen.text((left, top + LINE * number), line, fill="black", font=font)
-        for place, (name, drawn) in enumerate(pictures.items()):
-            offset = place * (width + 2)
+        for number, (name, drawn) in enumerate(pictures.items()):
+            x = left + number * (width + 2)
             label = f"{name}, distance {distances[name][f'prompt-{index}']:.1f}" if name in distances else name
-            pen.text((left + offset, top + head - LINE - 2), label, fill="#555555", font=font)
+            pen.text((x, top + head - LINE - 2), label, fill="#555555", font=font)
             shown = Image.fromarray(drawn[index]).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(shown, (left + offset, top + head))
-    data = io.BytesIO()
-    sheet.save(data, "PNG")
-    return data.getvalue()
+            sheet.paste(shown, (x, top + head))
+    file = io.BytesIO()
+    sheet.save(file, "PNG")
+    return file.getvalue()

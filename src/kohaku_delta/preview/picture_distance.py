@@ -1,8 +1,9 @@
-"""Guarantee: the distance of two pictures has the same bits on every x86-64 processor.
+"""The distance of two pictures, with the same bits on every x86-64 processor.
 
-Both are blurred lightly (Gaussian, σ = 2 px: edges may be off by a pixel or two, figures stay apart) and converted to
-CIELAB, both in OpenCV's integer arithmetic for uint8; the distance is the mean over pixels of CIE76's ΔE = √(ΔL*² +
-Δa*² + Δb*²) (CIE 1976). Squares are integers, numpy's square root is correctly rounded, and math.fsum rounds once.
+Both are blurred slightly (Gaussian, σ = 2 px: an edge may be off by a pixel or two, figures stay distinct) and
+converted to CIELAB, in OpenCV's integer arithmetic for uint8. The distance is the mean over pixels of CIE76's
+ΔE = √(ΔL*² + Δa*² + Δb*²) (CIE 1976). Squares are integers, numpy's square root is correctly rounded, and math.fsum
+rounds once.
 """
 
 import math
@@ -30,15 +31,13 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
 
 def mean_distances(pictures: dict[str, list[np.ndarray]], references: list[np.ndarray]) -> dict[str, dict[str, float]]:
     """Distance of each picture to its prompt's reference: {name: {"mean": x, "prompt-0": y, …}} for each name of
-    `pictures`, and "flat".
+    `pictures`, and for "flat", the references' mean colours.
     """
     measured = {}
     for name, drawn in {**pictures, "flat": [mean_color_picture(each) for each in references]}.items():
         distances = [distance(one, other) for one, other in zip(drawn, references, strict=True)]
-        measured[name] = {
-            "mean": math.fsum(distances) / len(distances),
-            **{f"prompt-{number}": each for number, each in enumerate(distances)},
-        }
+        by_prompt = {f"prompt-{number}": each for number, each in enumerate(distances)}
+        measured[name] = {"mean": math.fsum(distances) / len(distances), **by_prompt}
     return measured
 
 

@@ -1,9 +1,10 @@
-"""Invariant: a picture is a function of (model, prompt, seed): DDIM with classifier-free guidance, nothing drawn on the
-way.
+"""DDIM with classifier-free guidance: a picture is a function of (model, prompt, seed).
 
 x_0 = (x_t − √(1−ᾱ_t) ε) / √ᾱ_t;  x_s = √ᾱ_s x_0 + √(1−ᾱ_s) ε  (Song et al. 2020, η = 0);  ε = ε_∅ + w (ε_c − ε_∅) (Ho &
 Salimans 2022).
 """
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,45 +18,42 @@ from kohaku_delta.training.sdxl_model import Sdxl
 
 @torch.no_grad()
 def sample_images(
-    model: Sdxl, tokenizers: tuple, parameters: Preview, latent_step: int, length: int
+    model: Sdxl, tokenizers: tuple, parameters: Preview, latent_step: int, max_tokens: int
 ) -> list[np.ndarray]:
-    """A picture a prompt, (height, width, 3) uint8. `length`: tokens a caption may have (75, 150, 225)."""
+    """One picture per prompt, uint8 (height, width, 3). latent_step: pixels per latent; max_tokens: 75, 150 or 225."""
     first, second = tokenizers
-    texts = parameters.prompts + [parameters.negative] * len(parameters.prompts)
     count, size = len(parameters.prompts), (parameters.height, parameters.width)
-    ids1 = torch.stack([conditioning.token_chunks(first, text, length, first.eos_token_id) for text in texts]).to(
-        model.device
-    )
-    ids2 = torch.stack([conditioning.token_chunks(second, text, length, 0) for text in texts]).to(model.device)
-    context, pooled = model.conditions(ids1, ids2)
+    texts = parameters.prompts + [parameters.negative] * count
+
+    def tokens(tokenizer, padding: int) -> torch.Tensor:
+        chunks = [conditioning.token_chunks(tokenizer, text, max_tokens, padding) for text in texts]
+        return torch.stack(chunks).to(model.device)
+
+    context, pooled = model.conditions(tokens(first, first.eos_token_id), tokens(second, 0))
     time_ids = torch.tensor([[*size, 0.0, 0.0, *size]] * len(texts), device=model.device)
     shape = (LATENT_CHANNELS, size[0] // latent_step, size[1] // latent_step)
-    x = torch.stack(
-        [
-            torch.from_numpy(sample_rng.normal_for(shape, parameters.seed, index, sample_rng.NOISE))
-            for index in range(count)
-        ]
-    ).to(model.device, model.precision)
+    noises = [sample_rng.normal_for(shape, parameters.seed, index, sample_rng.NOISE) for index in range(count)]
+    x = torch.stack([torch.from_numpy(noise) for noise in noises]).to(model.device, model.precision)
     times = [TIME_STEPS - 1 - index * TIME_STEPS // parameters.steps for index in range(parameters.steps)]
-    for now, later in zip(times, [*times[1:], None]):
-        step = torch.full((2 * count,), now, device=model.device)
+    for now, later in zip(times, [*times[1:], None], strict=True):
         predicted = model.models["unet"](
             torch.cat([x, x]),
-            step,
+            torch.full((2 * count,), now, device=model.device),
             context,
             added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
             return_dict=False,
         )[0]
-        wanted, unwanted = predicted.chunk(2)
-        noise = unwanted + parameters.guidance * (wanted - unwanted)
+        conditional, unconditional = predicted.chunk(2)
+        noise = unconditional + parameters.guidance * (conditional - unconditional)
         signal, spread = (table[now] for table in model.amplitudes)
-        clean = (x - spread * noise) / signal
-        if later is None:
-            x = clean
-        else:
+        x = (x - spread * noise) / signal
+        if later is not None:
             signal, spread = (table[later] for table in model.amplitudes)
-            x = signal * clean + spread * noise
-    pictures = [
-        model.models["vae"].decode(each[None].float() / model.vae_scaling, return_dict=False)[0][0] for each in x
-    ]
-    return [((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy() for picture in pictures]
+            x = signal * x + spread * noise
+    return [_decode(model, latent) for latent in x]
+
+
+def _decode(model: Sdxl, latent: torch.Tensor) -> np.ndarray:
+    vae: Any = model.models["vae"]
+    picture = vae.decode(latent[None].float() / model.vae_scaling, return_dict=False)[0][0]
+    return ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()

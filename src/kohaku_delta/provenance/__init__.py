@@ -1,1 +1,1 @@
-"""Evidence about a build: run records, dvc.yaml and dvc.lock readers, code closure, bundle, statement, signature."""
+"""Evidence about a build: run records, dvc.yaml and dvc.lock, code closure, bundle, statement, signature."""

@@ -1,8 +1,8 @@
-"""Invariant: a bundle's bytes depend on what it holds only, and nothing in one is believed, or written outside of a
-folder of its own.
+"""Bundles: what a stranger needs to audit a rebuild, without its weights, as a tar or a folder.
 
-Members stand in the order of their names, owned by nobody, dated 0. Reading takes plain files with the names that a
-bundle may have, once each, and refuses the rest by name.
+The bytes of a bundle depend on its contents only: members are in the order of their names, without owner or date.
+Reading accepts plain files with the names that a bundle may have, once each and up to a size, and refuses anything else
+by name; nothing is written outside a temporary folder.
 """
 
 import hashlib
@@ -13,31 +13,32 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import IO, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel
 
+from kohaku_delta import strict_model
 from kohaku_delta.errors import UserError
-from kohaku_delta.formats import path_digests, safetensors_io
+from kohaku_delta.formats import hashing, safetensors_io
 from kohaku_delta.formats.safetensors_header import TensorSpec, content_digest
 from kohaku_delta.parallel import ordered_map
 from kohaku_delta.provenance.stage_record import Count, Sha256
+from kohaku_delta.strict_model import StrictModel
 
 MANIFEST, TENSORS, LIBRARIES, PROVENANCE = "bundle.json", "tensors.json", "requirements", "provenance.json"
 WEIGHTS = ".safetensors"
 MEMBER = re.compile(
-    r"((bundle|tensors|provenance)\.json|requirements/[\w-][\w.-]*|dvc\.yaml|dvc\.lock|params\.yaml|pins-[\w-]+\.csv|build/(?:[\w-][\w.-]*/){0,3}[\w-][\w.-]*)"
+    r"((bundle|tensors|provenance)\.json|requirements/[\w-][\w.-]*|dvc\.yaml|dvc\.lock|params\.yaml|pins-[\w-]+\.csv|"
+    r"build/(?:[\w-][\w.-]*/){0,3}[\w-][\w.-]*)"
 )
-MOST, DEAREST = 10_000, 16 << 30  # members; bytes of one: the release's captions take about 1 GB
-JSON_MOST = 64 << 20
-
-
-class StrictModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+MAX_MEMBERS = 10_000
+MAX_MEMBER_BYTES = 16 << 30  # the release's captions take about 1 GB
+MAX_JSON_BYTES = 64 << 20
+FOREIGN = "The bundle was not written by kohaku-delta."
 
 
 class Bundle(StrictModel):
-    """bundle.json. files: sha256 of each; left_out: bytes of each out that is not in it."""
+    """bundle.json. files: sha256 of each; left_out: bytes of each output that is not in it."""
 
     format: Literal["kohaku-delta bundle 1"]
     files: dict[str, Sha256]
@@ -57,143 +58,116 @@ class WeightsDigest(StrictModel):
     tensors: dict[str, Tensor]
 
 
-Tensors = dict[str, WeightsDigest]
-
-
-def _parse(path: Path, kind, what: str):
-    if path.stat().st_size > JSON_MOST:
-        raise UserError(f"{path.name} has {path.stat().st_size:,} bytes, more than {what} may have.")
-    try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "its content"
-        raise UserError(
-            f"{path.name} is no {what}: {place} {'is not known' if first['type'] == 'extra_forbidden' else 'is wrong (' + first['msg'] + ')'}."
-        ) from None
+Tensors = dict[str, WeightsDigest]  # by output path
 
 
 def read_manifest(folder: Path) -> Bundle:
-    """The bundle.json of a bundle's folder. Refuses a folder that holds what no bundle holds."""
+    """The bundle.json of a bundle's folder. Raises UserError if the folder holds anything that no bundle holds."""
     for path in sorted(folder.rglob("*")):
-        if (
-            path.is_symlink()
-            or not (path.is_file() or path.is_dir())
-            or (path.is_file() and not MEMBER.fullmatch(path.relative_to(folder).as_posix()))
-        ):
-            raise UserError(
-                f"{path.relative_to(folder)} is nothing that a bundle holds (a plain file of the recipe). The bundle was not written by kohaku-delta."
-            )
-    return _parse(folder / MANIFEST, Bundle, "bundle's list")
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (path.is_dir() or (path.is_file() and MEMBER.fullmatch(name))):
+            raise UserError(f"{name} is not a plain file that a bundle may hold. {FOREIGN}")
+    return strict_model.read_json(folder / MANIFEST, Bundle, MAX_JSON_BYTES, FOREIGN)
 
 
 def read_tensor_digests(path: Path) -> Tensors:
-    """A tensors.json whose digests follow from its tensors. Refuses one that contradicts itself."""
+    """The content of a tensors.json. Raises UserError if a file's digest does not follow from its tensors."""
     if not path.is_file():
         return {}
-    found = _parse(path, Tensors, "list of tensors")
-    for out, weights in found.items():
-        specs = {name: TensorSpec(each.dtype, tuple(each.shape)) for name, each in weights.tensors.items()}
-        if content_digest(specs, {name: each.sha256 for name, each in weights.tensors.items()}) != weights.digest:
+    weights_digests = strict_model.read_json(path, Tensors, MAX_JSON_BYTES, FOREIGN)
+    for out, weights in weights_digests.items():
+        specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.tensors.items()}
+        if content_digest(specs, {name: tensor.sha256 for name, tensor in weights.tensors.items()}) != weights.digest:
             raise UserError(f"{path.name}: the digest of {out} does not follow from its tensors: it was edited.")
-    return found
+    return weights_digests
 
 
 def digest_weights(folder: Path, outs: list[str]) -> Tensors:
-    """Digest and tensors of safetensors files; reads them whole, on all processors."""
-    found = {}
-    for out in outs:
-        with safetensors_io.open_file(folder / out) as file:
+    """Digests of safetensors files and their tensors; reads them whole, on all cores."""
+    return {out: _digest_file(folder / out) for out in outs}
 
-            def sha256(name: str, file=file) -> str:
-                whole = hashlib.sha256()
-                for piece in file.iter_chunks(name):
-                    whole.update(piece)
-                return whole.hexdigest()
 
-            hashes = dict(zip(file.specs, ordered_map(sha256, file.specs)))
-            listed = {
-                name: Tensor(dtype=spec.dtype, shape=list(spec.shape), sha256=hashes[name])
-                for name, spec in file.specs.items()
-            }
-            found[out] = WeightsDigest(digest=content_digest(file.specs, hashes), tensors=listed)
-    return found
+def _digest_file(path: Path) -> WeightsDigest:
+    with safetensors_io.open_file(path) as file:
+
+        def sha256(name: str) -> str:
+            digest = hashlib.sha256()
+            for chunk in file.iter_chunks(name):
+                digest.update(chunk)
+            return digest.hexdigest()
+
+        hashes = dict(zip(file.specs, ordered_map(sha256, file.specs), strict=True))
+        tensors = {
+            name: Tensor(dtype=spec.dtype, shape=list(spec.shape), sha256=hashes[name])
+            for name, spec in file.specs.items()
+        }
+        return WeightsDigest(digest=content_digest(file.specs, hashes), tensors=tensors)
 
 
 @contextmanager
 def unpack_bundle(path: Path) -> Iterator[Path]:
-    """A folder with the members of a bundle's tar, gone when the block ends."""
+    """A temporary folder with the members of a bundle's tar. Raises UserError for any other file."""
+    remedy = "Name a recipe's folder, or what `kohaku-delta bundle` wrote."
     with tempfile.TemporaryDirectory(prefix="kohaku-delta-") as folder:
         try:
             with tarfile.open(path, "r:") as tar:
                 _unpack(tar, Path(folder), path)
         except (FileExistsError, NotADirectoryError):
-            raise UserError(
-                f"{path}: a member is a file and a folder at once. The bundle was not written by kohaku-delta."
-            ) from None
+            raise UserError(f"{path}: a member is a file and a folder at once. {FOREIGN}") from None
         except (tarfile.TarError, EOFError, ValueError, UnicodeError) as error:
-            raise UserError(
-                f"{path} is no bundle: {error}. Name a recipe's folder, or what `kohaku-delta bundle` wrote."
-            ) from None
+            raise UserError(f"{path} is not a bundle: {error}. {remedy}") from None
         if not (Path(folder) / MANIFEST).is_file():
-            raise UserError(
-                f"{path} holds no {MANIFEST}: it is no bundle. Name a recipe's folder, or what `kohaku-delta bundle` wrote."
-            )
+            raise UserError(f"{path} is not a bundle: it holds no {MANIFEST}. {remedy}")
         yield Path(folder)
 
 
 def _unpack(tar: tarfile.TarFile, folder: Path, path: Path) -> None:
-    seen: set[str] = set()
-    for member in tar:
-        fault = (
-            "is no plain file" if not member.isreg() or member.issparse()
-            else "is nothing that a bundle holds" if not MEMBER.fullmatch(member.name)
-            else "comes twice" if member.name in seen
-            else "is too large" if member.size > DEAREST
-            else "is one too many" if len(seen) >= MOST
-            else None
-        )  # fmt: skip
-        if fault:
-            raise UserError(
-                f"{path}: the member {member.name!r:.120} {fault}. The bundle was not written by kohaku-delta."
-            )
-        seen.add(member.name)
+    for unpacked, member in enumerate(tar):
         target = folder / member.name
-        if target.exists():  # a folder of that name
-            raise UserError(
-                f"{path}: the member {member.name!r:.120} comes twice. The bundle was not written by kohaku-delta."
-            )
+        if not member.isreg() or member.issparse():
+            fault = "is not a plain file"
+        elif not MEMBER.fullmatch(member.name):
+            fault = "is nothing that a bundle holds"
+        elif target.exists():
+            fault = "comes twice"
+        elif member.size > MAX_MEMBER_BYTES:
+            fault = "is too large"
+        elif unpacked >= MAX_MEMBERS:
+            fault = "is one too many"
+        else:
+            fault = ""
+        if fault:
+            raise UserError(f"{path}: the member {member.name!r:.120} {fault}. {FOREIGN}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target, "xb") as file, tar.extractfile(member) as source:
-            while piece := source.read(path_digests.PIECE):
-                file.write(piece)
+        source = tar.extractfile(member)
+        with open(target, "xb") as file:
+            while source and (chunk := source.read(hashing.PIECE)):
+                file.write(chunk)
         if target.stat().st_size != member.size:
-            raise UserError(f"{path} is cut short in {member.name}. Fetch it again.")
+            raise UserError(f"{path} is cut short in {member.name}. Download it again.")
 
 
-def pack_bundle(folder: Path, out) -> None:
-    """Writes the files of a folder into an open tar's file."""
+def _files(folder: Path) -> dict[str, Path]:
+    """Name in the folder → path of every file, ordered by name."""
+    return dict(sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.is_file()))
+
+
+def pack_bundle(folder: Path, out: IO[bytes]) -> None:
+    """Writes the files of a folder as a tar."""
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for path in sorted(
-            (each for each in folder.rglob("*") if each.is_file()), key=lambda each: each.relative_to(folder).as_posix()
-        ):
-            member = tarfile.TarInfo(path.relative_to(folder).as_posix())
+        for name, path in _files(folder).items():
+            member = tarfile.TarInfo(name)
             member.size, member.mode, member.mtime = path.stat().st_size, 0o644, 0
             with open(path, "rb") as file:
                 tar.addfile(member, file)
 
 
-def bundle_manifest(folder: Path, left_out: dict[str, int]) -> None:
-    """Writes the bundle.json of a folder that holds everything else."""
-    files = {
-        path.relative_to(folder).as_posix(): path_digests.digest_path(path, md5=False).sha256
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+def write_manifest(folder: Path, left_out: dict[str, int]) -> None:
+    """Writes the bundle.json of a folder that holds everything else. left_out: bytes of each missing output."""
+    files = {name: hashing.digest_path(path, md5=False).sha256 for name, path in _files(folder).items()}
     write_json(folder / MANIFEST, {"format": "kohaku-delta bundle 1", "files": files, "left_out": left_out})
 
 
-def write_json(path: Path, content) -> None:
-    path.write_text(
-        json.dumps(content, indent=1, sort_keys=True, default=BaseModel.model_dump) + "\n", encoding="utf-8"
-    )
+def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=1, sort_keys=True, default=BaseModel.model_dump)
+    path.write_text(text + "\n", encoding="utf-8")

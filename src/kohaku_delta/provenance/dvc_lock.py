@@ -1,21 +1,20 @@
-"""Invariant: a dvc.lock is read whole or refused: what DVC does not write has no place in it."""
+"""The reader of dvc.lock. A file with any field that DVC does not write is refused."""
 
 import posixpath
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field
 
-from kohaku_delta.errors import UserError
+from kohaku_delta import strict_model, yaml_file
 from kohaku_delta.provenance import dvc_yaml, stage_record
-
-
-class StrictModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+from kohaku_delta.strict_model import StrictModel
 
 
 class LockedPath(StrictModel):
-    path: str
+    """A dependency or an output: its normalised path, seen from the recipe's folder; md5 and size in bytes."""
+
+    path: Annotated[str, AfterValidator(posixpath.normpath)]
     hash: Literal["md5"]
     md5: stage_record.Md5
     size: stage_record.Count
@@ -26,18 +25,16 @@ class LockedPath(StrictModel):
 class LockedStage(StrictModel):
     cmd: str
     deps: list[LockedPath] = []
-    params: dict[str, dict] = {}
+    params: dict[str, dict[str, Any]] = {}
     outs: list[LockedPath] = []
 
     @property
-    def parameters(self) -> dict:
+    def parameters(self) -> dict[str, Any]:
         return self.params.get(dvc_yaml.PARAMS, {})
 
     def key(self) -> str:
-        """What names this stage's record."""
-        return stage_record.record_key(
-            self.cmd, {posixpath.normpath(each.path): each.md5 for each in self.deps}, self.parameters
-        )
+        """The key of this stage's record."""
+        return stage_record.record_key(self.cmd, {dep.path: dep.md5 for dep in self.deps}, self.parameters)
 
 
 class Lock(StrictModel):
@@ -46,11 +43,5 @@ class Lock(StrictModel):
 
 
 def read_lock(path: Path) -> dict[str, LockedStage]:
-    """The stages of a dvc.lock, by name."""
-    try:
-        return Lock.model_validate(dvc_yaml.read_pipeline(path)).stages
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "its content"
-        reason = "is not known" if first["type"] == "extra_forbidden" else f"is wrong ({first['msg']})"
-        raise UserError(f"{path} is no dvc.lock: {place} {reason}. It was not written by DVC.") from None
+    """The stages of a dvc.lock, by name. Raises UserError and names the field at fault."""
+    return strict_model.validate(path, Lock, yaml_file.read_yaml(path), "DVC did not write this dvc.lock.").stages

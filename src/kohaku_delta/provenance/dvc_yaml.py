@@ -1,30 +1,28 @@
-"""Invariant: what a stage declares is read from the recipe's dvc.yaml, with the names that dvc.lock gives to the same
-files.
+"""The reader of dvc.yaml: what each stage declares, with the paths and parameter keys that dvc.lock has for it.
 
-The one reader of DVC's two files: a dvc.yaml with `${root}` and `${supplied}` filled in from params.yaml, and a
-dvc.lock.
+`${root}` and the other fields are filled in from params.yaml, as DVC does.
 """
 
 import posixpath
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from ruamel.yaml import YAML, YAMLError
-from ruamel.yaml.composer import Composer
-from ruamel.yaml.events import AliasEvent
-
+from kohaku_delta import strict_model
 from kohaku_delta.errors import UserError
+from kohaku_delta.strict_model import PartialModel
+from kohaku_delta.yaml_file import read_yaml
 
 PIPELINE, LOCK, PARAMS = "dvc.yaml", "dvc.lock", "params.yaml"
-MOST = 8 << 20  # bytes of a YAML file; the release's lock has 0.1 MB
 FIELD = re.compile(r"\$\{(\w+)\}")
+
+Entries = list[str | dict[str, Any]]  # a path, or one path with its settings
 
 
 @dataclass(frozen=True)
 class StageDeclaration:
-    """A stage as dvc.yaml declares it: paths as seen from the recipe's folder; params by dotted key."""
+    """A stage as dvc.yaml declares it: normalised paths, seen from the recipe's folder; params by dotted key."""
 
     name: str
     command: str
@@ -33,78 +31,50 @@ class StageDeclaration:
     outs: tuple[str, ...]
 
 
-class NoAliasComposer(Composer):
-    """Refuses aliases, which DVC never writes: a few of them can stand for billions of values."""
-
-    def compose_node(self, parent, index):
-        if self.parser.check_event(AliasEvent):
-            raise YAMLError("it uses YAML's aliases, which DVC never writes")
-        return super().compose_node(parent, index)
-
-
-@lru_cache(maxsize=8)
-def _parse(text: str):
-    yaml = YAML(typ="safe", pure=True)
-    yaml.Composer = NoAliasComposer
-    return yaml.load(text)
+class _Stage(PartialModel):
+    cmd: str
+    params: list[str] = []
+    deps: Entries = []
+    outs: Entries = []
+    metrics: Entries = []
+    plots: Entries = []
 
 
-def read_pipeline(path: Path):
-    """The content of a YAML file, which is only read: two askers get one. Refuses what is missing, too large, no YAML,
-    or uses aliases.
-    """
-    try:
-        if path.stat().st_size > MOST:
-            raise UserError(
-                f"{path} has {path.stat().st_size:,} bytes; a file of its kind has a few thousand. It is not what it is said to be."
-            )
-        return _parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is not there. Name a recipe's folder (with dvc.yaml, params.yaml and dvc.lock), or a bundle."
-        ) from None
-    except (YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not YAML that can be read: {' '.join(str(error).split())[:200]}") from None
+class _Pipeline(PartialModel):
+    stages: dict[str, _Stage]
+
+
+def entry_paths(entries: Entries) -> list[str]:
+    """The paths of the entries of a stage's deps, outs, metrics or plots."""
+    return [path for entry in entries for path in (entry if isinstance(entry, dict) else [entry])]
 
 
 def stage_declarations(folder: Path) -> dict[str, StageDeclaration]:
-    """The stages of the recipe in `folder`, in the order of dvc.yaml."""
-    values = read_pipeline(folder / PARAMS)
-    content = read_pipeline(folder / PIPELINE)
-    if not isinstance(values, dict) or not isinstance(content, dict) or not isinstance(content.get("stages"), dict):
-        raise UserError(
-            f"{folder / PIPELINE} has no stages, or {folder / PARAMS} no keys: {folder} is no recipe's folder."
+    """The stages of the recipe in `folder`, in the order of dvc.yaml. Raises UserError for a folder without recipe."""
+    values = read_yaml(folder / PARAMS)
+    if not isinstance(values, dict):
+        raise UserError(f"{folder / PARAMS} has no keys. Name a recipe's folder.")
+    pipeline = strict_model.validate(folder / PIPELINE, _Pipeline, read_yaml(folder / PIPELINE))
+
+    def fill(text: str) -> str:
+        return FIELD.sub(lambda match: str(values.get(match[1], match[0])), text)
+
+    def paths(*lists: Entries) -> tuple[str, ...]:
+        return tuple(posixpath.normpath(fill(path)) for entries in lists for path in entry_paths(entries))
+
+    return {
+        name: StageDeclaration(
+            name, fill(stage.cmd), tuple(stage.params), paths(stage.deps), paths(stage.outs, stage.metrics, stage.plots)
         )
-
-    def filled(text) -> str:
-        return FIELD.sub(lambda match: str(values.get(match[1], match[0])), str(text))
-
-    def paths(entries) -> tuple[str, ...]:
-        return tuple(
-            posixpath.normpath(filled(next(iter(entry)) if isinstance(entry, dict) else entry))
-            for entry in entries or []
-        )
-
-    found = {}
-    for name, stage in content["stages"].items():
-        if not isinstance(stage, dict):
-            raise UserError(f"{folder / PIPELINE}: the stage {name} is no mapping.")
-        outs = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind) or []]
-        found[str(name)] = StageDeclaration(
-            str(name),
-            filled(stage.get("cmd")),
-            tuple(map(str, stage.get("params") or [])),
-            paths(stage.get("deps")),
-            paths(outs),
-        )
-    return found
+        for name, stage in pipeline.stages.items()
+    }
 
 
-def parameters(values: dict, keys: tuple[str, ...]) -> dict:
-    """{dotted key: value} of a params.yaml's content, as dvc.lock lists them; a key that is not there is left out."""
+def parameters(values: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """{dotted key: value} of the content of params.yaml, as dvc.lock lists them; keys that it lacks are left out."""
     found = {}
     for key in keys:
-        value = values
+        value: Any = values
         for part in key.split("."):
             if not isinstance(value, dict) or part not in value:
                 break

@@ -1,6 +1,4 @@
-"""Invariant: what is told of a host is what may explain other bits or other times; its name, its user and its paths are
-not told.
-"""
+"""The facts about a host that may explain other bits or other times. Its name, its user and its paths are left out."""
 
 import os
 import platform
@@ -8,16 +6,17 @@ import subprocess
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from packaging.utils import canonicalize_name
 
 IMAGE = "KOHAKU_IMAGE"  # the container image's digest, which the image itself cannot know: its runner sets it
-TOLD = ("LANG", "LC_ALL", "TZ", "PYTHONHASHSEED", "CUDA_VISIBLE_DEVICES")
+VARIABLES = ("LANG", "LC_ALL", "TZ", "PYTHONHASHSEED", "CUDA_VISIBLE_DEVICES")
 
 
 def host_facts() -> dict[str, str]:
-    """Processor, memory, system and what of the environment programs listen to."""
-    found = {
+    """Processor, memory, system, and the environment variables that programs read."""
+    facts = {
         "processor": _processor(),
         "processors": str(len(os.sched_getaffinity(0))),
         "memory_mib": str(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20),
@@ -25,7 +24,7 @@ def host_facts() -> dict[str, str]:
         "libc": " ".join(platform.libc_ver()),
         "python": platform.python_version(),
     }
-    return found | {name: os.environ[name] for name in TOLD if name in os.environ}
+    return facts | {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def _processor() -> str:
@@ -33,38 +32,34 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor())
 
 
-def container_facts() -> str | None:
-    """The digest of the container image, where its runner labelled it."""
+def container_digest() -> str | None:
+    """The digest of the container image, if its runner passed it."""
     return os.environ.get(IMAGE) or None
 
 
 def libraries(names: Iterable[str]) -> dict[str, str]:
-    """Canonical name → installed version of each distribution ("" if it is not installed)."""
-    installed = {
-        canonicalize_name(each.metadata["Name"]): each.version
-        for each in metadata.distributions()
-        if each.metadata["Name"]
+    """Canonical name → installed version of each distribution; "" if it is not installed."""
+    installed: dict[str, str] = {
+        canonicalize_name(distribution.metadata["Name"]): distribution.version
+        for distribution in metadata.distributions()
+        if distribution.metadata["Name"]
     }
     return {name: installed.get(name, "") for name in names}
 
 
-def revision(root: Path, files: list[Path]) -> dict[str, str | bool] | None:
-    """The commit at hand, and whether any of `files` differs from it. None without git or a repository."""
+def revision(root: Path, files: list[Path]) -> dict[str, Any] | None:
+    """{"commit": the current commit, "dirty": whether any of `files` differs}. None without git or repository."""
 
-    def git(*arguments) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "dirty": bool(git("status", "--porcelain", "--", *(str(file.resolve()) for file in files))),
-        }
+        changed = git("status", "--porcelain", "--", *(str(file.resolve()) for file in files))
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,10 +1,9 @@
-"""The code of a stage: every file that it may run, by the digest of its syntax tree, and every library that these files
-import, as the lock has it.
+"""The code of a stage: every file that it may run, and every library that these files import, as the lock has it.
 
-A file's digest leaves out comments, docstrings, formatting and positions: such a change makes no stage run again, a
-changed constant does. A file that is no Python and that a module beside it names by a string (a template) counts by its
-bytes. `describe` is what the stage `code` writes to build/code/<stage>.json, what all other stages depend on, and what
-a training compares before it goes on.
+A Python file counts by the digest of its syntax tree without docstrings: comments, docstrings and formatting make no
+stage run again, a changed constant does. Another file counts by its bytes if a module beside it names it in a string
+(a template). The stage `code` writes these descriptions to build/code/<stage>.json; all other stages depend on their
+own, and a training compares it before it resumes.
 """
 
 import ast
@@ -12,34 +11,31 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from kohaku_delta import strict_model
 from kohaku_delta.errors import UserError
+from kohaku_delta.strict_model import StrictModel
 
 PACKAGE, FOLDER = "kohaku_delta", "build/code"
-MOST = 1 << 20  # bytes of such a file; that of train has 20 kB
+MAX_BYTES = 1 << 20  # of a description; that of train has 20 kB
 
 
-class Library(BaseModel):
-    """A distribution of the lock: its version, and one digest of the hashes that the lock allows."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+class Library(StrictModel):
+    """A distribution in the lock: its version, and one digest of the hashes that the lock allows."""
 
     version: str
     hashes: str
 
 
-class StageCode(BaseModel):
+class StageCode(StrictModel):
     """files: path in the repository → sha256 of the syntax tree, or of the bytes; libraries by canonical name."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     stage: str
     files: dict[str, str]
@@ -47,15 +43,12 @@ class StageCode(BaseModel):
 
 
 def file_digest(name: str, content: bytes) -> str:
-    """The sha256 of a file of code: of a Python file's syntax tree without docstrings, of another file's bytes. Refuses
-    what is no Python.
+    """The sha256 of a Python file's syntax tree without docstrings, or of another file's bytes. Raises UserError for
+    Python that cannot be parsed.
     """
     if not name.endswith(".py"):
         return hashlib.sha256(content).hexdigest()
-    try:
-        tree = ast.parse(content)
-    except (SyntaxError, ValueError) as error:
-        raise UserError(f"{name} is not Python that can be read: {error}.") from None
+    tree = _parse(name, content)
     for node in ast.walk(tree):
         if (
             isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
@@ -65,14 +58,17 @@ def file_digest(name: str, content: bytes) -> str:
     return hashlib.sha256(ast.dump(tree).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-@cache
-def _read(path: Path) -> tuple[bytes, frozenset[str], frozenset[str]]:
-    """A Python file's content, the modules that it imports anywhere, and the names of files that its strings may be."""
-    content = path.read_bytes()
+def _parse(name: str, content: bytes) -> ast.Module:
     try:
-        nodes = list(ast.walk(ast.parse(content)))
+        return ast.parse(content)
     except (SyntaxError, ValueError) as error:
-        raise UserError(f"{path} is not Python that can be read: {error}.") from None
+        raise UserError(f"{name} is not Python that can be parsed: {error}.") from None
+
+
+@cache
+def _references(path: Path) -> tuple[frozenset[str], frozenset[str]]:
+    """The modules that a Python file imports anywhere, and its strings that may be names of files."""
+    nodes = list(ast.walk(_parse(str(path), path.read_bytes())))
     modules: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -80,115 +76,105 @@ def _read(path: Path) -> tuple[bytes, frozenset[str], frozenset[str]]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    return content, frozenset(modules), frozenset(text for text in strings if re.fullmatch(r"[\w.-]{1,100}", text))
+    return frozenset(modules), frozenset(text for text in strings if re.fullmatch(r"[\w.-]{1,100}", text))
 
 
 def _module_file(source: Path, module: str) -> Path | None:
-    """The file of one of the project's modules; None for a name inside a module."""
+    """The file of a module of this project; None for a name inside a module."""
     path = source.joinpath(*module.split("."))
-    return next((each for each in (path / "__init__.py", path.with_suffix(".py")) if each.is_file()), None)
+    return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None)
 
 
 def closure_files(script: Path) -> list[Path]:
-    """Every file of the repository that `script` (stages/<stage>.py) may run or read as code, itself included, sorted."""
+    """Every file that `script` (stages/<stage>.py) may run or read as code, itself included, sorted."""
     source = script.resolve().parents[1] / "src"
-    found, waiting = {script.resolve()}, [script.resolve()]
+    files, waiting = {script.resolve()}, [script.resolve()]
     while waiting:
         path = waiting.pop()
-        _, modules, strings = _read(path)
-        found |= {path.parent / name for name in strings if not name.endswith(".py") and (path.parent / name).is_file()}
+        modules, strings = _references(path)
+        files |= {path.parent / name for name in strings if not name.endswith(".py") and (path.parent / name).is_file()}
         for module in modules:
             parts = module.split(".")
             for depth in range(1, len(parts) + 1) if parts[0] == PACKAGE else ():
                 file = _module_file(source, ".".join(parts[:depth]))
-                if file and file not in found:
-                    found.add(file)
+                if file and file not in files:
+                    files.add(file)
                     waiting.append(file)
-    return sorted(found)
+    return sorted(files)
 
 
 @cache
-def _distributions() -> dict[str, list[str]]:
+def _distributions() -> Mapping[str, list[str]]:
     return metadata.packages_distributions()
 
 
-def closure_libraries(paths: Iterable[Path], lock: Path) -> dict[str, Library]:
-    """The distributions that these files import, and what those require, as the lock has them. Refuses one that the
-    lock lacks.
+def closure_libraries(files: Iterable[Path], lock: Path) -> dict[str, Library]:
+    """The distributions that these files import, and those that they require, as the lock has them. Raises UserError
+    for one that the lock lacks.
     """
-    modules = (
-        {module.split(".")[0] for path in paths if path.suffix == ".py" for module in _read(path)[1]}
-        - {PACKAGE}
-        - sys.stdlib_module_names
-    )
-    waiting = sorted({canonicalize_name(name) for module in modules for name in _distributions().get(module, ())})
-    locked, found = locked_libraries(lock), {}
+    imported = {module.split(".")[0] for file in files if file.suffix == ".py" for module in _references(file)[0]}
+    modules = imported - {PACKAGE} - sys.stdlib_module_names
+    waiting: list[str] = [canonicalize_name(name) for module in modules for name in _distributions().get(module, ())]
+    locked, libraries = locked_libraries(lock), {}
     while waiting:
         name = waiting.pop()
-        if name in found:
-            continue
-        if name not in locked:
-            raise UserError(
-                f"{name} is imported and {lock} does not lock it. Add it to requirements/recipe.in and run `make lock`."
-            )
-        found[name] = locked[name]
-        waiting += [each for each in _requirements(name) if each not in found]
-    return dict(sorted(found.items()))
+        if name not in libraries:
+            if name not in locked:
+                raise UserError(
+                    f"{name} is imported and {lock} does not lock it. Add it to requirements/recipe.in and run "
+                    "`make lock`."
+                )
+            libraries[name] = locked[name]
+            waiting += _requirements(name)
+    return dict(sorted(libraries.items()))
 
 
 @cache
 def _requirements(name: str) -> tuple[str, ...]:
-    """What an installed distribution requires here, extras left out."""
+    """The canonical names of what an installed distribution requires on this host, without extras."""
     try:
-        asked = map(Requirement, metadata.requires(name) or ())
+        requirements = map(Requirement, metadata.requires(name) or ())
     except metadata.PackageNotFoundError:
-        raise UserError(
-            f"{name} of the lock is not installed here. Run `make repro`, which sets the environment up."
-        ) from None
+        raise UserError(f"{name} is locked and not installed here. Run `make repro`, which installs it.") from None
     return tuple(
-        canonicalize_name(each.name) for each in asked if each.marker is None or each.marker.evaluate({"extra": ""})
+        canonicalize_name(requirement.name)
+        for requirement in requirements
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
     )
 
 
 @cache
 def locked_libraries(lock: Path) -> dict[str, Library]:
-    """Every distribution of a hash-locked requirements file, by its canonical name. Refuses a line that pins nothing or
-    has no hash.
+    """Every distribution of a hash-locked requirements file, by canonical name. Raises UserError for a line without
+    version or hash.
     """
+    remedy = "Restore the file from the repository, or run `make lock`."
     try:
         lines = lock.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
     except (OSError, UnicodeDecodeError):
-        raise UserError(
-            f"{lock} cannot be read: it is the lock of the recipe's libraries. Restore it from the repository."
-        ) from None
-    found: dict[str, Library] = {}
+        raise UserError(f"{lock}, the lock of the recipe's libraries, cannot be read. {remedy}") from None
+    libraries: dict[str, Library] = {}
     for line in lines:
         if not line.strip() or line.startswith("#"):
             continue
         pin, *hashes = line.split("--hash=")
         try:
-            asked = Requirement(pin.strip())
+            requirement = Requirement(pin.strip())
         except InvalidRequirement:
-            raise UserError(
-                f"{lock}: {pin.strip()!r} is no requirement. Restore the file from the repository, or run `make lock`."
-            ) from None
-        (only,) = asked.specifier if len(asked.specifier) == 1 else (None,)
-        if only is None or only.operator != "==" or not hashes:
-            raise UserError(
-                f"{lock}: {asked.name} is not pinned by version and hash. Restore the file from the repository, or run `make lock`."
-            )
-        allowed = sorted(each.split()[0] for each in hashes)
-        found[canonicalize_name(asked.name)] = Library(
-            version=only.version, hashes=hashlib.sha256("\n".join(allowed).encode()).hexdigest()
-        )
-    return found
+            raise UserError(f"{lock}: {pin.strip()!r} is not a requirement. {remedy}") from None
+        versions = list(requirement.specifier)
+        if len(versions) != 1 or versions[0].operator != "==" or not hashes:
+            raise UserError(f"{lock}: {requirement.name} is not pinned by version and hash. {remedy}")
+        allowed = "\n".join(sorted(allowed_hash.split()[0] for allowed_hash in hashes))
+        digest = hashlib.sha256(allowed.encode()).hexdigest()
+        libraries[canonicalize_name(requirement.name)] = Library(version=versions[0].version, hashes=digest)
+    return libraries
 
 
 def describe_stage(script: Path, lock: Path) -> StageCode:
-    """The code of the stage that `script` is, under the lock of its libraries."""
-    return StageCode(
-        stage=script.stem, files=file_digests(script), libraries=closure_libraries(closure_files(script), lock)
-    )
+    """The code of the stage in `script` (stages/<stage>.py), with the libraries of the file `lock`."""
+    libraries = closure_libraries(closure_files(script), lock)
+    return StageCode(stage=script.stem, files=file_digests(script), libraries=libraries)
 
 
 def file_digests(script: Path) -> dict[str, str]:
@@ -200,37 +186,30 @@ def file_digests(script: Path) -> dict[str, str]:
 
 
 def verified_code(script: Path) -> StageCode | None:
-    """The description of a stage's code in this recipe's build/, on which its dvc.yaml depends. Refuses one that is not
-    of the code at hand.
-
-    None where there is none: the stage `code` itself, or a stage that is run by hand before it.
+    """The build/code/<stage>.json of a stage; None if there is none (the stage `code` itself, or a stage that is run by
+    hand before it). Raises UserError if it does not describe the code that runs now.
     """
     path = Path(FOLDER) / f"{script.stem}.json"
     if not path.is_file():
         return None
-    told, here = load(path), file_digests(script)
-    other = sorted(name for name in told.files.keys() | here.keys() if told.files.get(name) != here.get(name))
-    if other:
+    described, current = load(path), file_digests(script)
+    differing = sorted(
+        name for name in described.files.keys() | current.keys() if described.files.get(name) != current.get(name)
+    )
+    if differing:
+        names = ", ".join(differing[:3]) + (" …" if len(differing) > 3 else "")
         raise UserError(
-            f"{path} describes other code than that at hand: {', '.join(other[:3])}{' …' if len(other) > 3 else ''} differs. "
-            "Run `dvc repro`, which describes the code first."
+            f"{path} describes other code than that at hand: {names} differs. Run `dvc repro`, which describes the "
+            "code first."
         )
-    return told
+    return described
 
 
 def dumps(code: StageCode) -> str:
-    """As it lies in build/code/<stage>.json: the same text for the same code."""
+    """The content of build/code/<stage>.json: the same text for the same code."""
     return json.dumps(code.model_dump(), indent=1, sort_keys=True) + "\n"
 
 
 def load(path: Path) -> StageCode:
-    """A build/code/<stage>.json, whole, or a sentence."""
-    try:
-        if path.stat().st_size > MOST:
-            raise UserError(f"{path} has {path.stat().st_size:,} bytes, more than a stage's code may have.")
-        return TypeAdapter(StageCode).validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(
-            f"{path} does not describe a stage's code: {'.'.join(map(str, first['loc'])) or 'its content'}: {first['msg']}. Run `dvc repro code`."
-        ) from None
+    """The content of a build/code/<stage>.json. Raises UserError for one that the stage `code` did not write."""
+    return strict_model.read_json(path, StageCode, MAX_BYTES, "Run `dvc repro code`.")

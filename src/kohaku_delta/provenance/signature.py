@@ -1,22 +1,25 @@
-"""Invariant: nothing in an envelope is parsed before a signature of the given key over all of it was verified.
+"""Signatures of the provenance: DSSE envelopes with an ed25519, ECDSA or RSA key, by securesystemslib, offline.
 
-DSSE with an ed25519, ECDSA or RSA key, by securesystemslib, offline. Keys are PEM files of the user's; this project has
-none.
+Nothing in an envelope is parsed before a signature by the given key over all of it was verified. Keys are the user's
+PEM files; this project has none.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 from kohaku_delta import atomic_files
 from kohaku_delta.errors import UserError
 
-TYPE = "application/vnd.in-toto+json"
-MOST = 64 << 20
-FIELDS, SIGNATURE = {"payload", "payloadType", "signatures"}, {"keyid", "sig"}
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+MAX_BYTES = 64 << 20
+ENVELOPE_FIELDS, SIGNATURE_FIELDS = {"payload", "payloadType", "signatures"}, {"keyid", "sig"}
 
 
-def sign(statement: dict, key: Path, out: Path) -> str:
-    """Writes the signed envelope; returns the key's id. Refuses a file that is no unencrypted private key in PEM form."""
+def sign(statement: dict[str, Any], key: Path, out: Path) -> str:
+    """Writes the signed envelope to `out`; returns the key's id. Raises UserError if `key` is not an unencrypted
+    private key in PEM form.
+    """
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
     from securesystemslib.dsse import Envelope
@@ -26,24 +29,25 @@ def sign(statement: dict, key: Path, out: Path) -> str:
         signer = CryptoSigner(load_pem_private_key(key.read_bytes(), None))
     except FileNotFoundError:
         raise UserError(
-            f"{key} is not there. `openssl genpkey -algorithm ed25519 -out key.pem` makes a key; keep it out of the repository."
+            f"{key} does not exist. `openssl genpkey -algorithm ed25519 -out key.pem` makes a key; keep it out of the "
+            "repository."
         ) from None
-    except (ValueError, TypeError, UnsupportedAlgorithm):  # what the library says of a key may quote it
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # the library's message may quote the key
         raise UserError(
-            f"{key} is no private key that can sign: an unencrypted PEM file with an ed25519 key was expected (openssl genpkey -algorithm ed25519)."
+            f"{key} is not a private key that can sign: an unencrypted PEM file with an ed25519 key was expected "
+            "(openssl genpkey -algorithm ed25519)."
         ) from None
-    envelope = Envelope(
-        json.dumps(statement, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(), TYPE, {}
-    )
-    keyid = envelope.sign(signer).keyid
+    payload = json.dumps(statement, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    envelope = Envelope(payload, PAYLOAD_TYPE, {})
+    key_id = envelope.sign(signer).keyid
     with atomic_files.atomic_write(out, "w") as file:
         json.dump(envelope.to_dict(), file, indent=1, sort_keys=True)
         file.write("\n")
-    return keyid
+    return key_id
 
 
 def verify_signature(path: Path, key: Path) -> bytes:
-    """The payload of an envelope that this public key's owner signed. Refuses any other by name."""
+    """The payload of an envelope that the owner of this public key signed. Raises UserError for any other envelope."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
     from securesystemslib.dsse import Envelope
@@ -54,34 +58,34 @@ def verify_signature(path: Path, key: Path) -> bytes:
         public = SSlibKey.from_crypto(load_pem_public_key(key.read_bytes()))
     except FileNotFoundError:
         raise UserError(
-            f"{key} is not there. Name the signer's public key; `openssl pkey -in key.pem -pubout` gives the one of a private key."
+            f"{key} does not exist. Name the signer's public key; `openssl pkey -in key.pem -pubout` gives the one of "
+            "a private key."
         ) from None
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise UserError(
-            f"{key} is no public key that can be used: a PEM file was expected (openssl pkey -in key.pem -pubout)."
+            f"{key} is not a public key that can be used: a PEM file was expected (openssl pkey -in key.pem -pubout)."
         ) from None
+    name, remedy = path.name, "Nothing in it is believed."
     if not path.is_file():
-        raise UserError(f"{path.name} is not there: this rebuild was not signed.")
-    if path.stat().st_size > MOST:
-        raise UserError(f"{path.name} has {path.stat().st_size:,} bytes, more than a provenance may have.")
+        raise UserError(f"{name} does not exist: this rebuild was not signed.")
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{name} has {path.stat().st_size:,} bytes, more than a provenance may have.")
     try:
         content = json.loads(path.read_bytes())
-        if unknown := sorted(content.keys() - FIELDS) + [
-            field for each in content["signatures"] for field in sorted(each.keys() - SIGNATURE)
-        ]:
-            raise UserError(
-                f"{path.name}: the envelope's field {unknown[0]!r:.60} is not known. Nothing in it is believed."
-            )
+        unknown = sorted(content.keys() - ENVELOPE_FIELDS)
+        unknown += [field for entry in content["signatures"] for field in sorted(entry.keys() - SIGNATURE_FIELDS)]
         envelope = Envelope.from_dict(content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path.name} is no signed envelope (DSSE). Nothing in it is believed.") from None
-    if envelope.payload_type != TYPE:
-        raise UserError(f"{path.name} signs a {envelope.payload_type!r:.60}, not {TYPE}. Nothing in it is believed.")
+        raise UserError(f"{name} is not a signed envelope (DSSE). {remedy}") from None
+    if unknown:
+        raise UserError(f"{name}: the envelope's field {unknown[0]!r:.60} is not known. {remedy}")
+    if envelope.payload_type != PAYLOAD_TYPE:
+        raise UserError(f"{name} signs a {envelope.payload_type!r:.60}, not {PAYLOAD_TYPE}. {remedy}")
     try:
         envelope.verify([public], 1)
     except VerificationError:
-        signers = ", ".join(keyid[:16] + "…" for keyid in envelope.signatures) or "nobody"
+        signers = ", ".join(key_id[:16] + "…" for key_id in envelope.signatures) or "nobody"
         raise UserError(
-            f"{path.name}: no signature of {key} ({public.keyid[:16]}…) holds; it names {signers}. Nothing in it is believed."
+            f"{name}: no signature of {key} ({public.keyid[:16]}…) is valid; it names {signers}. {remedy}"
         ) from None
     return envelope.payload

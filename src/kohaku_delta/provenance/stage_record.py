@@ -1,38 +1,40 @@
-"""Invariant: a record says what one run of a stage read (before and after it), wrote, was told and ran on; it is
-written only when the run ended well.
+"""Records of runs: what one run of a stage read (before and after it), wrote, was configured with and ran on.
 
-`build/records/<stage>-<key>.json` lies beside the outs and is none of them, so DVC neither deletes nor restores it.
-<key> is the digest of what dvc.lock says of the stage's command, inputs and parameters: a stage restored from DVC's
-cache to a state that was never run here has no record of that key, and one that was run here finds its own again.
+`build/records/<stage>-<key>.json` is written only if the run ended well. It lies beside the outputs and is none of
+them, so DVC neither deletes nor restores it. <key> is the digest of what dvc.lock says about the stage's command,
+inputs and parameters: a stage that DVC restored from its cache and that never ran here has no record of that key, and
+one that ran here finds its own again.
 """
 
 import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import click
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from click.core import ParameterSource
+from pydantic import Field
 
-from kohaku_delta import atomic_files, process_facts
+from kohaku_delta import atomic_files, process_facts, strict_model
 from kohaku_delta.errors import UserError
-from kohaku_delta.formats import path_digests
+from kohaku_delta.formats import hashing
 from kohaku_delta.provenance import dvc_yaml, environment, import_closure
+from kohaku_delta.provenance.dvc_yaml import StageDeclaration
 from kohaku_delta.provenance.import_closure import StageCode
+from kohaku_delta.strict_model import StrictModel
+from kohaku_delta.yaml_file import read_yaml
 
 FOLDER = "build/records"
-MOST = 4 << 20  # bytes of a record; that of train has 40 kB
+MAX_BYTES = 4 << 20  # bytes of a record; that of train has 40 kB
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Md5 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}(\.dir)?$")]
 Count = Annotated[int, Field(ge=0)]
-
-
-class StrictModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Input(StrictModel):
@@ -70,141 +72,146 @@ class Record(StrictModel):
     command: str
     inputs: dict[str, Input]
     outputs: dict[str, Output]
-    parameters: dict  # as used
-    parameters_after: dict
+    parameters: dict[str, Any]  # as used
+    parameters_after: dict[str, Any]
     changed_code: list[str]  # files of the stage's code that changed while it ran
     revision: Revision | None
     libraries: dict[str, str]
     container: str | None
     numerics: dict[str, str] | None
-    confined: str | None  # what held the stage to what it declares
+    confined: str | None  # the layers of the sandbox
     host: dict[str, str]
     times: Times
 
 
-def record_key(command: str, inputs: dict[str, str], parameters: dict) -> str:
-    """What names a record: digest of a command, the md5 of each input, and the parameters, as dvc.lock has them."""
+def record_key(command: str, inputs: dict[str, str], parameters: dict[str, Any]) -> str:
+    """The key of a record: digest of the command, the md5 of each input, and the parameters, as dvc.lock has them."""
     return hashlib.sha256(json.dumps([command, inputs, parameters], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def record_filename(stage: str, of: str) -> str:
-    """The file's name in FOLDER."""
-    return f"{stage}-{of}.json"
+def record_filename(stage: str, key: str) -> str:
+    """The name of a record's file in FOLDER."""
+    return f"{stage}-{key}.json"
 
 
 def read_record(path: Path) -> Record:
-    """A record, whole, or a sentence that names the key at fault."""
-    try:
-        if path.stat().st_size > MOST:
-            raise UserError(f"{path} has {path.stat().st_size:,} bytes, more than a record may have.")
-        return Record.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "its content"
-        reason = "is not known" if first["type"] == "extra_forbidden" else f"is wrong ({first['msg']})"
-        raise UserError(f"{path} is no record of a stage: {place} {reason}.") from None
+    """The record in the file `path`. Raises UserError for one that no stage wrote."""
+    return strict_model.read_json(path, Record, MAX_BYTES, "No stage writes such a record.")
+
+
+@dataclass
+class _Run:
+    """What is known when a stage begins."""
+
+    stage: StageDeclaration
+    script: Path
+    code: StageCode | None
+    parameters: dict[str, Any]
+    sha256s: list[str]  # of the inputs
+    revision: Revision | None
+    libraries: dict[str, str]
+    host: dict[str, str]
+    began: datetime = field(default_factory=lambda: datetime.now(UTC))
+    clock: float = field(default_factory=time.monotonic)
 
 
 @contextmanager
-def recorded(context: click.Context):
-    """Around a stage's run. Leaves a record where it ran as the dvc.yaml of this folder declares it; with other paths,
-    or as one of several ranks, none.
+def recorded(context: click.Context) -> Iterator[None]:
+    """Surrounds the run of a stage and leaves its record. A run with other paths than dvc.yaml declares, and a rank of
+    several, leaves none.
     """
     run = _begin(context)
     yield
     if run:
         try:
-            _end(*run)
-        except (
-            OSError,
-            UserError,
-        ) as error:  # the outs are whole: a record that cannot be written is missing, and the audit will say so
-            click.echo(f"{run[0].name}: no record was left: {getattr(error, 'strerror', None) or error}", err=True)
+            _end(run)
+        except (OSError, UserError) as error:  # the outputs are whole, and the audit reports that a record is missing
+            reason = getattr(error, "strerror", None) or error
+            click.echo(f"{run.stage.name}: no record was left: {reason}", err=True)
 
 
-def _begin(context: click.Context):
-    script = Path(context.command.callback.__code__.co_filename)
-    if script.parent.name != "stages" or not Path(dvc_yaml.PIPELINE).is_file() or "TORCHELASTIC_RUN_ID" in os.environ:
+def stage_script(command: click.Command) -> Path | None:
+    """The file in which a command's function is defined, if that is a stage: stages/<stage>.py."""
+    script = Path(command.callback.__code__.co_filename) if command.callback else None
+    return script if script and script.parent.name == "stages" else None
+
+
+def _begin(context: click.Context) -> _Run | None:
+    script = stage_script(context.command)
+    if script is None or not Path(dvc_yaml.PIPELINE).is_file() or "TORCHELASTIC_RUN_ID" in os.environ:
         return None
-    paths = [option.name for option in context.command.params if isinstance(option.type, click.Path)]
-    if any(context.get_parameter_source(option) is not click.core.ParameterSource.DEFAULT for option in paths):
+    paths = [option.name or "" for option in context.command.params if isinstance(option.type, click.Path)]
+    if any(context.get_parameter_source(option) is not ParameterSource.DEFAULT for option in paths):
         return None
     try:
-        stage, values = (
-            dvc_yaml.stage_declarations(Path()).get(script.stem),
-            dvc_yaml.read_pipeline(Path(dvc_yaml.PARAMS)),
-        )
-    except UserError:  # the stage says itself what is wrong
+        stage = dvc_yaml.stage_declarations(Path()).get(script.stem)
+    except UserError:  # the stage itself reports it
         return None
     if not stage or not all(Path(path).exists() for path in stage.deps):
         return None
-    with suppress(OSError):  # said at the end
-        Path(FOLDER).mkdir(parents=True, exist_ok=True)  # while the stage is not held yet
+    with suppress(OSError):  # reported at the end
+        Path(FOLDER).mkdir(parents=True, exist_ok=True)  # now, because the sandbox is not closed yet
     code = import_closure.verified_code(script)
-    facts = {
-        "parameters": dvc_yaml.parameters(values, stage.params),
-        "revision": environment.revision(
-            script.parents[1],
-            [script.parents[1] / name for name in code.files] if code else [Path(path) for path in stage.deps],
-        ),
-        "libraries": environment.libraries(code.libraries) if code else {},
-        "container": environment.container_facts(),
-        "host": environment.host_facts(),
-    }
-    before = [digest.sha256 for digest in path_digests.digest_paths(map(Path, stage.deps), md5=False)]
-    device = (
-        facts["parameters"].get("train", {}).get("device", "cpu")
-    )  # a stage that is not told it computes on the processor
-    return stage, script, code, device, facts, before, datetime.now(UTC), time.monotonic()
+    root = script.parents[1]
+    revision = environment.revision(root, [root / name for name in code.files] if code else [*map(Path, stage.deps)])
+    parameters = dvc_yaml.parameters(read_yaml(Path(dvc_yaml.PARAMS)), stage.params)
+    sha256s = [digest.sha256 for digest in hashing.digest_paths(map(Path, stage.deps), md5=False)]
+    return _Run(
+        stage,
+        script,
+        code,
+        parameters,
+        sha256s,
+        Revision(**revision) if revision else None,
+        environment.libraries(code.libraries) if code else {},
+        environment.host_facts(),
+    )
 
 
-def _end(
-    stage: dvc_yaml.StageDeclaration,
-    script: Path,
-    code: StageCode | None,
-    device: str,
-    facts: dict,
-    before: list[str],
-    began: datetime,
-    started: float,
-) -> None:
-    """Opens the stage's inputs (the lock of the libraries among them), its outs and params.yaml, and writes in FOLDER:
-    nothing else, once the stage began.
+def _end(run: _Run) -> None:
+    """Writes the record. The sandbox is closed: only the stage's inputs, its outputs, its code, params.yaml and FOLDER
+    are open.
     """
-    ended, seconds = datetime.now(UTC), time.monotonic() - started
+    stage, ended, seconds = run.stage, datetime.now(UTC), time.monotonic() - run.clock
     if not all(Path(path).exists() for path in stage.outs):
         return
+    digests = hashing.digest_paths(map(Path, stage.deps))
     inputs = {
-        path: Input(before=was, after=now.sha256, md5=now.md5, bytes=now.bytes)
-        for path, was, now in zip(stage.deps, before, path_digests.digest_paths(map(Path, stage.deps)))
+        path: Input(before=before, after=digest.sha256, md5=digest.md5, bytes=digest.bytes)
+        for path, before, digest in zip(stage.deps, run.sha256s, digests, strict=True)
     }
     outputs = {
-        path: Output(sha256=each.sha256, md5=each.md5, bytes=each.bytes, files=each.files)
-        for path, each in zip(stage.outs, path_digests.digest_paths(map(Path, stage.outs)))
+        path: Output(sha256=digest.sha256, md5=digest.md5, bytes=digest.bytes, files=digest.files)
+        for path, digest in zip(stage.outs, hashing.digest_paths(map(Path, stage.outs)), strict=True)
     }
-    after = dvc_yaml.parameters(dvc_yaml.read_pipeline(Path(dvc_yaml.PARAMS)), stage.params)
-    times = Times(
-        began=began.isoformat(timespec="seconds"), ended=ended.isoformat(timespec="seconds"), seconds=round(seconds, 3)
+    parameters_after = dvc_yaml.parameters(read_yaml(Path(dvc_yaml.PARAMS)), stage.params)
+    code_before = run.code.files if run.code else {}
+    code_after = import_closure.file_digests(run.script) if run.code else {}
+    device = run.parameters.get("train", {}).get("device", "cpu")  # a stage without it computes on the CPU
+    record = Record(
+        format="kohaku-delta record 1",
+        stage=stage.name,
+        command=stage.command,
+        inputs=inputs,
+        outputs=outputs,
+        parameters=run.parameters,
+        parameters_after=parameters_after,
+        changed_code=sorted(
+            name for name in code_before.keys() | code_after.keys() if code_before.get(name) != code_after.get(name)
+        ),
+        revision=run.revision,
+        libraries=run.libraries,
+        container=environment.container_digest(),
+        numerics=process_facts.fact("numerics", device),
+        confined=process_facts.fact("confined", device),
+        host=run.host,
+        times=Times(
+            began=run.began.isoformat(timespec="seconds"),
+            ended=ended.isoformat(timespec="seconds"),
+            seconds=round(seconds, 3),
+        ),
     )
-    numerics = process_facts.fact("numerics", device)
-    ran = code.files if code else {}
-    now = import_closure.file_digests(script) if code else {}
-    record = {
-        "format": "kohaku-delta record 1",
-        "stage": stage.name,
-        "command": stage.command,
-        "inputs": inputs,
-        "outputs": outputs,
-        **facts,
-        "numerics": numerics,
-        "changed_code": sorted(name for name in ran.keys() | now.keys() if ran.get(name) != now.get(name)),
-        "confined": process_facts.fact("confined", device),
-    }
-    of = record_key(stage.command, {path: each.md5 for path, each in inputs.items()}, after)
-    write_record(Path(FOLDER) / record_filename(stage.name, of), record | {"parameters_after": after, "times": times})
-
-
-def write_record(path: Path, record: dict) -> None:
-    with atomic_files.atomic_write(path, "w") as file:
-        json.dump(record, file, indent=1, sort_keys=True, ensure_ascii=False, default=BaseModel.model_dump)
+    key = record_key(stage.command, {path: read.md5 for path, read in inputs.items()}, parameters_after)
+    with atomic_files.atomic_write(Path(FOLDER) / record_filename(stage.name, key), "w") as file:
+        json.dump(record.model_dump(), file, indent=1, sort_keys=True, ensure_ascii=False)
         file.write("\n")

@@ -1,142 +1,53 @@
-"""Invariant: the provenance is a function of the lock, the recipe and the records, so whoever has those computes it
-anew; only then is a signed one believed.
+"""The provenance of a rebuild: an in-toto Statement v1 with an SLSA provenance v1 predicate.
 
-An in-toto Statement v1 with an SLSA provenance v1 predicate: the subjects are all outs, the resolved dependencies all
-verified inputs, the code's commit and the libraries; the steps are the stages, each with its materials and products;
-the byproducts are the files that a bundle holds as evidence, so the signature covers them too.
+The subjects are all outputs; the resolved dependencies are all verified inputs, the files of the repository and its
+commit; the steps are the stages, each with its materials and products; the byproducts are dvc.yaml, dvc.lock,
+params.yaml and the records. A statement is a function of those files: a signed one is believed only if it equals the
+one that is computed from the files at hand.
 """
 
 import json
 import posixpath
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any
 
 from kohaku_delta.errors import UserError
-from kohaku_delta.formats import path_digests
-from kohaku_delta.provenance import dvc_yaml, stage_record
-from kohaku_delta.provenance.stage_record import Sha256
-from kohaku_delta.verify.artifact import Artifact, commit, verified_inputs
-
-STATEMENT, PREDICATE = "https://in-toto.io/Statement/v1", "https://slsa.dev/provenance/v1"
-BUILD_TYPE, BUILDER = "urn:kohaku-delta:dvc-recipe:v1", "urn:kohaku-delta:builder:{}"
+from kohaku_delta.formats import hashing
+from kohaku_delta.provenance import bundles, dvc_yaml, signature, stage_record
+from kohaku_delta.provenance.artifact import Artifact
+from kohaku_delta.provenance.stage_record import Record
 
 
-class StrictModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Digest(StrictModel):
-    sha256: Sha256 | None = None
-    commit: Annotated[str | None, Field(alias="gitCommit", pattern=r"^[0-9a-f]{40,64}$")] = None
-
-
-class Resource(StrictModel):
-    name: str
-    digest: Digest
-    uri: str | None = None
-
-
-class Step(StrictModel):
-    name: str
-    command: str
-    parameters: dict
-    materials: list[Resource]
-    products: list[Resource]
-    started: Annotated[str, Field(alias="startedOn")]
-    finished: Annotated[str, Field(alias="finishedOn")]
-
-
-class ExternalParameters(StrictModel):
-    params: Annotated[dict, Field(alias="params.yaml")]
-
-
-class InternalParameters(StrictModel):
-    steps: list[Step]
-    unrecorded: list[str]
-
-
-class Definition(StrictModel):
-    type: Annotated[Literal["urn:kohaku-delta:dvc-recipe:v1"], Field(alias="buildType")]
-    external: Annotated[ExternalParameters, Field(alias="externalParameters")]
-    internal: Annotated[InternalParameters, Field(alias="internalParameters")]
-    dependencies: Annotated[list[Resource], Field(alias="resolvedDependencies")]
-
-
-class Builder(StrictModel):
-    id: str
-
-
-class Metadata(StrictModel):
-    invocation: Annotated[str, Field(alias="invocationId")]
-    started: Annotated[str, Field(alias="startedOn")]
-    finished: Annotated[str, Field(alias="finishedOn")]
-
-
-class RunDetails(StrictModel):
-    builder: Builder
-    metadata: Metadata
-    byproducts: list[Resource]
-
-
-class Predicate(StrictModel):
-    definition: Annotated[Definition, Field(alias="buildDefinition")]
-    details: Annotated[RunDetails, Field(alias="runDetails")]
-
-
-class Statement(StrictModel):
-    type: Annotated[Literal["https://in-toto.io/Statement/v1"], Field(alias="_type")]
-    subject: list[Resource]
-    predicate_type: Annotated[Literal["https://slsa.dev/provenance/v1"], Field(alias="predicateType")]
-    predicate: Predicate
-
-
-def read_statement(payload: bytes, told: str) -> dict:
-    """A statement whose every field is known. Call it with a payload whose signature was verified."""
-    try:
-        Statement.model_validate_json(payload)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "its content"
-        reason = "is not known" if first["type"] == "extra_forbidden" else f"is wrong: {first['msg']}"
-        raise UserError(f"{told}: the provenance's field {place} {reason}. Nothing in it is believed.") from None
-    return json.loads(payload)
-
-
-def build_statement(rebuild: Artifact) -> dict:
-    """What is to be signed. Refuses a rebuild that no stage left a record of."""
+def build_statement(rebuild: Artifact) -> dict[str, Any]:
+    """The statement to sign. Raises UserError if no stage left a record."""
     if not rebuild.records:
         raise UserError(
-            f"{rebuild.told} has no record of any stage ({stage_record.FOLDER}), so nothing can be said of how it came about. Records are left when the stages run."
+            f"{rebuild.name} has no record of any stage in {stage_record.FOLDER}, so nothing is known about how it was "
+            "made. Stages leave records when they run."
         )
-    recorded = {name: rebuild.records[name] for name in rebuild.stages if name in rebuild.records}
-    began, ended = (
-        min(each.times.began for each in recorded.values()),
-        max(each.times.ended for each in recorded.values()),
-    )
+    records = {name: rebuild.records[name] for name in rebuild.stages if name in rebuild.records}
     return {
-        "_type": STATEMENT,
+        "_type": "https://in-toto.io/Statement/v1",
         "subject": [
-            _resource(path, out.sha256) for each in recorded.values() for path, out in sorted(each.outputs.items())
+            _resource(path, out.sha256) for record in records.values() for path, out in sorted(record.outputs.items())
         ],
-        "predicateType": PREDICATE,
+        "predicateType": "https://slsa.dev/provenance/v1",
         "predicate": {
             "buildDefinition": {
-                "buildType": BUILD_TYPE,
-                "externalParameters": {"params.yaml": _plain(rebuild.values)},
+                "buildType": "urn:kohaku-delta:dvc-recipe:v1",
+                "externalParameters": {"params.yaml": _as_json(rebuild.values)},
                 "internalParameters": {
-                    "steps": [_step(name, each) for name, each in recorded.items()],
-                    "unrecorded": [name for name in rebuild.lock if name not in recorded],
+                    "steps": [_step(name, record) for name, record in records.items()],
+                    "unrecorded": [name for name in rebuild.lock if name not in records],
                 },
-                "resolvedDependencies": _dependencies(rebuild, recorded),
+                "resolvedDependencies": _dependencies(rebuild, records),
             },
             "runDetails": {
-                "builder": {"id": BUILDER.format(_builder(recorded))},
+                "builder": {"id": f"urn:kohaku-delta:builder:{_builder(records)}"},
                 "metadata": {
-                    "invocationId": path_digests.digest_path(rebuild.folder / dvc_yaml.LOCK).sha256,
-                    "startedOn": began,
-                    "finishedOn": ended,
+                    "invocationId": hashing.digest_path(rebuild.folder / dvc_yaml.LOCK).sha256,
+                    "startedOn": min(record.times.began for record in records.values()),
+                    "finishedOn": max(record.times.ended for record in records.values()),
                 },
                 "byproducts": _byproducts(rebuild),
             },
@@ -144,74 +55,81 @@ def build_statement(rebuild: Artifact) -> dict:
     }
 
 
-def _resource(name: str, sha256: str, uri: str | None = None) -> dict:
+def _resource(name: str, sha256: str, uri: str | None = None) -> dict[str, Any]:
     return {"name": name, "digest": {"sha256": sha256}} | ({"uri": uri} if uri else {})
 
 
-def _plain(value):
-    """A YAML value as JSON has it: keys are texts."""
+def _as_json(value: Any) -> Any:
+    """A YAML value as JSON has it: keys are strings."""
     return json.loads(json.dumps(value))
 
 
-def _step(name: str, each: stage_record.Record) -> dict:
+def _step(name: str, record: Record) -> dict[str, Any]:
     return {
         "name": name,
-        "command": each.command,
-        "parameters": _plain(each.parameters),
-        "materials": [_resource(path, known.before) for path, known in sorted(each.inputs.items())],
-        "products": [_resource(path, out.sha256) for path, out in sorted(each.outputs.items())],
-        "startedOn": each.times.began,
-        "finishedOn": each.times.ended,
+        "command": record.command,
+        "parameters": _as_json(record.parameters),
+        "materials": [_resource(path, read.before) for path, read in sorted(record.inputs.items())],
+        "products": [_resource(path, out.sha256) for path, out in sorted(record.outputs.items())],
+        "startedOn": record.times.began,
+        "finishedOn": record.times.ended,
     }
 
 
-def _dependencies(rebuild: Artifact, recorded: dict[str, stage_record.Record]) -> list[dict]:
-    """Verified inputs by their pins, then the files of the repository, then the commit that has them."""
-    found = [
-        _resource(posixpath.basename(each["path"]), each["sha256"], each["url"]) for each in verified_inputs(rebuild)
-    ]
+def _dependencies(rebuild: Artifact, records: dict[str, Record]) -> list[dict[str, Any]]:
+    """Verified inputs by their pins, then the files of the repository, then its commit."""
+    inputs = [_resource(posixpath.basename(entry["path"]), entry["sha256"], entry["url"]) for entry in rebuild.inputs]
     files = {
-        path: known.before
-        for each in recorded.values()
-        for path, known in each.inputs.items()
+        path: read.before
+        for record in records.values()
+        for path, read in record.inputs.items()
         if path not in rebuild.writers
     }
-    found += [_resource(path, files[path]) for path in sorted(files)]
-    named = commit(rebuild)
-    return found + ([{"name": "repository", "digest": {"gitCommit": named}}] if named else [])
+    commit = [{"name": "repository", "digest": {"gitCommit": rebuild.commit}}] if rebuild.commit else []
+    return inputs + [_resource(path, files[path]) for path in sorted(files)] + commit
 
 
-def _builder(recorded: dict[str, stage_record.Record]) -> str:
-    images = {each.container for each in recorded.values()}
-    image = images.pop() if len(images) == 1 else "several"
-    return image or "host"
+def _builder(records: dict[str, Record]) -> str:
+    images = {record.container for record in records.values()}
+    return (images.pop() or "host") if len(images) == 1 else "several"
 
 
-def _byproducts(rebuild: Artifact) -> list[dict]:
-    """The lock, the recipe and the records, by name, under the bytes that they have here."""
-    places = [dvc_yaml.PIPELINE, dvc_yaml.LOCK, dvc_yaml.PARAMS]
-    places += sorted(
+def _byproducts(rebuild: Artifact) -> list[dict[str, Any]]:
+    """The pipeline, the lock, the recipe and the records, with the sha256 of their bytes here."""
+    records = sorted(
         f"{stage_record.FOLDER}/{stage_record.record_filename(name, rebuild.lock[name].key())}"
         for name in rebuild.records
     )
     return [
-        _resource(place, path_digests.digest_path(rebuild.folder / Path(place), md5=False).sha256) for place in places
+        _resource(path, hashing.digest_path(rebuild.folder / path, md5=False).sha256)
+        for path in [dvc_yaml.PIPELINE, dvc_yaml.LOCK, dvc_yaml.PARAMS, *records]
     ]
 
 
-def first_difference(signed: dict, ours: dict, place: str = "") -> str | None:
-    """The first field in which two statements differ, by its path; None where they do not."""
-    if isinstance(signed, dict) and isinstance(ours, dict):
-        for key in sorted(signed.keys() | ours.keys()):
-            if key not in signed or key not in ours:
-                return f"{place}{key}"
-            if found := first_difference(signed[key], ours[key], f"{place}{key}."):
-                return found
-        return None
-    if isinstance(signed, list) and isinstance(ours, list) and len(signed) == len(ours):
-        for number, (a, b) in enumerate(zip(signed, ours)):
-            label = a.get("name", str(number)) if isinstance(a, dict) else str(number)
-            if found := first_difference(a, b, f"{place}{label}."):
-                return found
-        return None
-    return None if type(signed) is type(ours) and signed == ours else place.rstrip(".")
+def signed_difference(rebuild: Artifact, key: Path) -> str | None:
+    """The first field in which the signed provenance.json differs from the statement of the files at hand; None if they
+    are equal. Raises UserError if no signature of the public key `key` holds.
+    """
+    payload = signature.verify_signature(rebuild.folder / bundles.PROVENANCE, key)
+    try:
+        signed = json.loads(payload)
+    except (ValueError, RecursionError):
+        raise UserError(f"{bundles.PROVENANCE}: what was signed is not JSON. Nothing in it is believed.") from None
+    return first_difference(signed, build_statement(rebuild))
+
+
+def first_difference(signed: Any, computed: Any, path: str = "") -> str | None:
+    """The dotted path of the first field in which two JSON values differ; None if they are equal."""
+    if isinstance(signed, dict) and isinstance(computed, dict):
+        pairs = {key: (signed.get(key), computed.get(key)) for key in sorted(signed.keys() | computed.keys())}
+        if missing := [key for key in pairs if key not in signed or key not in computed]:
+            return f"{path}{missing[0]}"
+    elif isinstance(signed, list) and isinstance(computed, list) and len(signed) == len(computed):
+        pairs = dict(enumerate(zip(signed, computed, strict=True)))
+    else:
+        return None if type(signed) is type(computed) and signed == computed else path.rstrip(".") or "the statement"
+    for key, (one, other) in pairs.items():
+        label = one.get("name", key) if isinstance(signed, list) and isinstance(one, dict) else key
+        if difference := first_difference(one, other, f"{path}{label}."):
+            return difference
+    return None

@@ -1,28 +1,30 @@
-"""Invariant: a build is what its lock says and what its files say; both are read once, and where they or the recipe
-disagree, that is told.
-"""
+"""A build as its dvc.lock and its files describe it, read once; where they or the recipe disagree, that is listed."""
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from kohaku_delta import params as recipes
-from kohaku_delta.errors import UserError
+from kohaku_delta import strict_model
 from kohaku_delta.hub import pins
 from kohaku_delta.params import Pin, Recipe
 from kohaku_delta.provenance import dvc_yaml
-from kohaku_delta.report import external_evidence, stage_outputs
-from kohaku_delta.report import stage_status as locks
+from kohaku_delta.provenance.bundles import PROVENANCE
+from kohaku_delta.provenance.dvc_lock import LockedPath
+from kohaku_delta.report import build_files, stage_status
+from kohaku_delta.report.build_files import Audit, Dataset, HeldOut, Input, Inputs, NothingHeldOut
+from kohaku_delta.report.stage_status import StageStatus
+from kohaku_delta.yaml_file import read_yaml
 
 FOLDER = "build"
 WEIGHTS = {"base": "delta-base.safetensors", "lokr": "delta-lokr.safetensors", "final": "kohaku-xl-delta.safetensors"}
+MISSING = "missing"  # in Build.damaged
+RUN_AGAIN = "Delete it and run `dvc repro`."
 
 
 @dataclass(frozen=True)
 class InputSource:
-    """An input, and how firmly the recipe holds it."""
+    """A downloaded input, and how it fits its pin in the recipe."""
 
     name: str
     url: str
@@ -38,126 +40,122 @@ class WeightFile:
     file: str
     bytes: int
     sha256: str
-    published: str | None  # the release's sha256, where the recipe has one
+    published: str | None  # the release's sha256, if the recipe has one
 
 
 @dataclass(frozen=True)
 class Build:
-    recipe: Recipe  # as the lock says that the stages ran; as params.yaml says, where none has
+    recipe: Recipe  # as dvc.lock says that the stages ran; params.yaml for what no stage ran with
+    lock_sha256: str
     changed: list[str]  # keys in which params.yaml, or one stage, differs from what stages ran with
-    stages: list[locks.StageStatus]
-    lost: dict[str, str]  # out → why the file that lies there cannot be what the lock names
+    stages: list[StageStatus]
+    damaged: dict[str, str]  # output → why the file cannot be the one in dvc.lock
     sources: list[InputSource]
     weights: list[WeightFile]
-    dataset: stage_outputs.Dataset | None
-    held_out: stage_outputs.HeldOut | stage_outputs.NothingHeldOut | None
+    dataset: Dataset | None
+    held_out: HeldOut | NothingHeldOut | None
     curves: dict[str, list[float]] | None
     buckets: list[list[int]] | None
-    told: external_evidence.ExternalEvidence
+    audit: Audit | None  # only if it names this very dvc.lock
+    other_audit: bool  # an audit that names another dvc.lock, or none
+    provenance: str | None  # sha256 of provenance.json
     folder: Path
 
     @property
-    def release(self) -> bool:
-        """Whether this is the release's recipe: it names what was published."""
+    def is_release(self) -> bool:
+        """Whether the recipe is the release's: it names what was published."""
         return self.recipe.published is not None
 
     @property
-    def miniature(self) -> bool:
-        """Whether this is the embedded miniature: it names nothing published, and is trained on the repository's drawn
-        dataset.
-        """
+    def is_miniature(self) -> bool:
+        """Whether this is the embedded miniature: trained on the repository's drawn dataset."""
         database = self.recipe.download.inputs.get("database")
-        return not self.release and isinstance(database, Pin) and database.url == "file://../data/danbooru2023.db"
+        return not self.is_release and isinstance(database, Pin) and database.url == "file://../data/danbooru2023.db"
 
-    def out(self, name: str) -> locks.LockedPath | None:
-        """What the lock says of build/`name`."""
-        return next((stage.outs[f"{FOLDER}/{name}"] for stage in self.stages if f"{FOLDER}/{name}" in stage.outs), None)
+    @property
+    def steps(self) -> int | None:
+        """Steps that were trained."""
+        return len(self.curves["step"]) if self.curves else None
+
+    def output(self, name: str) -> LockedPath | None:
+        """dvc.lock's entry of build/`name`."""
+        return next(
+            (out for stage in self.stages for out in stage.outs.values() if out.path == f"{FOLDER}/{name}"), None
+        )
 
 
 def read_build(place: Path) -> Build:
     """The build of the recipe in the folder `place` (params.yaml, dvc.yaml, dvc.lock, build/)."""
-    lock, folder = place / dvc_yaml.LOCK, place / FOLDER
-    stages = locks.read_stages(place)
-    today = recipes.load(place / dvc_yaml.PARAMS)
-    found, torn = locks.merged_parameters(stages)
-    recipe = _recipe(dvc_yaml.read_pipeline(place / dvc_yaml.PARAMS) | found, lock)
-    listed = stage_outputs.read_output(folder / "inputs.json", stage_outputs.Inputs)
+    lock, folder, provenance = place / dvc_yaml.LOCK, place / FOLDER, place / PROVENANCE
+    stages = stage_status.read_stages(place)
+    current = recipes.load(place / dvc_yaml.PARAMS)
+    locked, disagreeing = stage_status.merged_parameters(stages)
+    recipe = _validate_recipe(read_yaml(place / dvc_yaml.PARAMS) | locked, lock)
+    inputs = build_files.read_json(folder / "inputs.json", Inputs, RUN_AGAIN)
+    lock_sha256 = hashlib.sha256(lock.read_bytes()).hexdigest()
+    audit = build_files.read_json(folder / "audit.json", Audit, "Delete it and run `kohaku-delta audit --json` again.")
+    outs = [out for stage in stages for out in stage.outs.values()]
     return Build(
         recipe=recipe,
-        changed=sorted({*torn, *_differences(today.model_dump(by_alias=True), recipe.model_dump(by_alias=True))}),
-        stages=stages,
-        lost={
-            out.path: why
-            for stage in stages
-            for out in stage.outs.values()
-            if (why := _size_mismatch(place / out.path, out))
-        },
-        sources=_sources(listed, recipe, place) if listed else [],
-        weights=_weights(folder, recipe),
-        dataset=stage_outputs.read_output(folder / "dataset.json", stage_outputs.Dataset),
-        held_out=stage_outputs.read_output(
-            folder / "held-out.json", stage_outputs.HeldOut | stage_outputs.NothingHeldOut
+        lock_sha256=lock_sha256,
+        changed=sorted(
+            {*disagreeing, *_differences(current.model_dump(by_alias=True), recipe.model_dump(by_alias=True))}
         ),
-        curves=stage_outputs.curves(folder / "curves.csv"),
-        buckets=stage_outputs.buckets(folder / "bucket.txt", recipe.schedule),
-        told=external_evidence.read_evidence(folder, lock, stages),
+        stages=stages,
+        damaged={out.path: fault for out in outs if (fault := _size_fault(place / out.path, out))},
+        sources=_sources(inputs, recipe, place) if inputs else [],
+        weights=_weights(folder, recipe),
+        dataset=build_files.read_json(folder / "dataset.json", Dataset, RUN_AGAIN),
+        held_out=build_files.read_json(folder / "held-out.json", HeldOut | NothingHeldOut, RUN_AGAIN),
+        curves=build_files.read_curves(folder / "curves.csv"),
+        buckets=build_files.read_buckets(folder / "bucket.txt", recipe.schedule),
+        audit=audit if audit and audit.lock == lock_sha256 else None,
+        other_audit=audit is not None and audit.lock != lock_sha256,
+        provenance=hashlib.sha256(provenance.read_bytes()).hexdigest() if provenance.is_file() else None,
         folder=folder,
     )
 
 
-def _recipe(sections: dict, lock: Path) -> Recipe:
-    try:
-        return Recipe.model_validate(sections)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        remedy = "Run `dvc repro`, or use the code that the build was made with."
-        raise UserError(
-            f"{lock}: the parameter {key} is none that this code knows ({first['msg']}). {remedy}"
-        ) from None
+def _validate_recipe(sections: dict, lock: Path) -> Recipe:
+    remedy = "Run `dvc repro`, or use the code that the build was made with."
+    return strict_model.validate(lock, Recipe, sections, remedy)
 
 
 def _differences(a, b, path: str = "") -> list[str]:
-    """Keys whose values differ."""
+    """The dotted keys whose values differ."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return [
-            key
-            for name in {**a, **b}
-            for key in _differences(a.get(name), b.get(name), f"{path}.{name}" if path else str(name))
-        ]
+        keys = {**a, **b}
+        return [key for name in keys for key in _differences(a.get(name), b.get(name), f"{path}.{name}".lstrip("."))]
     return [] if a == b else [path]
 
 
-def _size_mismatch(path: Path, out: locks.LockedPath) -> str | None:
+def _size_fault(path: Path, out: LockedPath) -> str | None:
     if not path.exists():
-        return "not at hand"
-    size = (
-        sum(each.stat().st_size for each in path.rglob("*") if each.is_file()) if path.is_dir() else path.stat().st_size
-    )
-    return None if size == out.size else f"here are {size:,} bytes"
+        return MISSING
+    files = path.rglob("*") if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    return None if size == out.size else f"has {size:,} bytes"
 
 
-def _sources(listed: stage_outputs.Inputs, recipe: Recipe, place: Path) -> list[InputSource]:
-    pinned = {
-        name: [
-            each
-            for pin in (pin if isinstance(pin, list) else [pin])
-            for each in pins.expand_span(pin, pins.pin_list_path(place, name))
+def _sources(inputs: Inputs, recipe: Recipe, place: Path) -> list[InputSource]:
+    sources = []
+    for name, entry in inputs.inputs.items():
+        entries = recipe.download.inputs.get(name, [])
+        listing = pins.pin_list_path(place, name)
+        expanded = [
+            pin
+            for each in (entries if isinstance(entries, list) else [entries])
+            for pin in pins.expand_span(each, listing)
         ]
-        for name, pin in recipe.download.inputs.items()
-    }
-    found = []
-    for name, entries in listed.inputs.items():
-        of = {pin.url: pin for pin in pinned.get(name, [])}
-        for entry in entries if isinstance(entries, list) else [entries]:
-            found.append(
-                InputSource(name, entry.url, entry.bytes, entry.sha256, *_pin_status(entry, of.get(entry.url)))
-            )
-    return found
+        by_url = {pin.url: pin for pin in expanded}
+        for each in entry if isinstance(entry, list) else [entry]:
+            fit = _pin_status(each, by_url.get(each.url))
+            sources.append(InputSource(name, each.url, each.bytes, each.sha256, *fit))
+    return sources
 
 
-def _pin_status(entry: stage_outputs.Input, pin: Pin | None) -> tuple[str, bool]:
-    """How the recipe's pin holds what was downloaded, and whether it does."""
+def _pin_status(entry: Input, pin: Pin | None) -> tuple[str, bool]:
+    """How a downloaded input fits its pin, and whether it does."""
     if pin is None:
         return "not in the recipe", False
     if (pin.sha256 and not entry.sha256.startswith(pin.sha256)) or (pin.bytes and entry.bytes != pin.bytes):
@@ -168,12 +166,12 @@ def _pin_status(entry: stage_outputs.Input, pin: Pin | None) -> tuple[str, bool]
 
 
 def _weights(folder: Path, recipe: Recipe) -> list[WeightFile]:
-    found = []
+    weights = []
     for name, file in WEIGHTS.items():
         path = folder / file
         if path.is_file():
             with open(path, "rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+                sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
             published = getattr(recipe.published, name).sha256 if recipe.published else None
-            found.append(WeightFile(name, file, path.stat().st_size, digest, published))
-    return found
+            weights.append(WeightFile(name, file, path.stat().st_size, sha256, published))
+    return weights

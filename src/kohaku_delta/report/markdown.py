@@ -1,6 +1,4 @@
-"""Invariant: Markdown becomes HTML that names no other file: a link shows as its text, an image or HTML as it was
-written.
-"""
+"""Markdown to HTML that refers to no other file: a link becomes its text; images and HTML stay as they were written."""
 
 import re
 
@@ -8,7 +6,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 
-def reader() -> MarkdownIt:
+def parser() -> MarkdownIt:
     """CommonMark and tables."""
     made = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
     for rule in ("link_open", "link_close"):
@@ -18,7 +16,7 @@ def reader() -> MarkdownIt:
 
 def to_html(text: str, lower: int) -> Markup:
     """`text` as HTML, its headings `lower` levels lower."""
-    made = reader()
+    made = parser()
     tokens = made.parse(text)
     for token in tokens:
         if token.type in ("heading_open", "heading_close"):
@@ -27,12 +25,11 @@ def to_html(text: str, lower: int) -> Markup:
 
 
 def to_plain(text: str) -> str:
-    """`text` for a line or a table cell of Markdown, where it shows as itself."""
-    line = " ".join(text.split())
-    return "".join(f"\\{sign}" if sign in "\\`*_[]<|~&" else sign for sign in line)
+    """`text` escaped for a line or a table cell of Markdown."""
+    return re.sub(r"([\\`*_\[\]<|~&])", r"\\\1", " ".join(text.split()))
 
 
 def code_block(text: str, language: str = "") -> str:
-    """`text` as a block of code; its fence is longer than any run of backticks in it."""
+    """`text` as a fenced block of code; its fence is longer than any run of backticks in it."""
     fence = "`" * max([3] + [len(run) + 1 for run in re.findall("`+", text)])
     return f"{fence}{language}\n{text}\n{fence}"

@@ -1,7 +1,6 @@
-"""Invariant: the model card says of a build what its lock and its outs say; the same build gives the same card, byte
-for byte.
+"""The model card of a build, in Markdown with Hugging Face's front matter, from dvc.lock and the outputs alone.
 
-Markdown with Hugging Face's front matter; nothing is asked of the network.
+The same build gives the same card, byte for byte; nothing is asked of the network.
 """
 
 import json
@@ -11,126 +10,127 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kohaku_delta.errors import UserError
 from kohaku_delta.hub import pins
-from kohaku_delta.report import build_summary as builds
-from kohaku_delta.report import markdown, table_rows
+from kohaku_delta.report import build_summary, markdown, table_rows
 from kohaku_delta.report.build_summary import Build
+from kohaku_delta.units import format_size
 
 LICENSES = {
     "Fair AI Public License 1.0-SD": ("fair-ai-public-license-1.0-sd", "https://freedevproject.org/faipl-1.0-sd/")
 }
 PARENTS = {"merge": ("beta", "gamma", "sdxl"), "published": ("delta_base",)}
-STRETCH = 4  # steps that the card proposes to compute anew
+REPLAYED = 4  # steps in the card's example of a replay
 
 
 def render_card(build: Build) -> str:
     """The whole card. Refuses a build that is not finished."""
-    front, body = parts(build)
-    return ModelCard(
-        f"---\n{front}\n---\n\n{body.rstrip()}\n"
-    ).content  # reads the front matter back, and refuses what is none
+    front_matter, body = card_parts(build)
+    card = ModelCard(f"---\n{front_matter}\n---\n\n{body.rstrip()}\n")  # parses the front matter again
+    return card.content
 
 
-def parts(build: Build) -> tuple[str, str]:
-    """Front matter and body of the card."""
-    final = build.out(builds.WEIGHTS["final"])
-    missing = [
-        name for name, found in (("bake", final), ("statistics", build.dataset), ("train", build.curves)) if not found
-    ]
-    if missing:
+def card_parts(build: Build) -> tuple[str, str]:
+    """Front matter and body of the card. Refuses a build that is not finished."""
+    final, dataset, steps = build.output(build_summary.WEIGHTS["final"]), build.dataset, build.steps
+    if not final or not dataset or not steps:
+        missing = [name for name, found in (("bake", final), ("statistics", dataset), ("train", steps)) if not found]
         raise UserError(
-            f"{builds.FOLDER}/ is not finished: there is nothing of {', '.join(missing)}. Run `dvc repro` first; a card is of a whole build."
+            f"{build_summary.FOLDER}/ is not finished: there is nothing of {', '.join(missing)}. "
+            "Run `dvc repro` first; a card describes a whole build."
         )
-    shapes = Environment(
+    templates = Environment(
         loader=PackageLoader("kohaku_delta.report", ""), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    shapes.filters |= {"plain": markdown.to_plain, "block": markdown.code_block, "number": table_rows.format_number}
-    recipe = build.recipe
-    body = shapes.get_template("card.md").render(
-        build=build, recipe=recipe, caption=recipe.caption, preview=recipe.preview, title=recipe.bake.title, files=builds.WEIGHTS,
-        images=f"{build.dataset.trained:,}", final_size=table_rows.format_size(final.size), training=table_rows.training(build), quality=table_rows.quality(build),
-        years=table_rows.years(build), inputs=_inputs(build), snippet=_snippet(build), checks=_checks(build),
-        link=LICENSES.get(recipe.bake.license, (None, None))[1],
-    )  # fmt: skip
+    templates.filters |= {"plain": markdown.to_plain, "block": markdown.code_block, "number": table_rows.format_number}
+    body = templates.get_template("card.md").render(
+        build=build,
+        recipe=build.recipe,
+        caption=build.recipe.caption,
+        preview=build.recipe.preview,
+        title=build.recipe.bake.title,
+        files=build_summary.WEIGHTS,
+        images=f"{dataset.trained:,}",
+        final_size=format_size(final.size),
+        training=table_rows.training(build),
+        quality=table_rows.quality_tags(build),
+        years=table_rows.date_tags(build),
+        inputs=_inputs(build),
+        snippet=_snippet(build),
+        checks=_checks(build, steps),
+        link=license_link(build),
+    )
     return _front_matter(build).to_yaml(), body
+
+
+def license_link(build: Build) -> str | None:
+    """The text of the model's license, if it is a known one."""
+    name = build.recipe.bake.license
+    return LICENSES[name][1] if name in LICENSES else None
 
 
 def _front_matter(build: Build) -> ModelCardData:
     recipe, name = build.recipe, build.recipe.bake.license
-    short, link = LICENSES.get(name, (name, None))
-    parents, sets = [], []
+    base_models, datasets = set(), set()
     for key, pin in recipe.download.inputs.items():
         first = pin[0] if isinstance(pin, list) else pin
         if first.url.startswith("hf://"):
-            place = pins.hub_file(first)
-            if place.kind == "dataset":
-                sets.append(place.repo)
+            source = pins.hub_file(first)
+            if source.kind == "dataset":
+                datasets.add(source.repo)
             elif key in PARENTS[recipe.merge.start]:
-                parents.append(place.repo)
+                base_models.add(source.repo)
+    tags = ["stable-diffusion-xl", "text-to-image", "anime", "lokr", "reproducible"]
     return ModelCardData(
-        base_model=sorted(set(parents)) or None,
-        datasets=sorted(set(sets)) or None,
+        base_model=sorted(base_models) or None,
+        datasets=sorted(datasets) or None,
         language=["en"],
         library_name="diffusers",
         license="other" if name else None,
-        license_name=short,
-        license_link=link,
+        license_name=LICENSES[name][0] if name in LICENSES else name,
+        license_link=license_link(build),
         pipeline_tag="text-to-image",
-        tags=[
-            "stable-diffusion-xl",
-            "text-to-image",
-            "anime",
-            "lokr",
-            "reproducible",
-            *(["miniature"] if build.miniature else []),
-        ],
+        tags=tags + (["miniature"] if build.is_miniature else []),
     )
 
 
 def _inputs(build: Build) -> list[tuple[str, int, int, str | None, str]]:
-    """(name, files, bytes, sha256 of a single file, how the recipe holds it) of each input."""
+    """(name, files, bytes, sha256 of a single file, how the recipe pins it) of each input."""
     rows = []
     for name in dict.fromkeys(source.name for source in build.sources):
         files = [source for source in build.sources if source.name == name]
-        held = list(dict.fromkeys(source.pin for source in files))
-        rows.append(
-            (
-                name,
-                len(files),
-                sum(source.bytes for source in files),
-                files[0].sha256 if len(files) == 1 else None,
-                "; ".join(held),
-            )
-        )
+        sha256 = files[0].sha256 if len(files) == 1 else None
+        status = "; ".join(dict.fromkeys(source.pin for source in files))
+        rows.append((name, len(files), sum(source.bytes for source in files), sha256, status))
     return rows
 
 
 def _snippet(build: Build) -> str:
+    """Python that draws the preview's first prompt with diffusers."""
     preview, cuda = build.recipe.preview, build.recipe.train.device == "cuda"
-    quoted = {"prompt": preview.prompts[0], "negative_prompt": preview.negative}
-    settings = {name: json.dumps(value, ensure_ascii=False) for name, value in quoted.items()}
-    settings |= {
+    arguments = {
+        "prompt": json.dumps(preview.prompts[0], ensure_ascii=False),
+        "negative_prompt": json.dumps(preview.negative, ensure_ascii=False),
         "width": preview.width,
         "height": preview.height,
         "num_inference_steps": preview.steps,
         "guidance_scale": preview.guidance,
     }
-    lines = "".join(f"    {name}={value},\n" for name, value in settings.items())
-    kind, place = (build.recipe.merge.output_dtype, '.to("cuda")') if cuda else ("float32", "")
+    lines = "".join(f"    {name}={value},\n" for name, value in arguments.items())
+    dtype, to_device = (build.recipe.merge.output_dtype, '.to("cuda")') if cuda else ("float32", "")
     return (
         "import torch\nfrom diffusers import StableDiffusionXLPipeline\n\n"
-        f'pipeline = StableDiffusionXLPipeline.from_pretrained("diffusers", torch_dtype=torch.{kind}){place}\n'
+        f'pipeline = StableDiffusionXLPipeline.from_pretrained("diffusers", torch_dtype=torch.{dtype}){to_device}\n'
         f'pipeline(\n{lines}).images[0].save("picture.png")'
     )
 
 
-def _checks(build: Build) -> str:
-    """Commands, for the recipe's folder; the stretch starts at the last milestone, whose state is kept."""
-    every, steps = build.recipe.execution.milestone_every, table_rows.steps(build)
+def _checks(build: Build, steps: int) -> str:
+    """Commands for the recipe's folder; the replay starts at the last milestone, whose state is kept."""
+    every = build.recipe.execution.milestone_every
     first = (steps - 1) // every * every
     return "\n".join(
         [
             "kohaku-delta audit",
-            f"kohaku-delta tensors build/{builds.WEIGHTS['final']} other.safetensors",
-            f"kohaku-delta replay --from {first} --to {min(first + STRETCH, steps) - 1}",
+            f"kohaku-delta tensors build/{build_summary.WEIGHTS['final']} other.safetensors",
+            f"kohaku-delta replay --from {first} --to {min(first + REPLAYED, steps) - 1}",
         ]
     )

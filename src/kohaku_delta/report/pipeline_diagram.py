@@ -1,124 +1,93 @@
-"""Invariant: the picture has every stage of dvc.yaml, and an arrow's head never stands above its tail.
+"""The pipeline as a picture: every stage of dvc.yaml, each below all that it reads.
 
-Stages lie in layers, each below all that it reads; an arrow is drawn where no longer way shows the same. Arrows across
-layers keep a place of their own in each, so that none runs through a stage.
+networkx leaves out the arrows that others imply, and grandalf, which also lays out `dvc dag`, places the rest.
 """
 
-from markupsafe import Markup, escape
+import networkx
+from grandalf.graphs import Edge, Graph, Vertex
+from grandalf.layouts import SugiyamaLayout
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.path import Path as Line
 
+from kohaku_delta.errors import UserError
+from kohaku_delta.report.plotting import GOOD, INK, QUIET, pyplot
 from kohaku_delta.report.stage_status import StageStatus
 
-PITCH, TALL = 84, 46
-WIDE, NARROW, GAP = 112, 12, 28
+WIDTH, HEIGHT, GAP = 110, 44, 36  # points: a stage's box, and the space around it
 
 
-def draw(stages: list[StageStatus], notes: dict[str, list[str]]) -> Markup:
-    """An SVG of the pipeline. `notes`: up to two short lines under each stage's name."""
-    reads = {stage.name: stage.reads for stage in stages}
-    layer = _layers(reads)
-    arrows = [
-        (above, below)
-        for below, names in reads.items()
-        for above in names
-        if not _is_redundant(reads, layer, above, below)
-    ]
-    rows, ways = _layout_rows(layer, arrows)
-    width = max([_width(row) for row in rows] + [3 * WIDE]) + 4
-    places = {node: (x, number) for number, row in enumerate(rows) for node, x in _spread(row, width)}
-    parts = [f'<path class="arrow" d="{_curve([places[node] for node in way])}"/>' for way in ways]
-    run = {stage.name for stage in stages if stage.outs}
-    for name in reads:
-        x, number = places[name]
-        kind, top = "node" if name in run else "node missing", number * PITCH + 2
-        lines = [f'<tspan class="note" x="{x:.1f}" dy="13">{escape(note)}</tspan>' for note in notes.get(name, [])]
-        parts.append(
-            f'<a href="#stage-{escape(name)}"><rect class="{kind}" x="{x - WIDE / 2:.1f}" y="{top}" width="{WIDE}" height="{TALL}" rx="8"/>'
-            f'<text x="{x:.1f}" y="{top + (28, 20, 15)[len(lines)]}" text-anchor="middle"><tspan class="name">{escape(name)}</tspan>{"".join(lines)}</text></a>'
+class _Box:
+    """What grandalf wants of a vertex; it sets `xy`, the centre."""
+
+    w, h = WIDTH, HEIGHT
+    xy = (0.0, 0.0)
+
+
+class _Route:
+    """What grandalf wants of an edge; it calls `setpath` with the points to pass."""
+
+    def setpath(self, points: list[tuple[float, float]]) -> None:
+        self.points = points
+
+
+def necessary_edges(stages: list[StageStatus]) -> list[tuple[str, str]]:
+    """(written by, read by) of every dependency that no longer way implies."""
+    graph = networkx.DiGraph()
+    graph.add_nodes_from(stage.name for stage in stages)
+    graph.add_edges_from((name, stage.name) for stage in stages for name in stage.reads)
+    if not networkx.is_directed_acyclic_graph(graph):
+        cycle = " → ".join(name for name, _ in networkx.find_cycle(graph))
+        raise UserError(f"dvc.yaml: these stages depend on each other in a circle: {cycle}. Remove a dependency.")
+    return sorted(networkx.transitive_reduction(graph).edges)
+
+
+def draw_pipeline(stages: list[StageStatus], notes: dict[str, str]) -> Figure:
+    """notes: stage → a line below its name. The box of a stage that has not run is grey and dashed."""
+    vertices = {stage.name: Vertex(stage.name) for stage in stages}
+    edges = [Edge(vertices[above], vertices[below]) for above, below in necessary_edges(stages)]
+    for vertex in vertices.values():
+        vertex.view = _Box()
+    for edge in edges:
+        edge.view = _Route()
+    right = 0.0
+    for component in Graph(list(vertices.values()), edges).C:
+        layout = SugiyamaLayout(component)
+        layout.xspace = layout.yspace = GAP
+        layout.init_all()
+        layout.draw()
+        layout.draw_edges()
+        shift = right + WIDTH / 2 - min(vertex.view.xy[0] for vertex in component.sV)
+        for vertex in component.sV:
+            vertex.view.xy = vertex.view.xy[0] + shift, vertex.view.xy[1]
+        for edge in component.sE:
+            edge.view.points = [(x + shift, y) for x, y in edge.view.points]
+        right = max(vertex.view.xy[0] for vertex in component.sV) + WIDTH / 2 + GAP
+    bottom = max(vertex.view.xy[1] for vertex in vertices.values()) + HEIGHT / 2
+    figure = pyplot.figure(figsize=((right - GAP) / 72, bottom / 72))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, right - GAP), ylim=(bottom, 0))
+    axes.axis("off")
+    for edge in edges:
+        (x, y), *middle, (end_x, end_y) = edge.view.points
+        path = Line([(x, y + HEIGHT / 2), *middle, (end_x, end_y - HEIGHT / 2)])
+        axes.add_patch(FancyArrowPatch(path=path, arrowstyle="-|>", mutation_scale=12, color=QUIET))
+    for stage in stages:
+        x, y = vertices[stage.name].view.xy
+        color, line = (GOOD, "-") if stage.outs else (QUIET, "--")
+        corner, shape = (x - WIDTH / 2, y - HEIGHT / 2), "round,pad=0,rounding_size=8"
+        axes.add_patch(
+            FancyBboxPatch(
+                corner, WIDTH, HEIGHT, shape, facecolor="white", edgecolor=color, linestyle=line, clip_on=False
+            )
         )
-    label = "The pipeline. " + " ".join(
-        f"{name} reads {', '.join(names)}." if names else f"{name} comes first." for name, names in reads.items()
-    )
-    head = '<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto"><path d="M0,0.5L7.5,4L0,7.5Z"/></marker>'
-    svg = '<svg class="pipeline" viewBox="0 0 {} {}" role="group" aria-label="{}"><defs>{}</defs>{}</svg>'
-    return Markup(svg).format(width, (len(rows) - 1) * PITCH + TALL + 4, label, Markup(head), Markup("".join(parts)))
+        axes.text(x, y - 7, stage.name, ha="center", va="center", fontsize=12, fontweight="bold")
+        axes.text(x, y + 10, notes.get(stage.name, ""), ha="center", va="center", fontsize=9, color=INK)
+    return figure
 
 
-def _layers(reads: dict[str, list[str]]) -> dict[str, int]:
-    """How many stages stand above each on the longest way. Stages that wait for each other, which DVC refuses, keep the
-    last layer found.
-    """
-    layer = dict.fromkeys(reads, 0)
-    for _ in reads:
-        for name, above in reads.items():
-            layer[name] = max([layer[name], *(min(layer[each] + 1, len(reads)) for each in above)])
-    return layer
-
-
-def _is_redundant(reads: dict, layer: dict, above: str, below: str) -> bool:
-    """Whether another way than the arrow itself leads from `above` to `below`."""
-    waiting, seen = [each for each in reads[below] if each != above and layer[each] > layer[above]], set()
-    while waiting:
-        name = waiting.pop()
-        if name == above:
-            return True
-        if name not in seen:
-            seen.add(name)
-            waiting += [each for each in reads[name] if layer[each] >= layer[above]]
-    return False
-
-
-def _layout_rows(layer: dict[str, int], arrows: list[tuple[str, str]]) -> tuple[list[list], list[list]]:
-    """The nodes of each layer from left to right, and the nodes that each arrow visits. A node is a stage's name, or
-    (arrow, layer) on an arrow's way.
-    """
-    rows = [[name for name in layer if layer[name] == number] for number in range(max(layer.values(), default=-1) + 1)]
-    ways = []
-    for above, below in arrows:
-        between = [((above, below), number) for number in range(layer[above] + 1, layer[below])]
-        for node in between:
-            rows[node[1]].append(node)
-        ways.append([above, *between, below])
-    before: dict = {}
-    for way in ways:
-        for upper, lower in zip(way, way[1:]):
-            before.setdefault(lower, []).append(upper)
-    for upper, lower in zip(rows, rows[1:]):
-        place = {node: (number + 0.5) / len(upper) for number, node in enumerate(upper)}
-        weight = {
-            node: sum(near) / len(near)
-            if (near := [place[each] for each in before.get(node, []) if each in place])
-            else 0.5
-            for node in lower
-        }
-        lower.sort(key=weight.__getitem__)  # stable: equals stay in the order of dvc.yaml
-    return rows, ways
-
-
-def _width(row: list) -> int:
-    """A stage is wide, an arrow's place narrow."""
-    return sum(WIDE if isinstance(node, str) else NARROW for node in row) + GAP * (len(row) - 1)
-
-
-def _spread(row: list, width: int) -> list[tuple[object, float]]:
-    """The middle of each node of a layer, centred in `width`."""
-    x, found = (width - _width(row)) / 2, []
-    for node in row:
-        size = WIDE if isinstance(node, str) else NARROW
-        found.append((node, x + size / 2))
-        x += size + GAP
-    return found
-
-
-def _curve(points: list[tuple[float, int]]) -> str:
-    x, number = points[0]
-    y, path = number * PITCH + TALL + 2, f"M{x:.1f},{number * PITCH + TALL + 2}"
-    for place, (to, number) in enumerate(points[1:], 2):
-        last = place == len(points)
-        top = number * PITCH + (0 if last else 2)
-        bend = (top - y) / 2
-        path += f"C{x:.1f},{y + bend:.1f} {to:.1f},{top - bend:.1f} {to:.1f},{top}"
-        x, y = to, top
-        if not last:
-            y = top + TALL
-            path += f"L{x:.1f},{y}"
-    return path
+def describe(stages: list[StageStatus]) -> str:
+    """The picture in words, for the alternative text."""
+    sentences = [
+        f"{each.name} reads {', '.join(each.reads)}." if each.reads else f"{each.name} comes first." for each in stages
+    ]
+    return " ".join(["The pipeline.", *sentences])

@@ -1,63 +1,70 @@
-"""Invariant: hashes, sizes and parameters are those that DVC recorded when a stage ran; what the files are now is not
-asked here.
+"""The stages of dvc.yaml with what dvc.lock recorded of each run: hashes, sizes and parameters.
 
-`read` gives the stages of dvc.yaml, in its order, each with what dvc.lock says of it (nothing, where the stage has not
-run).
+What the files are now is not looked at here.
 """
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from kohaku_delta.errors import UserError
-from kohaku_delta.provenance import dvc_lock, dvc_yaml
+from kohaku_delta.provenance import dvc_lock, dvc_yaml, stage_record
 from kohaku_delta.provenance.dvc_lock import LockedPath
-from kohaku_delta.provenance.import_closure import FOLDER
+from kohaku_delta.provenance.stage_record import Record
 
 
 @dataclass(frozen=True)
 class StageStatus:
     name: str
-    reads: list[str]  # names of the stages whose outs it declares as dependencies; not `code`, which all depend on
-    products: list[str]
-    outs: dict[str, LockedPath]  # path → what the lock says; empty where the stage has not run
-    params: dict  # section or dotted key → value, as the lock has them
+    reads: list[str]  # names of the stages whose outputs it depends on
+    outs: dict[str, LockedPath]  # path → dvc.lock's entry; empty if the stage has not run
+    params: dict  # section or dotted key → value, as in dvc.lock
+    record: Record | None = None  # of the run that wrote exactly these outputs
 
 
 def read_stages(folder: Path) -> list[StageStatus]:
-    """The stages of the recipe in `folder`, with what its lock says of them. Refuses a lock that names an out
-    elsewhere.
-    """
+    """The stages of the recipe in `folder`, in the order of dvc.yaml. Refuses a lock with an output outside it."""
     declared, locked = dvc_yaml.stage_declarations(folder), dvc_lock.read_lock(folder / dvc_yaml.LOCK)
-    maker = {product: name for name, stage in declared.items() for product in stage.outs}
+    writers = {out: name for name, stage in declared.items() for out in stage.outs}
     stages = []
     for name, stage in declared.items():
+        reads = list(dict.fromkeys(writers[dep] for dep in stage.deps if dep in writers))
         entry = locked.get(name)
-        outs = {out.path: out for out in entry.outs} if entry else {}
+        if not entry:
+            stages.append(StageStatus(name, reads, {}, {}))
+            continue
+        outs = {out.path: out for out in entry.outs}
         for path in map(PurePosixPath, outs):
             if path.is_absolute() or ".." in path.parts:
                 raise UserError(
-                    f"{folder / dvc_yaml.LOCK}: {name} has an out {path}; an out lies in its recipe's folder. `dvc repro` writes the lock anew."
+                    f"{folder / dvc_yaml.LOCK}: {name} has the output {path}, outside the recipe's folder. "
+                    "Run `dvc repro` to write the lock again."
                 )
-        reads = dict.fromkeys(maker[dep] for dep in stage.deps if dep in maker and not dep.startswith(f"{FOLDER}/"))
-        stages.append(StageStatus(name, list(reads), list(stage.outs), outs, entry.parameters if entry else {}))
+        record_path = folder / stage_record.FOLDER / stage_record.record_filename(name, entry.key())
+        record = stage_record.read_record(record_path) if record_path.is_file() else None
+        if record and {path: output.md5 for path, output in record.outputs.items()} != {
+            path: out.md5 for path, out in outs.items()
+        }:
+            record = None
+        stages.append(StageStatus(name, reads, outs, entry.parameters, record))
     return stages
 
 
 def merged_parameters(stages: list[StageStatus]) -> tuple[dict, list[str]]:
-    """The sections of the recipe that stages ran with, and the keys on which two stages disagree: one of them ran
-    before a change.
+    """The recipe's sections as the stages ran with them, and the keys on which two stages disagree (one of them ran
+    before a change).
     """
-    found, torn = {}, {}
+    sections: dict = {}
+    disagreeing: dict[str, None] = {}
     for stage in stages:
         for key, value in stage.params.items():
-            if key in found and found[key] != value:
-                torn[key] = None
-            found[key] = value
-    for key in [key for key in found if "." in key]:  # one value of a section, which another stage may hold whole
-        value, (section, *names) = found.pop(key), key.split(".")
-        whole = found.get(section)
+            if sections.setdefault(key, value) != value:
+                disagreeing[key] = None
+            sections[key] = value
+    for key in [key for key in sections if "." in key]:  # one value of a section that another stage has whole
+        value, (section, *names) = sections.pop(key), key.split(".")
+        of_section = sections.get(section)
         for name in names:
-            whole = whole.get(name) if isinstance(whole, dict) else None
-        if section in found and whole != value:
-            torn[key] = None
-    return found, list(torn)
+            of_section = of_section.get(name) if isinstance(of_section, dict) else None
+        if section in sections and of_section != value:
+            disagreeing[key] = None
+    return sections, list(disagreeing)

@@ -1,9 +1,8 @@
-"""Invariant: a stage that opens a file of the repository, the mirror or the home directory that it did not declare, or
-a socket, fails and names it.
+"""The sandbox of a stage: it may open only files that it declares, and only `download` may use the network.
 
-Two layers: Python's audit hook (`audit_hook`), which names, and the kernel's Landlock (`landlock`), which also sees C
-code and other programs. docs/hermetic.md says what is allowed, and what neither sees. A stage that another program
-calls as a function is not held: a hook cannot be taken off.
+Two layers: Python's audit hook (audit_hook), which names the file, and the kernel's Landlock (landlock), which also
+sees C code and other programs. docs/sandbox.md says what is allowed, and what neither layer sees. A stage that another
+program calls as a function is not confined, because an audit hook cannot be removed.
 """
 
 import os
@@ -21,26 +20,23 @@ from kohaku_delta.sandbox import audit_hook, landlock, policy
 
 @contextmanager
 def confined(command: click.Command, context: click.Context) -> Iterator[None]:
-    """Holds this process to what the stage declares, if it was started as that stage."""
-    script = Path(command.callback.__code__.co_filename).resolve()
-    said = (
-        policy.stage_entry(script)
-        if script == Path(getattr(sys.modules["__main__"], "__file__", "") or "").resolve()
-        else None
-    )
-    if said is None:
+    """Confines this process to what the stage declares, if it was started as that stage. Raises UserError at the end if
+    a violation was swallowed on the way.
+    """
+    script = Path(command.callback.__code__.co_filename).resolve() if command.callback else None
+    main_script = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
+    entry = policy.stage_entry(script) if script and script == main_script else None
+    if script is None or entry is None:
         yield
         return
-    with tempfile.TemporaryDirectory(
-        prefix="kxl-"
-    ) as folder:  # short: sockets between processes lie in it, and their paths may have 107 characters
+    # a short prefix: sockets between processes lie in the folder, and their paths may have 107 characters
+    with tempfile.TemporaryDirectory(prefix="kxl-") as folder:
         os.environ["TMPDIR"] = tempfile.tempdir = folder
         os.environ["PYTHONSAFEPATH"] = "1"  # spawned processes would look for modules in the working folder
-        rules = policy.policy_for(script, said, context)
-        # the kernel's rules are for folders that are there; where one cannot be made, the stage says so if it needs it
-        for each in rules.written:
+        rules = policy.policy_for(script, entry, context)
+        for path in rules.written:  # Landlock rules need folders that exist; a stage reports one that cannot be made
             with suppress(OSError):
-                os.makedirs(each, exist_ok=True)
+                os.makedirs(path, exist_ok=True)
         audit_hook.install_hook(rules, landlock.confine(rules))
         process_facts.register("confined", lambda device: describe_confinement())
         yield
@@ -48,10 +44,10 @@ def confined(command: click.Command, context: click.Context) -> Iterator[None]:
 
 
 def describe_confinement() -> str:
-    """What holds this process, for the record of a run."""
-    rules, confined = audit_hook.current_policy()
+    """The layers that confine this process, for the record of a run."""
+    rules, with_landlock = audit_hook.current_policy()
     if rules is None:
         return "nothing: it was not started as a stage"
-    if confined:
+    if with_landlock:
         return f"audit hook and Landlock (version {landlock.abi_version()})"
     return "audit hook alone: the kernel does not offer Landlock here, so what C code opens is not seen"

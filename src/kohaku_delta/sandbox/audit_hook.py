@@ -1,9 +1,10 @@
-"""Invariant: after the first thing that was not declared no out appears any more, and it is the first that is named.
+"""The first layer of the sandbox: an audit hook that refuses and names what a stage does not declare.
 
-Python tells an audit hook of every file that it opens, every folder that it lists and every socket that it uses, before
-it does. A library may swallow the refusal: so it is kept, and given again at the next file, at every rename (by which
-outs appear) and at the stage's end. A hook cannot be removed. It is inherited by processes that are forked; spawned
-ones call `hold`. What C code opens by itself the interpreter does not hear of: `opening` is for those who let it.
+Python tells the hook of every file that it opens, every folder that it lists and every socket that it uses, before it
+does. A library may swallow the error, so the first violation is kept and raised again at the next file, at every rename
+(by which outputs appear) and at the stage's end: no output appears after it. A hook cannot be removed. Forked processes
+inherit it; spawned ones call install_hook(*current_policy()). Python does not see what C code opens: the callers of
+such code raise the event "open" themselves (sys.audit).
 """
 
 import ipaddress
@@ -11,129 +12,128 @@ import os
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
+from typing import NoReturn
 
 from kohaku_delta.errors import UserError
 from kohaku_delta.sandbox.policy import StagePolicy, canonical_path
 
-CODE_REMEDY = "Run `dvc repro`: its first stage, `code`, lists in build/code what each stage's imports reach. What is loaded by another way than an import is closed."
-_held: StagePolicy | None = None
-_confined = False  # by the kernel too, and so are the programs that are started
-_refused: str | None = None
-_known: set = set()  # absolute paths, as they were written, that may be opened
+CODE_REMEDY = (
+    "Run `dvc repro`: its first stage, `code`, lists in build/code what each stage's imports reach. Code that is "
+    "loaded in another way than by an import is closed."
+)
+_policy: StagePolicy
+_installed = False
+_with_landlock = False  # Landlock confines this process too, and the programs that it starts
+_violation: str | None = None
+_allowed: set[str] = set()  # absolute paths, as they were spelled, that were found to be declared
 
 
-def install_hook(declared: StagePolicy | None, confined: bool = False) -> None:
-    """From now on this process opens what is declared, and nothing else. Refuses code that was loaded already and is
-    not declared.
+def install_hook(policy: StagePolicy | None, with_landlock: bool = False) -> None:
+    """From now on this process opens only what `policy` allows. Raises UserError for a module that is loaded already
+    and not declared.
     """
-    global _held, _confined
-    if declared is None:
+    global _policy, _installed, _with_landlock
+    if policy is None:
         return
-    if _held is None:
+    _policy, _with_landlock = policy, with_landlock
+    if not _installed:
         sys.addaudithook(_on_event)
-    _held, _confined = declared, confined
+    _installed = True
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
-        if file and not declared.may_open(os.path.abspath(file)) and not declared.may_open(canonical_path(file)):
+        if file and not policy.may_open(os.path.abspath(file)) and not policy.may_open(canonical_path(file)):
             _refuse(f"runs {file}, which is not among its code. {CODE_REMEDY}")
 
 
 def current_policy() -> tuple[StagePolicy | None, bool]:
-    """What a spawned process gives to `hold`."""
-    return _held, _confined
+    """The arguments with which a spawned process calls install_hook."""
+    return (_policy if _installed else None), _with_landlock
 
 
 def raise_if_violated() -> None:
-    """Raises what was refused, even where somebody swallowed it."""
-    if _refused:
-        raise UserError(_refused)
+    """Raises the first violation, even if it was swallowed."""
+    if _violation:
+        raise UserError(_violation)
 
 
-def audit_open(path) -> None:
-    """Tells of a file that C code is about to open for reading."""
-    sys.audit("open", os.fspath(path), "r", os.O_RDONLY)
+def _refuse(what: str) -> NoReturn:
+    global _violation
+    _violation = _violation or f"The stage {_policy.stage} {what}"
+    raise UserError(_violation)
 
 
-def _refuse(what: str) -> None:
-    global _refused
-    _refused = _refused or f"The stage {_held.stage} {what}"
-    raise UserError(_refused)
+def _on_event(event: str, arguments: tuple) -> None:
+    if check := CHECKS.get(event):
+        check(*arguments)
 
 
-def _on_event(event: str, given: tuple) -> None:
-    judge = JUDGES.get(event)
-    if judge is not None:
-        judge(*given)
-
-
-def _open(path, mode=None, flags=0) -> None:
-    if type(path) is int or (type(path) is str and (path in _known or path.startswith(_held.libraries))):
+def _check_open(path, mode=None, flags=0) -> None:
+    if type(path) is int or (type(path) is str and (path in _allowed or path.startswith(_policy.libraries))):
         return
-    if _file(path, flags) and type(path) is str and path.startswith("/"):
-        _known.add(path)
+    if _is_declared(path, flags) and type(path) is str and path.startswith("/"):
+        _allowed.add(path)
 
 
-def _file(path, flags: int) -> bool:
-    """Whether the file is declared. Raises where it is not, if it is there or would be made."""
+def _is_declared(path, flags: int) -> bool:
+    """Whether the file is declared. Raises UserError if it is not, and exists or would be created."""
     path = os.path.abspath(os.fsdecode(path))
     if os.path.isdir(path) or (not flags & os.O_CREAT and not os.path.isfile(path)):
-        # an open folder tells nothing, listing it is asked for below; of what is not there the system tells itself
+        # an open folder reveals nothing until it is listed; the system itself reports a file that does not exist
         return False
-    if not path.endswith(".py"):  # read again to tell of an error
+    if not path.endswith(".py"):  # Python reads source files to print a traceback
         raise_if_violated()
-    if _held.may_open(canonical_path(path)):
+    if _policy.may_open(canonical_path(path)):
         return True
-    if not (
-        flags & os.O_CREAT and flags & os.O_EXCL and os.path.realpath(os.path.dirname(path)) in _held.written
-    ):  # a temporary file was not there before
+    is_new = flags & os.O_CREAT and flags & os.O_EXCL  # a temporary file, which did not exist before
+    if not (is_new and os.path.realpath(os.path.dirname(path)) in _policy.written):
         remedy = (
             CODE_REMEDY
             if path.endswith(".py")
-            else "Add it to its deps or outs in dvc.yaml (an input: to download.inputs in params.yaml), or name it by an option."
+            else "Add it to its deps or outs in dvc.yaml (an input: to download.inputs in params.yaml), or name it by "
+            "an option."
         )
         _refuse(f"opened {path}, which it does not declare. {remedy}")
     return False
 
 
-def _list(path=None) -> None:
+def _check_list(path=None) -> None:
     path = os.readlink(f"/proc/self/fd/{path}") if type(path) is int else os.path.abspath(os.fsdecode(path or "."))
     real = canonical_path(path)
-    if not (_held.may_open(real) or real in _held.listed) and os.path.isdir(path):
+    if not (_policy.may_open(real) or real in _policy.listed) and os.path.isdir(path):
         _refuse(
-            f"listed {path}, which it does not declare: what happens to lie there would decide. Name its files in dvc.yaml, or the folder by an option."
+            f"listed {path}, which it does not declare: the result would depend on what happens to be in it. Name its "
+            "files in dvc.yaml, or the folder by an option."
         )
 
 
-def _rename(source, target, *_) -> None:
+def _check_rename(source, target, *_) -> None:
     raise_if_violated()
     if type(target) is not int:
-        _file(target, os.O_CREAT)
+        _is_declared(target, os.O_CREAT)
 
 
-def _library(name=None) -> None:
+def _check_shared_library(name=None) -> None:
     if isinstance(name, (str, bytes, os.PathLike)) and os.path.dirname(name):
-        _file(name, os.O_RDONLY)
+        _is_declared(name, os.O_RDONLY)
 
 
-def _database(name) -> None:
+def _check_database(name) -> None:
     name = os.fsdecode(name)
     if name not in ("", ":memory:"):
-        _file(name.removeprefix("file:").split("?")[0], os.O_RDONLY)
+        _is_declared(name.removeprefix("file:").split("?")[0], os.O_RDONLY)
 
 
-def _program(executable, *_) -> None:
-    """Other programs are held by the kernel, or not at all; our own interpreter calls `hold`."""
-    if not _confined and os.path.realpath(os.fsdecode(executable)) != os.path.realpath(sys.executable):
+def _check_program(executable, *_) -> None:
+    """Other programs are confined by Landlock, or refused; our own interpreter installs the hook itself."""
+    executable = os.fsdecode(executable)
+    if not _with_landlock and os.path.realpath(executable) != os.path.realpath(sys.executable):
         _refuse(
-            f"started the program {os.fsdecode(executable)}, and this kernel cannot hold it to what is declared (it has no Landlock). Do without it."
+            f"started the program {executable}, and this kernel cannot confine it (it has no Landlock). Do without it."
         )
 
 
-def _spawn(mode, executable, *_) -> None:
-    _program(executable)
-
-
-def _number(host):
+def _address(host) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """The address that a host's name spells out; None for one that must be looked up."""
     try:
         return ipaddress.ip_address(os.fsdecode(host or "127.0.0.1").replace("localhost", "127.0.0.1"))
@@ -142,45 +142,55 @@ def _number(host):
 
 
 def _is_loopback(host) -> bool:
-    """This machine's own loopback."""
-    number = _number(host)
-    return number is not None and number.is_loopback
+    address = _address(host)
+    return address is not None and address.is_loopback
 
 
-def _bind(sock, address) -> None:
+def _check_bind(sock, address) -> None:
     # urllib3 binds the loopback while it is imported, to see whether the host knows IPv6: nothing is sent by that
     if sock.family not in (socket.AF_INET, socket.AF_INET6) or not _is_loopback(address[0]):
-        _connect(sock, address)
+        _check_connect(sock, address)
 
 
-def _connect(sock, address=None) -> None:
-    if _held.network == "any" or address is None:
+def _check_connect(sock, address=None) -> None:
+    if _policy.network == "any" or address is None:
         return
     if sock.family == socket.AF_UNIX:  # between a process and its workers, in the stage's own temporary folder
         if not os.path.realpath(os.fsdecode(address)).startswith(f"{os.path.realpath(tempfile.gettempdir())}/"):
-            _socket(f"to {os.fsdecode(address)!r}")
+            _refuse_socket(f"to {os.fsdecode(address)!r}")
     elif sock.family not in (socket.AF_INET, socket.AF_INET6):
-        _socket(f"{sock.family.name}, {address}")
-    elif _held.network == "none" or not _is_loopback(address[0]):
-        _socket(f"to {address[0]}, port {address[1]}")
+        _refuse_socket(f"{sock.family.name}, {address}")
+    elif _policy.network == "none" or not _is_loopback(address[0]):
+        _refuse_socket(f"to {address[0]}, port {address[1]}")
 
 
-def _lookup(host, *_) -> None:
+def _check_lookup(host, *_) -> None:
     host = host[0] if isinstance(host, tuple) else host
-    if not (_number(host) or _held.network == "any" or (_held.network == "loopback" and host == socket.gethostname())):
-        _socket(f"to look up {host}")
+    is_own = _policy.network == "loopback" and host == socket.gethostname()
+    if not (_address(host) or _policy.network == "any" or is_own):
+        _refuse_socket(f"to look up {host}")
 
 
-def _socket(what: str) -> None:
-    between = "; ranks may talk on this machine's loopback only" if _held.network == "loopback" else ""
+def _refuse_socket(what: str) -> NoReturn:
+    ranks = "; ranks may talk on this machine's loopback only" if _policy.network == "loopback" else ""
     _refuse(
-        f"opened a socket ({what}). Only download may use the network{between}: pin what is needed in params.yaml (download.inputs)."
+        f"opened a socket ({what}). Only download may use the network{ranks}: pin what is needed in params.yaml "
+        "(download.inputs)."
     )
 
 
-JUDGES = {
-    "open": _open, "os.listdir": _list, "os.scandir": _list, "os.rename": _rename, "ctypes.dlopen": _library, "sqlite3.connect": _database,
-    "subprocess.Popen": _program, "os.exec": _program, "os.posix_spawn": _program, "os.spawn": _spawn, "os.system": _program,
-    "socket.bind": _bind, "socket.connect": _connect, "socket.sendto": _connect, "socket.sendmsg": _connect,
-    "socket.getaddrinfo": _lookup, "socket.gethostbyname": _lookup, "socket.gethostbyaddr": _lookup, "socket.getnameinfo": _lookup,
-}  # fmt: skip
+CHECKS: dict[str, Callable[..., None]] = {
+    "open": _check_open,
+    "os.listdir": _check_list,
+    "os.scandir": _check_list,
+    "os.rename": _check_rename,
+    "ctypes.dlopen": _check_shared_library,
+    "sqlite3.connect": _check_database,
+    "os.spawn": lambda mode, executable, *_: _check_program(executable),
+    "socket.bind": _check_bind,
+    **dict.fromkeys(("subprocess.Popen", "os.exec", "os.posix_spawn", "os.system"), _check_program),
+    **dict.fromkeys(("socket.connect", "socket.sendto", "socket.sendmsg"), _check_connect),
+    **dict.fromkeys(
+        ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo"), _check_lookup
+    ),
+}

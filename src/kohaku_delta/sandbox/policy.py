@@ -1,9 +1,8 @@
-"""Invariant: what a stage may open follows from what anyone can read: its entry in dvc.yaml, its code, params.yaml,
-inputs.json, and the options given by hand.
+"""What a stage may open: it follows from its entry in dvc.yaml, its code, params.yaml, inputs.json and its options.
 
-A default path counts only where the stage's entry in dvc.yaml names it; a path given by hand counts as it is. The
-inputs of a stage are those that it has an option for. Outs may also lie beside what is given by hand. Paths are
-absolute, links in their folders followed.
+A default path counts only if the stage's entry in dvc.yaml names it; a path given by hand counts as it is, and outputs
+may also be beside one. The inputs of a stage are those that it has an option for. Paths are absolute, with links in
+their folders resolved.
 """
 
 import json
@@ -14,39 +13,37 @@ import site
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import cache_from_source
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from kohaku_delta.hub import verified_files
 from kohaku_delta.params import Recipe, load
-from kohaku_delta.provenance import import_closure
-from kohaku_delta.provenance.stage_record import FOLDER
+from kohaku_delta.paths import stamps_path
+from kohaku_delta.provenance import dvc_yaml, import_closure, stage_record
+from kohaku_delta.yaml_file import read_yaml
 
-ASIDE = re.compile(r"/\.([^/]+)\.\d+\.aside(?=/|$)")  # how kohaku_delta.atomic_files calls what is not finished yet
-PARTS = ("", "_vocab", "_merges", "_index")  # an option's inputs: the tokenizers' and the tars' are several files
+UNFINISHED = re.compile(r"/\.([^/]+)\.\d+\.aside(?=/|$)")  # the names of atomic_files for what is not complete yet
+INPUT_SUFFIXES = ("", "_vocab", "_merges", "_index")  # inputs of one option: a tokenizer and the tars are several files
 
 
 @dataclass(frozen=True)
 class StagePolicy:
     stage: str
-    allowed: frozenset[str]  # files, and folders with all that is in them
-    watched: frozenset[
-        str
-    ]  # the repository, the recipe's folder, the mirror, the home directory; elsewhere the system is not asked about
-    listed: frozenset[str]  # folders whose list of names may be read: where Python looks for modules
-    written: frozenset[str]  # the folders of outs and of training's state: new temporary files may be made there
-    libraries: tuple[str, ...]  # the interpreter's folders: beginnings of paths that need no second look
+    allowed: frozenset[str]  # files, and folders with everything in them
+    watched: frozenset[str]  # the repository, the recipe's folder, the mirror, the home directory; the rest is open
+    listed: frozenset[str]  # folders that may be listed: where Python looks for modules
+    written: frozenset[str]  # folders of outputs and of the training's state: new temporary files may be made there
+    libraries: tuple[str, ...]  # the interpreter's folders: beginnings of paths that need no further check
     network: str  # "none" | "loopback" (between ranks) | "any"
 
     def may_open(self, path: str) -> bool:
-        """Whether the file (an absolute path) is declared, or lies where nothing is asked. The nearest folder that is
-        known decides.
-        """
+        """Whether the file (an absolute path) is declared, or not watched. The nearest known folder decides."""
         while path not in self.allowed:
             if path in self.watched:
                 return False
@@ -57,181 +54,156 @@ class StagePolicy:
 
 
 def canonical_path(path) -> str:
-    """The file that a path names, as `Declared` knows it: of unfinished outs and compiled modules, what they are of."""
+    """The path by which a policy knows a file: an unfinished output as the output, a compiled module as its source."""
     path = os.path.realpath(path)
     if path.endswith(".aside") or ".aside/" in path:
-        path = ASIDE.sub(r"/\1", path)
+        path = UNFINISHED.sub(r"/\1", path)
     folder, name = os.path.split(path)
     if folder.endswith("/__pycache__"):
         return f"{os.path.dirname(folder)}/{name.split('.')[0]}.py"
-    if sys.pycache_prefix and name.endswith(".pyc") and folder.startswith(apart := _folder(sys.pycache_prefix)):
-        return f"{folder.removeprefix(apart)}/{name.split('.')[0]}.py"
+    if sys.pycache_prefix and name.endswith(".pyc") and folder.startswith(prefix := _real_path(sys.pycache_prefix)):
+        return f"{folder.removeprefix(prefix)}/{name.split('.')[0]}.py"
     return path
 
 
 @cache
-def _folder(path: str) -> str:
+def _real_path(path: str) -> str:
     return os.path.realpath(path)
 
 
-def _link_and_target(path) -> set[str]:
-    """Where a path lies, and where it leads to if it is a link."""
+def _link_and_target(path: str | Path) -> set[str]:
+    """The path itself, and its target if it is a link."""
     path = os.path.abspath(path)
-    lies = os.path.join(_folder(os.path.dirname(path)), os.path.basename(path)) if path != "/" else path
-    return {lies, os.path.realpath(path)} if os.path.islink(path) else {lies}
+    own = os.path.join(_real_path(os.path.dirname(path)), os.path.basename(path)) if path != "/" else path
+    return {own, os.path.realpath(path)} if os.path.islink(path) else {own}
 
 
-def stage_entry(script: Path) -> dict | None:
-    """What dvc.yaml says of the stage that `script` is; None where it is no stage."""
-    pipeline = script.parents[1] / "dvc.yaml"
+def stage_entry(script: Path) -> dict[str, Any] | None:
+    """The entry of dvc.yaml for the stage that `script` is; None if it is no stage."""
+    pipeline = script.parents[1] / dvc_yaml.PIPELINE
     if script.parent.name != "stages" or not pipeline.is_file():
         return None
-    import yaml  # only here: worker processes are told what is declared
-
-    return yaml.load(pipeline.read_text(encoding="utf-8"), yaml.CSafeLoader)["stages"].get(script.stem)
+    return read_yaml(pipeline)["stages"].get(script.stem)
 
 
-def _entry_paths(entries) -> list[str]:
-    return [name for each in entries or [] for name in (each if isinstance(each, dict) else [each])]
-
-
-def policy_for(script: Path, said: dict, context: click.Context) -> StagePolicy:
-    """All that the stage may open, run with these options. `said`: its entry in dvc.yaml."""
-    root, options, recipe_file = script.parents[1], context.params, context.params["params"]
-    recipe, recipe_folder = load(recipe_file), os.path.dirname(os.path.realpath(recipe_file))
-    outs = [name for kind in ("outs", "metrics", "plots") for name in _entry_paths(said.get(kind))]
-    deps = _entry_paths(said.get("deps"))
-    code = [name.replace("${root}", str(root)) for name in deps if name.startswith("${root}")] + _code(script, deps)
-    paths = {name: value for name, value in options.items() if isinstance(value, Path)}
-    named = [
-        value
-        for name, value in paths.items()
-        if context.get_parameter_source(name) is not ParameterSource.DEFAULT or str(value) in (*deps, *outs)
-    ]
-    written = {paths[each.name].parent for each in context.command.params if str(each.default) in outs}
-    if script.stem == "code":  # the one stage whose outs lie in the folder that its option names
-        written.add(options["out"])
-    beside = [
-        folder / Path(out).name for folder in written for out in outs
-    ]  # caption's lists lie beside the captions, wherever these go
-    libraries = _interpreter()
-    inputs, folders = _inputs(options)
+def policy_for(script: Path, entry: dict[str, Any], context: click.Context) -> StagePolicy:
+    """Everything that the stage may open when run with the options of `context`. entry: that of dvc.yaml."""
+    root, stage, options = script.parents[1], script.stem, context.params
+    recipe = load(options["params"])
+    recipe_folder = os.path.dirname(os.path.realpath(options["params"]))
     mirror = os.path.join(recipe_folder, recipe.download.mirror)
+    deps = dvc_yaml.entry_paths(entry.get("deps") or [])
+    outs = [path for kind in ("outs", "metrics", "plots") for path in dvc_yaml.entry_paths(entry.get(kind) or [])]
+    code = [dep.replace("${root}", str(root)) for dep in deps if dep.startswith("${root}")] + _code(script, deps)
+    libraries = _interpreter_folders()
+    inputs, input_folders = _inputs(options)
+    written = {options[option.name].parent for option in context.command.params if str(option.default) in outs}
+    if stage == "code":  # the only stage whose option names the folder of its outputs
+        written.add(options["out"])
 
-    files = [
-        recipe_file,
-        root / "dvc.yaml",
-        *code,
-        *map(cache_from_source, code),
-        *named,
-        *beside,
-        *inputs,
-        *_indexes(options, inputs),
+    allowed: list[str | Path] = [options["params"], root / dvc_yaml.PIPELINE, *code, *map(cache_from_source, code)]
+    allowed += [
+        value
+        for name, value in options.items()
+        if isinstance(value, Path)
+        and (context.get_parameter_source(name) is not ParameterSource.DEFAULT or str(value) in (*deps, *outs))
     ]
-    files += [
-        *libraries,
-        *filter(None, [sys.pycache_prefix]),
-        tempfile.gettempdir(),
-        FOLDER,
-    ]  # the last for the run's record
-    files += [
-        root / "requirements" / f"{recipe.requirements}.txt",
-        Path(import_closure.FOLDER) / f"{script.stem}.json",
-    ]  # what the run's own description of its code is made of
+    # the lists of the caption stage, for example, lie beside the captions, wherever these go
+    allowed += [folder / Path(out).name for folder in written for out in outs]
+    allowed += [*inputs, *_tar_indexes(options, inputs)]
+    allowed += [*libraries, tempfile.gettempdir(), *filter(None, [sys.pycache_prefix])]
+    # what the record of the run is made of, and where it is written
+    allowed += [root / "requirements" / f"{recipe.requirements}.txt", f"{import_closure.FOLDER}/{stage}.json"]
+    allowed.append(stage_record.FOLDER)
     if "inputs" in options:
-        files.append(
-            verified_files.stamps_path(options["inputs"])
-        )  # read to see whether an input changed, and kept: it decides no bytes
+        allowed.append(stamps_path(options["inputs"]))  # says whether an input must be hashed again, decides no bytes
     if "work" in options:
-        written.add(options["work"] or Path(recipe.execution.work))
-        files.append(options["work"] or recipe.execution.work)
-    if script.stem == "download":
-        files += [verified_files.stamps_path(options["out"]), os.path.join(recipe_folder, recipe.supplied)]
-        from huggingface_hub import (
-            constants,
-        )  # where it keeps its token and notes; what it fetches is believed by its sha256 only
+        work = options["work"] or Path(recipe.execution.work)
+        written.add(work)
+        allowed.append(work)
+    if stage == "download":
+        from huggingface_hub import constants  # where it keeps its token and notes; downloads are verified by sha256
 
-        written |= {Path(each) for each in (mirror, constants.HF_HOME)}
-        files += [mirror, constants.HF_HOME, os.path.expanduser("~/.netrc"), *_pinned(recipe, recipe_folder)]
-    watched = frozenset(_folder(str(each)) for each in (root, recipe_folder, mirror, *folders, *_homes())) - {"/"}
+        written |= {Path(mirror), Path(constants.HF_HOME)}
+        allowed += [stamps_path(options["out"]), os.path.join(recipe_folder, recipe.supplied)]
+        allowed += [mirror, constants.HF_HOME, os.path.expanduser("~/.netrc"), *_local_pins(recipe, recipe_folder)]
+
+    watched = _real_paths([root, recipe_folder, mirror, *input_folders, *_home_folders()]) - {"/"}
     return StagePolicy(
-        script.stem,
-        frozenset(each for file in files for each in _link_and_target(file)),
+        stage,
+        frozenset(path for item in allowed for path in _link_and_target(item)),
         watched,
-        frozenset({_folder(each) for each in sys.path} | {_folder(os.path.dirname(each)) for each in code}),
-        frozenset(_folder(str(folder)) for folder in written),
-        tuple(
-            f"{each}/" for each in sorted(libraries) if not any(f"{other}/".startswith(f"{each}/") for other in watched)
-        ),
-        _network(script.stem, options, recipe),
+        _real_paths([*sys.path, *map(os.path.dirname, code)]),
+        _real_paths(written),
+        tuple(f"{path}/" for path in sorted(libraries) if not any(f"{top}/".startswith(f"{path}/") for top in watched)),
+        _network(stage, options, recipe),
     )
+
+
+def _real_paths(paths: Iterable[str | Path]) -> frozenset[str]:
+    return frozenset(_real_path(str(path)) for path in paths)
 
 
 def _code(script: Path, deps: list[str]) -> list[str]:
-    """The files of the stage's code: as build/code/<stage>.json says, or, where that was not written yet, as its
-    imports say.
+    """The files of the stage's code: those of build/code/<stage>.json, or those of its imports if dvc.yaml does not
+    name that file, or it does not exist yet.
     """
-    told = Path(import_closure.FOLDER) / f"{script.stem}.json"
-    names = (
-        import_closure.load(told).files if str(told) in deps and told.is_file() else import_closure.file_digests(script)
-    )
-    return [str(script.parents[1] / name) for name in names]
+    description = Path(import_closure.FOLDER) / f"{script.stem}.json"
+    is_described = str(description) in deps and description.is_file()
+    files = import_closure.load(description).files if is_described else import_closure.file_digests(script)
+    return [str(script.parents[1] / file) for file in files]
 
 
-def _inputs(options: dict) -> tuple[list[str], set[str]]:
-    """The verified inputs that the stage has an option for, which was not given by hand; and the folders of all inputs."""
+def _inputs(options: dict[str, Any]) -> tuple[list[str], set[str]]:
+    """The verified inputs that the stage has an unused option for, and the folders of all inputs."""
     if "inputs" not in options:
         return [], set()
     try:
         entries = json.loads(options["inputs"].read_text(encoding="utf-8"))["inputs"]
-        places = {
+        paths = {
             name: [
-                os.path.normpath(options["inputs"].parent / each["path"])
-                for each in (entry if isinstance(entry, list) else [entry])
+                os.path.normpath(options["inputs"].parent / file["path"])
+                for file in (entry if isinstance(entry, list) else [entry])
             ]
             for name, entry in entries.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return [], set()  # the stage says what is wrong with it, if it needs it
-    wanted = {option + part for option, value in options.items() if value is None for part in PARTS}
-    files = [file for name in wanted & places.keys() for file in places[name]]
-    return files, {os.path.dirname(file) for each in places.values() for file in each}
+        return [], set()  # the stage itself reports what is wrong with the file, if it needs it
+    names = {option + suffix for option, value in options.items() if value is None for suffix in INPUT_SUFFIXES}
+    files = [file for name in names & paths.keys() for file in paths[name]]
+    return files, {os.path.dirname(file) for listed in paths.values() for file in listed}
 
 
-def _indexes(options: dict, inputs: list[str]) -> list[Path]:
-    """The index of the tars' members is kept beside their folder (danbooru.members): read, and written where it is not
-    current.
-    """
-    folders = (
-        {options["tars"]} if options.get("tars") else {Path(file).parent for file in inputs if file.endswith(".tar")}
-    )
-    return [folder.resolve().with_suffix(".members.parquet") for folder in folders] if "tars" in options else []
+def _tar_indexes(options: dict[str, Any], inputs: list[str]) -> list[Path]:
+    """The index of the tars beside their folder, which the stage writes if it is not current."""
+    if "tars" not in options:
+        return []
+    folders = {options["tars"]} if options["tars"] else {Path(file).parent for file in inputs if file.endswith(".tar")}
+    return [folder.resolve().with_suffix(".members.parquet") for folder in folders]
 
 
-def _interpreter() -> set[str]:
+def _interpreter_folders() -> set[str]:
     libraries = {sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    own = {site.getusersitepackages()} if site.ENABLE_USER_SITE else set()
-    return libraries | own | {sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix}
+    user = {site.getusersitepackages()} if site.ENABLE_USER_SITE else set()
+    return libraries | user | {sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix}
 
 
-def _homes() -> set[str]:
-    """As the environment says, and as the system does; a user in a container may be unknown to it."""
+def _home_folders() -> set[str]:
+    """According to the environment and to the system, which may not know the user of a container."""
     try:
         return {os.path.expanduser("~"), pwd.getpwuid(os.getuid()).pw_dir}
     except KeyError:
         return {os.path.expanduser("~")}
 
 
-def _pinned(recipe: Recipe, folder: str) -> list[str]:
-    """The files of file:// pins; of a span of files their folder."""
-    every = [
-        pin.url for each in recipe.download.inputs.values() for pin in (each if isinstance(each, list) else [each])
-    ]
-    urls = [url.removeprefix("file://") for url in every if url.startswith("file://")]
-    return [os.path.join(folder, os.path.dirname(url) if "{" in url else url) for url in urls]
+def _local_pins(recipe: Recipe, folder: str) -> list[str]:
+    """The files of file:// pins; of a span of files, their folder."""
+    pins = [pin for item in recipe.download.inputs.values() for pin in (item if isinstance(item, list) else [item])]
+    paths = [pin.url.removeprefix("file://") for pin in pins if pin.url.startswith("file://")]
+    return [os.path.join(folder, os.path.dirname(path) if "{" in path else path) for path in paths]
 
 
-def _network(stage: str, options: dict, recipe: Recipe) -> str:
+def _network(stage: str, options: dict[str, Any], recipe: Recipe) -> str:
     if stage == "download":
         return "any"
     return "loopback" if "ranks" in options and (options["ranks"] or recipe.execution.ranks) > 1 else "none"

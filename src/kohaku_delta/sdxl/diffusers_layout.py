@@ -1,6 +1,4 @@
-"""Invariant: where a tensor lies in a diffusers folder, what it is called there and how it is turned, is said here
-only.
-"""
+"""Where a tensor is in a diffusers folder, its name there, and its form. No other module knows."""
 
 import numpy as np
 
@@ -22,7 +20,7 @@ def diffusers_name(entry: TensorMapping) -> str:
 
 
 def to_diffusers(entry: TensorMapping, array: np.ndarray) -> np.ndarray:
-    """A checkpoint's array (whole) as the module has it, flat."""
+    """The module's parameter, flat, from the checkpoint's whole array."""
     if entry.form == "stacked":
         array = np.split(array, 3)[entry.third]
     elif entry.form == "transposed":

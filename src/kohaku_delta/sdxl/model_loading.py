@@ -1,9 +1,9 @@
-"""Invariant: a model is exactly its checkpoint: every tensor finds its parameter, every parameter its tensor, in the
-right shape, or nothing is loaded.
+"""Loading a checkpoint into diffusers' and transformers' modules: every tensor has its parameter and every parameter
+its tensor, of the right shape, or nothing is loaded.
 
-`architecture` reads the configurations of the four parts off the tensors' shapes; what shapes do not tell (head size,
-groups of the norms) comes from the recipe. `load` builds diffusers' and transformers' modules without drawing a random
-number. `to_checkpoint` goes the other way.
+`architecture` derives the configurations of the four parts from the tensors' shapes; what shapes do not show (head
+size, groups of the norms) comes from the recipe. `load` builds the modules without drawing a random number;
+`to_checkpoint` is the way back.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from kohaku_delta.errors import UserError
+from kohaku_delta.errors import UserError, first_lines
 from kohaku_delta.formats import safetensors_io
 from kohaku_delta.params import Model
 from kohaku_delta.sdxl.tensor_names import (
@@ -31,14 +31,12 @@ from kohaku_delta.sdxl.tensor_names import (
 
 CLASSES = {"unet": UNet2DConditionModel, "te1": CLIPTextModel, "te2": CLIPTextModelWithProjection, "vae": AutoencoderKL}
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
-SHOWN = 20
 
 
 def architecture(shapes: Mapping[str, tuple[int, ...]], model: Model) -> dict[str, dict]:
     """The constructor arguments of each part, {"unet": {…}, "te1": {…}, "te2": {…}, "vae": {…}}, from a checkpoint's
-    tensor shapes and the recipe's `model`. Refuses shapes without a needed tensor, by its name.
+    tensor shapes and the recipe's `model`. Raises UserError, with its name, for a needed tensor that is missing.
     """
-    head_dim, norm_groups = model.head_dim, model.norm_groups
     layout = Layout.of(shapes)
 
     def shape(part: str, name: str, axes: int) -> tuple[int, ...]:
@@ -74,12 +72,11 @@ def architecture(shapes: Mapping[str, tuple[int, ...]], model: Model) -> dict[st
         "block_out_channels": tuple(channels),
         "layers_per_block": layout.layers,
         "transformer_layers_per_block": tuple(max(depth, 1) for depth in layout.depths),
-        "attention_head_dim": tuple(
-            max(width // head_dim, 1) for width in channels
-        ),  # diffusers' old slip: this is the number of heads
+        # the number of heads, by an old mistake of diffusers
+        "attention_head_dim": tuple(max(width // model.head_dim, 1) for width in channels),
         "cross_attention_dim": shape("unet", first + "transformer_blocks.0.attn2.to_k.weight", 2)[1],
         "use_linear_projection": linear,
-        "norm_num_groups": norm_groups,
+        "norm_num_groups": model.norm_groups,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": shape("unet", "label_emb.0.0.weight", 2)[1],
@@ -87,18 +84,14 @@ def architecture(shapes: Mapping[str, tuple[int, ...]], model: Model) -> dict[st
     te1_words, te1_width = shape("te1", "embeddings.token_embedding.weight", 2)
     te2_words, te2_width = shape("te2", "token_embedding.weight", 2)
     projection = shape("te2", "text_projection", 2)[1]
-    te1 = _clip(
-        te1_words, te1_width, shape("te1", "encoder.layers.0.mlp.fc1.weight", 2)[0], layout.te1_layers, head_dim
-    )
-    te2 = _clip(
-        te2_words, te2_width, shape("te2", "transformer.resblocks.0.mlp.c_fc.weight", 2)[0], layout.te2_layers, head_dim
-    )
-    te1 |= {
+    te1_inner = shape("te1", "encoder.layers.0.mlp.fc1.weight", 2)[0]
+    te2_inner = shape("te2", "transformer.resblocks.0.mlp.c_fc.weight", 2)[0]
+    te1 = _clip(te1_words, te1_width, te1_inner, layout.te1_layers, model.head_dim) | {
         "max_position_embeddings": shape("te1", "embeddings.position_embedding.weight", 2)[0],
         "hidden_act": "quick_gelu",
         "projection_dim": te1_width,
     }
-    te2 |= {
+    te2 = _clip(te2_words, te2_width, te2_inner, layout.te2_layers, model.head_dim) | {
         "max_position_embeddings": shape("te2", "positional_embedding", 2)[0],
         "hidden_act": "gelu",
         "projection_dim": projection,
@@ -114,7 +107,7 @@ def architecture(shapes: Mapping[str, tuple[int, ...]], model: Model) -> dict[st
             shape("vae", f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(layout.vae_levels)
         ),
         "layers_per_block": layout.vae_layers,
-        "norm_num_groups": norm_groups,
+        "norm_num_groups": model.norm_groups,
         "act_fn": "silu",
         "scaling_factor": model.vae_scaling_factor,
         "force_upcast": True,  # SDXL 1.0's VAE overflows in fp16
@@ -123,8 +116,7 @@ def architecture(shapes: Mapping[str, tuple[int, ...]], model: Model) -> dict[st
 
 
 def _clip(words: int, width: int, inner: int, layers: int, head_dim: int) -> dict:
-    # CLIP's last two tokens are begin and end; both stand in the config so that the pooled output is taken at the first
-    # end
+    # CLIP's last two tokens are begin and end; the pooled output is taken at the first end
     return {
         "vocab_size": words,
         "hidden_size": width,
@@ -138,7 +130,7 @@ def _clip(words: int, width: int, inner: int, layers: int, head_dim: int) -> dic
 
 
 def build(configs: Mapping[str, dict], parts=PARTS, attention: str = "sdpa") -> dict[str, torch.nn.Module]:
-    """The parts as modules on the meta device: shapes without numbers. attention: sdpa | eager."""
+    """The parts as modules on the meta device (shapes without numbers). attention: sdpa | eager."""
     modules: dict[str, torch.nn.Module] = {}
     with torch.device("meta"):
         for part in parts:
@@ -153,7 +145,8 @@ def build(configs: Mapping[str, dict], parts=PARTS, attention: str = "sdpa") -> 
                     module = CLASSES[part](config)
             except (ValueError, ZeroDivisionError) as error:
                 raise UserError(
-                    f"the tensor shapes do not fit model.head_dim and model.norm_groups of params.yaml ({part}: {error})"
+                    "the tensor shapes do not fit model.head_dim and model.norm_groups of params.yaml "
+                    f"({part}: {error})"
                 ) from None
             modules[part] = module.eval()
     return modules
@@ -162,9 +155,9 @@ def build(configs: Mapping[str, dict], parts=PARTS, attention: str = "sdpa") -> 
 def load(
     path, model: Model, parts=PARTS, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
 ) -> dict[str, torch.nn.Module]:
-    """The parts of a checkpoint as modules in eval mode, on the CPU, without gradients asked for.
-
-    Refuses a checkpoint with missing, extra or other-shaped tensors (of any part), naming them."""
+    """The parts of a checkpoint as modules in eval mode, on the CPU, with requires_grad off. Raises UserError for a
+    checkpoint with missing, extra or other-shaped tensors of any part, and names them.
+    """
     path = Path(path)
     with safetensors_io.open_file(path) as file:
         shapes = {name: spec.shape for name, spec in file.specs.items()}
@@ -187,24 +180,21 @@ def load(
 
 
 def require_architecture(path, shapes: Mapping[str, tuple[int, ...]], model: Model) -> dict[str, dict]:
-    """`architecture` of the checkpoint at `path`; refuses missing, extra or other-shaped tensors, naming them."""
+    """`architecture` of the checkpoint at `path`. Raises UserError for missing, extra or other-shaped tensors."""
     try:
         configs = architecture(shapes, model)
-        faults = require_same_shapes(TensorNameMap(Layout.of(shapes)), build(configs), shapes)
+        faults = shape_faults(TensorNameMap(Layout.of(shapes)), build(configs), shapes)
     except UserError as refusal:
         raise UserError(f"{path}: {refusal.message}") from None
     if faults:
-        rest = f"\n  … and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise UserError(
-            f"{path} is not the SDXL checkpoint that its shapes promise:\n  " + "\n  ".join(faults[:SHOWN]) + rest
-        )
+        raise UserError(f"{path} is not the SDXL checkpoint that its shapes suggest:" + first_lines(faults))
     return configs
 
 
-def require_same_shapes(
+def shape_faults(
     names: TensorNameMap, modules: Mapping[str, torch.nn.Module], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """What keeps a checkpoint's tensors from being exactly the four modules, a line each; empty when they are."""
+    """The differences between a checkpoint's tensors and the modules' parameters, one line each."""
     faults, explained = [], set(NO_PARAMETER)
     for part, module in modules.items():
         for path, parameter in module.state_dict().items():
@@ -223,23 +213,20 @@ def require_same_shapes(
 
 
 def _fill_buffers(module: torch.nn.Module) -> None:
-    """CLIP's position_ids, the one buffer that no checkpoint fills."""
+    """Fill CLIP's position_ids, the one buffer that is not in checkpoints of every version."""
     for name, buffer in list(module.named_buffers()):
         if name.endswith("position_ids"):
             owner = module.get_submodule(name.rpartition(".")[0])
             owner.register_buffer("position_ids", torch.arange(buffer.shape[-1]).expand(1, -1), persistent=False)
         elif buffer.is_meta:
-            raise ValueError(f"{name} is a buffer that this module does not know how to fill")
+            raise ValueError(f"the buffer {name} has no known content")
 
 
 def tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
     """A stored array (bfloat16 as bits) as a torch tensor of its own dtype."""
-    wanted = TORCH[dtype]
-    return (
-        torch.from_numpy(array.view(np.int16).copy()).view(wanted)
-        if dtype == "BF16"
-        else torch.from_numpy(array.copy())
-    )
+    if dtype == "BF16":
+        return torch.from_numpy(array.view(np.int16).copy()).view(TORCH[dtype])
+    return torch.from_numpy(array.copy())
 
 
 def _in_module(entry: TensorMapping, value: torch.Tensor) -> torch.Tensor:
@@ -251,8 +238,8 @@ def _in_module(entry: TensorMapping, value: torch.Tensor) -> torch.Tensor:
 
 
 def to_checkpoint(modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
-    """A single file's tensors from the four modules, by name, with what SDXL's file holds beyond parameters
-    (position_ids, logit_scale).
+    """A checkpoint's tensors by name, from the four modules, with SDXL's tensors that are no parameters (position_ids,
+    logit_scale).
     """
     states = {part: module.state_dict() for part, module in modules.items()}
     tensors: dict[str, torch.Tensor] = {}
@@ -268,11 +255,10 @@ def to_checkpoint(modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.Ten
         elif form == "conv1x1":
             value = value[:, :, None, None]
         tensors[key] = value.contiguous()
-    left = [f"{part}: {path}" for part, state in states.items() for path in state]
-    if left:
-        raise ValueError(f"no checkpoint name for {', '.join(left[:SHOWN])}")
-    places = modules["te1"].config.max_position_embeddings
-    tensors[POSITION_IDS] = torch.arange(places).expand(1, -1).contiguous()
+    if left := [f"{part}: {path}" for part, state in states.items() for path in state]:
+        raise ValueError("no checkpoint name for" + first_lines(left))
+    positions = len(tensors[PREFIX["te1"] + "embeddings.position_embedding.weight"])
+    tensors[POSITION_IDS] = torch.arange(positions).expand(1, -1).contiguous()
     dtype = tensors[PREFIX["te2"] + "text_projection"].dtype
     tensors[LOGIT_SCALE] = torch.tensor(math.log(1 / 0.07), dtype=dtype)  # CLIP's initial temperature
     return tensors

@@ -1,11 +1,11 @@
-"""Invariant: one table says what a tensor is called in a checkpoint, in diffusers and transformers, and in a LoKr file;
-no other module spells a name.
+"""The names of every tensor: in a checkpoint, in diffusers and transformers, and in a LoKr file. No other module spells
+them; docs/tensor-names.md shows the table.
 
-A checkpoint (one .safetensors file) carries Stability's names: U-Net `model.diffusion_model.…` (SGM), TE1
-`conditioner.embedders.0.transformer.text_model.…` (CLIP ViT-L as transformers 4 had it), TE2
+A checkpoint (one .safetensors file) has Stability's names: U-Net `model.diffusion_model.…` (SGM), TE1
+`conditioner.embedders.0.transformer.text_model.…` (CLIP ViT-L as in transformers 4), TE2
 `conditioner.embedders.1.model.…` (open_clip: q, k and v stacked, the projection transposed), VAE `first_stage_model.…`.
-The table is made from the number of levels and layers alone, so it holds for SDXL and for any toy of its build. Only
-shortcuts (where channels change) may be absent; all else must be there.
+The table follows from the numbers of levels and layers alone, so it holds for SDXL and for any smaller model of its
+architecture. Only shortcuts (where the number of channels changes) may be absent.
 """
 
 import re
@@ -21,15 +21,13 @@ PREFIX = {
     "te2": "conditioner.embedders.1.model.",
     "vae": "first_stage_model.",
 }
-POSITION_IDS = (
-    PREFIX["te1"] + "embeddings.position_ids"
-)  # int64 0…76; a constant of old transformers, in SDXL's file to this day
+POSITION_IDS = PREFIX["te1"] + "embeddings.position_ids"  # int64 0…76, a constant that old transformers stored
 LOGIT_SCALE = PREFIX["te2"] + "logit_scale"  # a number that only CLIP's own training used
 NO_PARAMETER = (POSITION_IDS, LOGIT_SCALE)
 # transformers 5: CLIPTextModel lost its inner text_model, CLIPTextModelWithProjection kept it
 TEXT_PATH = {"te1": "", "te2": "text_model."}
 
-# (checkpoint, diffusers); what is not here has one name in both
+# (checkpoint, diffusers); every other name is the same in both
 UNET_ENDS = (
     ("time_embed.0", "time_embedding.linear_1"), ("time_embed.2", "time_embedding.linear_2"),
     ("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2"),
@@ -40,44 +38,25 @@ UNET_RESNET = (
     ("out_layers.0", "norm2"), ("out_layers.3", "conv2"), ("skip_connection", "conv_shortcut"),
 )  # fmt: skip
 TRANSFORMER = ("norm", "proj_in", "proj_out")
-TRANSFORMER_BLOCK = (
-    "norm1",
-    "norm2",
-    "norm3",
-    *(f"attn{i}.to_{x}" for i in (1, 2) for x in ("q", "k", "v", "out.0")),
-    "ff.net.0.proj",
-    "ff.net.2",
+TRANSFORMER_BLOCK = ("norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2") + tuple(
+    f"attn{i}.to_{x}" for i in (1, 2) for x in ("q", "k", "v", "out.0")
 )
 WITHOUT_BIAS = (".to_q", ".to_k", ".to_v")  # of the U-Net
 SHORTCUTS = (".skip_connection", ".nin_shortcut")
-VAE_RESNET = (
-    ("norm1", "norm1"),
-    ("conv1", "conv1"),
-    ("norm2", "norm2"),
-    ("conv2", "conv2"),
-    ("nin_shortcut", "conv_shortcut"),
-)
+VAE_RESNET = tuple((x, x) for x in ("norm1", "conv1", "norm2", "conv2")) + (("nin_shortcut", "conv_shortcut"),)
 VAE_ATTENTION = (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))
-CLIP_LAYER = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.out_proj",
-    "mlp.fc1",
-    "mlp.fc2",
-    "layer_norm1",
-    "layer_norm2",
-)
 OPEN_CLIP_LAYER = (
-    ("attn.out_proj", "self_attn.out_proj"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"),
+    ("attn.out_proj", "self_attn.out_proj"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"),
+    ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"),
 )  # fmt: skip
-MOST = 1000  # of any numbered thing; SDXL has 32 layers in its second text encoder
+CLIP_LAYER = (*(f"self_attn.{x}_proj" for x in "qkv"), *(theirs for _, theirs in OPEN_CLIP_LAYER))
+MAX_COUNT = 1000  # of levels, layers or blocks; SDXL has 32 layers in its second text encoder
 STACKED = ("q_proj", "k_proj", "v_proj")  # the order of open_clip's in_proj rows
 
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """One parameter of a diffusers or transformers module, and where its numbers lie in a checkpoint."""
+    """One parameter of a diffusers or transformers module, and its tensor in a checkpoint."""
 
     part: str
     path: str  # the parameter's name in its module: down_blocks.0.resnets.0.conv1.weight
@@ -102,7 +81,7 @@ class TensorMapping:
         return "lora_te2_" + _flat(self.path) if self.part == "te2" else None
 
     def shape_in_module(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The parameter's shape if the checkpoint's tensor has `shape`; None when that cannot be."""
+        """The parameter's shape if the checkpoint's tensor has `shape`; None if no parameter has such a tensor."""
         if self.form == "stacked":
             return (shape[0] // 3, *shape[1:]) if shape and shape[0] % 3 == 0 else None
         if self.form == "transposed":
@@ -118,12 +97,12 @@ def _flat(path: str) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """The counts that the names depend on."""
+    """The counts that decide the names."""
 
     levels: int  # of the U-Net
-    layers: int  # resnets a level, going down
-    depths: tuple[int, ...]  # transformer blocks of each level, going down; 0: no attention there
-    middle: int
+    layers: int  # resnets per level on the way down
+    depths: tuple[int, ...]  # transformer blocks of each level on the way down; 0: no attention
+    middle: int  # transformer blocks of the middle block
     te1_layers: int
     te2_layers: int
     vae_levels: int
@@ -131,15 +110,16 @@ class Layout:
 
     @classmethod
     def of(cls, keys: Iterable[str]) -> "Layout":
-        """The layout of a checkpoint's keys. Refuses keys that are not SDXL's at all."""
+        """The layout of a checkpoint with these tensor names. Raises UserError for names that are not SDXL's."""
         keys = list(keys)
 
         def count(pattern: str) -> int:
             compiled = re.compile(pattern)
             found = 1 + max((int(match[1]) for key in keys if (match := compiled.match(key))), default=-1)
-            if found > MOST:
+            if found > MAX_COUNT:
                 raise UserError(
-                    f"this is not an SDXL checkpoint: a tensor's name counts to {found - 1}, where SDXL has at most {MOST}"
+                    f"this is not an SDXL checkpoint: a tensor's name has the number {found - 1}; at most {MAX_COUNT} "
+                    "is read"
                 )
             return found
 
@@ -149,8 +129,9 @@ class Layout:
         levels = 1 + sum(bool(ops.match(key)) for key in keys)
         if not blocks or blocks % levels:
             raise UserError(
-                f"this is not an SDXL checkpoint: it has {blocks} U-Net input blocks on {levels} levels under {PREFIX['unet']}input_blocks. "
-                "A single file with Stability's names is needed (not a diffusers folder's file, not a LoRA)."
+                f"this is not an SDXL checkpoint: it has {blocks} U-Net input blocks on {levels} levels under "
+                f"{PREFIX['unet']}input_blocks. A single file with Stability's names is needed (not a diffusers "
+                "folder's file, not a LoRA)."
             )
         layers = (blocks - levels) // levels
         depth = [
@@ -170,10 +151,10 @@ class Layout:
 
     @classmethod
     def of_modules(cls, modules: Mapping) -> "Layout":
-        """The layout of diffusers' and transformers' modules, by part; parts that are not given count nothing."""
+        """The layout of diffusers' and transformers' modules by part; the counts of absent parts are 0."""
         config = {part: module.config for part, module in modules.items()}
         unet, vae = config.get("unet"), config.get("vae")
-        depths = zip(unet.transformer_layers_per_block, unet.down_block_types) if unet else ()
+        depths = zip(unet.transformer_layers_per_block, unet.down_block_types, strict=True) if unet else ()
         return cls(
             levels=len(unet.block_out_channels) if unet else 1,
             layers=unet.layers_per_block if unet else 0,
@@ -235,9 +216,8 @@ def _vae(layout: Layout) -> Iterator[tuple[str, str]]:
             yield from ((f"{side}.mid.block_{i}.{a}", f"{side}.mid_block.resnets.{i - 1}.{b}") for a, b in VAE_RESNET)
         yield from ((f"{side}.mid.attn_1.{a}", f"{side}.mid_block.attentions.0.{b}") for a, b in VAE_ATTENTION)
     for level in range(layout.vae_levels):
-        mirrored = (
-            layout.vae_levels - 1 - level
-        )  # the checkpoint counts the decoder's levels from the bottom, diffusers from the top
+        # the checkpoint counts the decoder's levels from the bottom, diffusers from the top
+        mirrored = layout.vae_levels - 1 - level
         for ours, theirs, more in (
             (f"encoder.down.{level}", f"encoder.down_blocks.{level}", 0),
             (f"decoder.up.{mirrored}", f"decoder.up_blocks.{level}", 1),
@@ -250,7 +230,7 @@ def _vae(layout: Layout) -> Iterator[tuple[str, str]]:
 
 
 def tensor_mappings(layout: Layout) -> Iterator[TensorMapping]:
-    """Every parameter that a model of this layout may have."""
+    """Every parameter that a model of this layout can have."""
     for ours, theirs in _unet(layout):
         for kind in (".weight",) if ours.endswith(WITHOUT_BIAS) else (".weight", ".bias"):
             yield TensorMapping("unet", theirs + kind, PREFIX["unet"] + ours + kind)
@@ -261,19 +241,13 @@ def tensor_mappings(layout: Layout) -> Iterator[TensorMapping]:
     def te2(path: str, key: str, **form) -> TensorMapping:
         return TensorMapping("te2", TEXT_PATH["te2"] + path, PREFIX["te2"] + key, **form)
 
-    yield from map(
-        te1,
-        (
-            "embeddings.token_embedding.weight",
-            "embeddings.position_embedding.weight",
-            "final_layer_norm.weight",
-            "final_layer_norm.bias",
-        ),
-    )
+    yield te1("embeddings.token_embedding.weight")
+    yield te1("embeddings.position_embedding.weight")
     yield te2("embeddings.token_embedding.weight", "token_embedding.weight")
     yield te2("embeddings.position_embedding.weight", "positional_embedding")
     yield TensorMapping("te2", "text_projection.weight", PREFIX["te2"] + "text_projection", form="transposed")
     for kind in (".weight", ".bias"):
+        yield te1("final_layer_norm" + kind)
         yield te2("final_layer_norm" + kind, "ln_final" + kind)
         for layer in range(layout.te1_layers):
             yield from (te1(f"encoder.layers.{layer}.{name}{kind}") for name in CLIP_LAYER)
@@ -291,7 +265,7 @@ def tensor_mappings(layout: Layout) -> Iterator[TensorMapping]:
 
 
 class TensorNameMap:
-    """The table of one layout, by each of its names."""
+    """The table of one layout, with an index for each kind of name."""
 
     def __init__(self, layout: Layout):
         self.layout = layout
@@ -302,8 +276,8 @@ class TensorNameMap:
             self.by_key.setdefault(entry.key, []).append(entry)
 
     def by_lora(self) -> dict[str, tuple[TensorMapping, TensorMapping | None]]:
-        """A LoKr file's module name -> (weight, bias). Also under the names that other trainers write (diffusers'
-        paths; transformers 5's; SimpleTuner's).
+        """A LoKr file's module name → (weight, bias). Includes the names that other trainers write (diffusers' paths,
+        transformers 5's, SimpleTuner's).
         """
         modules: dict[str, tuple[TensorMapping, TensorMapping | None]] = {}
         for entry in self.entries:
@@ -317,10 +291,10 @@ class TensorNameMap:
         return modules
 
     def unknown(self, keys: Iterable[str]) -> list[str]:
-        """The keys that no entry of the table explains, sorted."""
+        """The keys that are not in the table, sorted."""
         return sorted(key for key in keys if key not in self.by_key and key not in NO_PARAMETER)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """What a whole checkpoint has and these keys do not, sorted."""
+        """The tensors of a whole checkpoint that are not among `keys`, sorted."""
         keys = set(keys)
         return sorted(key for key, entries in self.by_key.items() if key not in keys and not entries[0].optional)

@@ -2,11 +2,13 @@
 ftfy 6.1.1.
 
 text → pieces between literal special tokens → ftfy → whitespace → lower case → words → bytes → byte-pair encoding. ftfy
-turns full-width letters, curly quotes, ligatures and HTML entities into other characters, and with them into other
-tokens; the fast tokenizers do not. Printable ASCII without `&` is left as it is.
+replaces full-width letters, curly quotes, ligatures and HTML entities, so they become other tokens; the fast tokenizers
+do not. Printable ASCII without `&` stays as it is.
 """
 
 import json
+import os
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,7 +17,6 @@ import regex
 from tokenizers import models
 
 from kohaku_delta.errors import UserError
-from kohaku_delta.sandbox import audit_hook
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 SPECIAL = regex.compile(f"({regex.escape(BEGIN)}|{regex.escape(END)})")
@@ -27,7 +28,7 @@ SPACE = regex.compile(r"\s+")
 
 
 def byte_symbols() -> list[str]:
-    """The printable stand-in of each of the 256 bytes, as GPT-2 and CLIP have them."""
+    """The printable character that stands for each of the 256 bytes in GPT-2's and CLIP's vocabularies."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
@@ -37,12 +38,12 @@ SYMBOLS = byte_symbols()
 
 
 def is_plain(text: str) -> bool:
-    """Whether cleaning leaves the text as it is, whatever stands around it: printable ASCII without `&`."""
+    """Whether ftfy leaves the text as it is in any context: printable ASCII without `&`."""
     return text.isascii() and text.isprintable() and "&" not in text
 
 
 class ClipTokenizer:
-    """vocab.json and merges.txt of CLIP. `bos_token_id`, `eos_token_id`: its begin and end token; `len()`: its tokens."""
+    """A tokenizer from CLIP's vocab.json and merges.txt. `len()` is the number of its tokens."""
 
     def __init__(self, vocab: Path, merges: Path):
         for path in (vocab, merges):
@@ -50,7 +51,7 @@ class ClipTokenizer:
                 raise UserError(
                     f"{path} is not there; the tokenizer needs vocab.json and merges.txt. Run the download stage."
                 )
-            audit_hook.audit_open(path)
+            sys.audit("open", os.fspath(path), "r", os.O_RDONLY)  # the library opens it in Rust, unseen by the sandbox
         try:
             self.ids: dict[str, int] = json.loads(Path(vocab).read_text(encoding="utf-8"))
             self.bos_token_id, self.eos_token_id = self.ids[BEGIN], self.ids[END]
@@ -59,15 +60,16 @@ class ClipTokenizer:
             )
         except Exception as error:  # the tokenizers library raises bare Exceptions
             raise UserError(
-                f"{vocab} and {merges} are not a CLIP tokenizer that can be read ({' '.join(str(error).split())}). Run the download stage again."
+                f"{vocab} and {merges} are not a CLIP tokenizer that can be read ({' '.join(str(error).split())}). Run "
+                "the download stage again."
             ) from None
-        self.word = lru_cache(maxsize=1 << 16)(self.word)
+        self._cached_word = lru_cache(maxsize=1 << 16)(self.word)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text, without begin and end."""
+        """The token ids of a text, without the begin and end tokens."""
         found: list[int] = []
         for piece in SPECIAL.split(text):
             if piece in (BEGIN, END):
@@ -75,11 +77,11 @@ class ClipTokenizer:
                 continue
             cleaned = SPACE.sub(" ", piece if is_plain(piece) else ftfy.fix_text(piece)).strip().lower()
             for word in WORD.findall(cleaned):
-                found += self.word(word)
+                found += self._cached_word(word)
         return found
 
     def word(self, word: str) -> list[int]:
-        """The token ids of one word, which has no space in it."""
+        """The token ids of one word without spaces."""
         if word in (BEGIN, END):
             return [self.ids[word]]
         return [token.id for token in self.model.tokenize("".join(SYMBOLS[byte] for byte in word.encode("utf-8")))]

@@ -1,13 +1,12 @@
-"""Invariant: two checkpoints are called equal only where every bit of every tensor is; where they differ, it is said
-where and by how much.
+"""Comparison of two checkpoints, LoKr files or diffusers folders, tensor by tensor and bit by bit.
 
-`compare(a, b)` takes single files, LoKr files and diffusers folders, reads both once, in pieces, and knows three
-answers: the same bytes, the same tensors in another container (header, order, metadata), or other tensors. Two LoKr
-files whose tensors differ are compared by what they do, scale · kron(w1, w2): one difference has many factorings.
-Distances are counted in ulp of the coarser of the two dtypes: how many of its numbers lie between two values.
+Both are read once, in pieces. There are three results: the same bytes; the same tensors in another container (header,
+order, metadata); or other tensors, and then which and by how much. Two LoKr files with other tensors are compared by
+their effect, scale · kron(w1, w2), because one difference has many factorings. Distances are counted in ulp of the
+coarser of two dtypes: the number of its steps between two values.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,15 +16,17 @@ from kohaku_delta.errors import UserError
 from kohaku_delta.formats import dtypes
 from kohaku_delta.parallel import THREADS, ordered_map
 from kohaku_delta.sdxl.tensor_names import NO_PARAMETER
-from kohaku_delta.verify.tensor_sources import LazyTensor, Part, TensorSource, open_tensor_source
+from kohaku_delta.verify.tensor_sources import LazyTensor, ReadPart, TensorSource, open_tensor_source
 
-NUMBERS = 1 << 20  # of a tensor compared at a time
-COARSE = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}  # bits of the significand
+PIECE = 1 << 20  # numbers of a tensor compared at a time
+SIGNIFICAND = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}  # bits, the implicit one included
 
 
 @dataclass
 class Difference:
-    """How a tensor differs; `ulps` in `dtype`, `largest` in value (infinite where one side is not a number)."""
+    """How one tensor differs. dtype: the coarser of the two, whose ulps are counted; largest: in value, infinite if one
+    side is not a finite number.
+    """
 
     name: str
     dtype: str
@@ -42,7 +43,9 @@ class Difference:
 
 @dataclass
 class Comparison:
-    """What `compare` found. `by_product`: LoKr files, compared by kron(w1, w2)."""
+    """tensors: the number of names in both; only: the names in one; other_shape: those of another shape or kind;
+    container: sentences about what else differs; by_product: LoKr files, compared by kron(w1, w2).
+    """
 
     tensors: int
     elements: int
@@ -50,7 +53,7 @@ class Comparison:
     differences: list[Difference]
     only: tuple[list[str], list[str]]
     other_shape: list[str]
-    container: list[str] = field(default_factory=list)  # what else differs, a sentence each
+    container: list[str] = field(default_factory=list)
     by_product: bool = False
 
     @property
@@ -62,157 +65,150 @@ class Comparison:
         return self.same_tensors and not self.by_product and not self.container
 
     def worst(self, count: int) -> list[Difference]:
-        """The tensors that differ most in value, then in ulp."""
+        """The tensors that differ most: in value, then in ulp."""
         return sorted(self.differences, key=lambda each: (-each.largest, -each.ulps, each.name))[:count]
 
 
-def compare_files(a: Path, b: Path, threads: int = THREADS, numbers: int = NUMBERS) -> Comparison:
-    """Compares what two paths hold. Refuses paths that cannot be read, and two things that have nothing in common."""
+def compare_files(a: Path, b: Path, threads: int = THREADS, piece: int = PIECE) -> Comparison:
+    """Compares what two paths hold. Raises UserError for a path that cannot be read, and for two without a common
+    tensor.
+    """
     with open_tensor_source(a) as first, open_tensor_source(b) as second:
-        if first.folder != second.folder:
-            views = tuple(each.stored() if each.folder else each.as_folder() for each in (first, second))
-            container = ["one is a folder, the other a single file" + _left_out(first, second)]
+        if first.is_folder != second.is_folder:
+            one, other = (source.stored() if source.is_folder else source.as_folder() for source in (first, second))
+            container = [f"one is a folder, the other a single file{_not_in_folder(first, second)}"]
         else:
-            views = first.stored(), second.stored()
-            container = _container(first, second)
-        if not set(views[0]) & set(views[1]):
+            one, other = first.stored(), second.stored()
+            container = _container_differences(first, second)
+        if not set(one) & set(other):
+            examples = "; ".join(f"one has {min(names)}" if names else "one is empty" for names in (one, other))
             raise UserError(
-                f"{a} and {b} have no tensor in common ({_some(views[0])}; {_some(views[1])}). Two checkpoints, two LoKr files or two folders can be compared."
+                f"{a} and {b} have no tensor in common ({examples}). Two checkpoints, two LoKr files or two folders "
+                "can be compared."
             )
-        found = _compare(*views, threads, numbers)
-        if first.lokr and second.lokr and not found.same_tensors:
-            found = _compare(first.differences(), second.differences(), threads, numbers)
-            found.by_product = True
-        found.container = container
-        return found
+        comparison = _compare(one, other, threads, piece)
+        if first.is_lokr and second.is_lokr and not comparison.same_tensors:
+            comparison = _compare(first.differences(), second.differences(), threads, piece)
+            comparison.by_product = True
+        comparison.container = container
+        return comparison
 
 
-def _compare(a: Mapping[str, LazyTensor], b: Mapping[str, LazyTensor], threads: int, numbers: int) -> Comparison:
-    shared = [name for name in sorted(a) if name in b]
-    other = {
+def _compare(a: Mapping[str, LazyTensor], b: Mapping[str, LazyTensor], threads: int, piece: int) -> Comparison:
+    shared = sorted(a.keys() & b.keys())
+    comparable = [
         name
         for name in shared
-        if a[name].shape != b[name].shape
-        or (a[name].dtype != b[name].dtype and not {a[name].dtype, b[name].dtype} <= set(COARSE))
-    }
-    differences: dict[str, Difference] = {}
-
-    def work(item: tuple[str, Part, Part, int, int]) -> Difference:
-        name, part_a, part_b, start, stop = item
-        return measure_difference(name, part_a(start, stop), part_b(start, stop), a[name].dtype, b[name].dtype)
-
-    unequal = elements = 0
-    for piece in ordered_map(work, _items((name for name in shared if name not in other), a, b, numbers), threads):
-        unequal, elements = unequal + piece.unequal, elements + piece.count
-        if piece.unequal or piece.cast:
-            known = differences.setdefault(
-                piece.name, Difference(piece.name, piece.dtype, a[piece.name].count, cast=piece.cast)
-            )
-            known.unequal += piece.unequal
-            known.largest, known.ulps = max(known.largest, piece.largest), max(known.ulps, piece.ulps)
-    only = [name for name in sorted(a) if name not in b], [name for name in sorted(b) if name not in a]
-    lines = [
-        f"{name}: {a[name].dtype} {list(a[name].shape)} against {b[name].dtype} {list(b[name].shape)}"
-        for name in sorted(other)
+        if a[name].shape == b[name].shape
+        and (a[name].dtype == b[name].dtype or {a[name].dtype, b[name].dtype} <= SIGNIFICAND.keys())
     ]
-    return Comparison(len(shared), elements, unequal, list(differences.values()), only, lines)
+
+    def compare_piece(item: tuple[str, ReadPart, ReadPart, int, int]) -> Difference:
+        name, read_a, read_b, start, stop = item
+        return measure_difference(name, read_a(start, stop), read_b(start, stop), a[name].dtype, b[name].dtype)
+
+    differences: dict[str, Difference] = {}
+    unequal = elements = 0
+    for part in ordered_map(compare_piece, _pieces(comparable, a, b, piece), threads):
+        unequal, elements = unequal + part.unequal, elements + part.count
+        if part.unequal or part.cast:
+            whole = Difference(part.name, part.dtype, a[part.name].count, cast=part.cast)
+            whole = differences.setdefault(part.name, whole)
+            whole.unequal += part.unequal
+            whole.largest, whole.ulps = max(whole.largest, part.largest), max(whole.ulps, part.ulps)
+    other_shape = [
+        f"{name}: {a[name].dtype} {list(a[name].shape)} against {b[name].dtype} {list(b[name].shape)}"
+        for name in shared
+        if name not in set(comparable)
+    ]
+    only = sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys())
+    return Comparison(len(shared), elements, unequal, list(differences.values()), only, other_shape)
 
 
-def _items(
-    names, a: Mapping[str, LazyTensor], b: Mapping[str, LazyTensor], numbers: int
-) -> Iterator[tuple[str, Part, Part, int, int]]:
+def _pieces(
+    names: Iterable[str], a: Mapping[str, LazyTensor], b: Mapping[str, LazyTensor], piece: int
+) -> Iterator[tuple[str, ReadPart, ReadPart, int, int]]:
+    """(name, reader of a, reader of b, start, stop) of every piece of every tensor."""
     for name in names:
-        parts, count = (a[name].open(), b[name].open()), a[name].count
+        read_a, read_b, count = a[name].open(), b[name].open(), a[name].count
         grain = max(a[name].grain, b[name].grain, 1)
-        step = max(numbers // grain, 1) * grain
-        yield from ((name, *parts, start, min(start + step, count)) for start in range(0, count, step))
+        length = max(piece // grain, 1) * grain
+        for start in range(0, count, length):
+            yield name, read_a, read_b, start, min(start + length, count)
 
 
 def measure_difference(name: str, a: np.ndarray, b: np.ndarray, dtype_a: str, dtype_b: str) -> Difference:
-    """How two arrays of stored numbers differ: by bits where they have one dtype, by value where they have two."""
-    dtype = min(dtype_a, dtype_b, key=lambda each: COARSE.get(each, 0))
-    found = Difference(name, dtype, a.size, cast=dtype_a != dtype_b)
-    if not found.cast and np.array_equal(_bits(a), _bits(b)):
-        return found
+    """How two flat arrays of stored numbers differ: by bits if they have one dtype, by value if they have two."""
+    dtype = min(dtype_a, dtype_b, key=lambda kind: SIGNIFICAND.get(kind, 0))
+    difference = Difference(name, dtype, a.size, cast=dtype_a != dtype_b)
+    unequal = _bits(a) != _bits(b) if dtype_a == dtype_b else None
+    if unequal is not None and not unequal.any():
+        return difference
     with np.errstate(all="ignore"):
-        if dtype in COARSE:
+        x, y = a, b
+        if dtype in SIGNIFICAND:
             wide = np.float64 if "F64" in (dtype_a, dtype_b) else np.float32
             x, y = (
-                each.astype(wide) if own == "F64" else dtypes.to_float32(each, own).astype(wide)
-                for each, own in ((a, dtype_a), (b, dtype_b))
+                array.astype(wide) if kind == "F64" else dtypes.to_float32(array, kind).astype(wide)
+                for array, kind in ((a, dtype_a), (b, dtype_b))
             )
-            if found.cast:
-                unequal = ~((x == y) | (np.isnan(x) & np.isnan(y)))
-                a, b = (dtypes.from_float32(each.astype(np.float32), dtype) for each in (x, y))
-            else:
-                unequal = _bits(a) != _bits(b)
-            gap = np.abs(x.astype(np.float64) - y)[unequal]
-        else:
-            unequal = _bits(a) != _bits(b)
-            gap = np.abs(a.astype(np.float64) - b.astype(np.float64))[unequal]
-        steps = _apart(_ordered(a, dtype)[unequal], _ordered(b, dtype)[unequal])
-        gap = steps if dtype.startswith("F8") else gap  # 8-bit floats are not computed with
-    found.unequal = int(unequal.sum())
-    if found.unequal:
-        found.largest = float(np.where(np.isfinite(gap), gap, np.inf).max())
-        found.ulps = int(steps.max())
-    return found
+        if unequal is None:
+            unequal = ~((x == y) | (np.isnan(x) & np.isnan(y)))
+            a, b = (dtypes.from_float32(array.astype(np.float32), dtype) for array in (x, y))
+        steps = _distance(_ordered(a, dtype)[unequal], _ordered(b, dtype)[unequal])
+        # 8-bit floats are not converted to values: their distance in steps stands for it
+        gap = steps if dtype.startswith("F8") else np.abs(x.astype(np.float64) - y.astype(np.float64))[unequal]
+    difference.unequal = int(unequal.sum())
+    if difference.unequal:
+        difference.largest = float(np.where(np.isfinite(gap), gap, np.inf).max())
+        difference.ulps = int(steps.max())
+    return difference
 
 
-def _bits(raw: np.ndarray) -> np.ndarray:
-    return raw.view(f"u{raw.dtype.itemsize}")
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(f"u{array.dtype.itemsize}")
 
 
-def _ordered(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """int64 numbers that stand as far apart as the stored values have steps between them; both zeros are 0."""
-    if dtype not in COARSE and not dtype.startswith("F8"):
-        return raw.astype(np.int64)
-    bits = _bits(raw).astype(np.int64)
-    sign = 1 << 8 * raw.dtype.itemsize - 1
+def _ordered(array: np.ndarray, dtype: str) -> np.ndarray:
+    """int64 numbers that are as far apart as there are steps between the stored values; both zeros are 0."""
+    if dtype not in SIGNIFICAND and not dtype.startswith("F8"):
+        return array.astype(np.int64)
+    bits = _bits(array).astype(np.int64)
+    sign = 1 << 8 * array.dtype.itemsize - 1
     return np.where(bits & -sign, -(bits & sign - 1), bits)
 
 
-def _apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """|a − b|, which int64 may not hold, as uint64."""
+def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """|a − b| of int64 numbers as uint64, which int64 may not hold."""
     return np.where(a >= b, a.view(np.uint64) - b.view(np.uint64), b.view(np.uint64) - a.view(np.uint64))
 
 
-def _container(a: TensorSource, b: TensorSource) -> list[str]:
-    """What differs beside the tensors, a sentence each."""
-    if not a.folder:
-        one, other = a.files[""], b.files[""]
-        if one.header_bytes() == other.header_bytes():
-            return []
-        keys = sorted(
-            key for key in {*one.metadata, *other.metadata} if one.metadata.get(key) != other.metadata.get(key)
-        )
-        if keys:
-            return [f"metadata differ: {', '.join(keys)}"]
-        return ["the headers differ in the order or spacing of their entries"] if one.specs == other.specs else []
-    differ = [
-        place
-        for place in sorted({*a.others, *b.others})
-        if place not in a.others
-        or place not in b.others
-        or a.others[place].read_bytes() != b.others[place].read_bytes()
-    ]
-    heads = [
-        place
-        for place in sorted({*a.files, *b.files})
-        if place not in a.files
-        or place not in b.files
-        or a.files[place].header_bytes() != b.files[place].header_bytes()
-    ]
-    said = [f"other files differ: {', '.join(differ)}"] if differ else []
-    return said + ([f"headers or places differ: {', '.join(heads)}"] if heads else [])
+def _container_differences(a: TensorSource, b: TensorSource) -> list[str]:
+    """What differs besides the tensors, a sentence each; of two single files or two folders."""
+    headers = [{place: file.header_bytes() for place, file in source.files.items()} for source in (a, b)]
+    if a.is_folder:
+        contents = [{place: path.read_bytes() for place, path in source.others.items()} for source in (a, b)]
+        return [
+            f"{what} differ: {', '.join(places)}"
+            for what, places in (
+                ("other files", _differing_keys(*contents)),
+                ("headers or places", _differing_keys(*headers)),
+            )
+            if places
+        ]
+    one, other = a.files[""], b.files[""]
+    if headers[0] == headers[1]:
+        return []
+    if keys := _differing_keys(one.metadata, other.metadata):
+        return [f"metadata differ: {', '.join(keys)}"]
+    return ["the headers differ in the order or spacing of their entries"] if one.specs == other.specs else []
 
 
-def _left_out(a: TensorSource, b: TensorSource) -> str:
-    single = (b if a.folder else a).files[""]
-    left = [name for name in NO_PARAMETER if name in single.specs]
-    return f", whose {' and '.join(left)} a folder does not hold" if left else ""
+def _differing_keys(one: Mapping, other: Mapping) -> list:
+    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
 
 
-def _some(names) -> str:
-    first = next(iter(sorted(names)), None)
-    return f"one has {first}" if first else "one is empty"
+def _not_in_folder(a: TensorSource, b: TensorSource) -> str:
+    single_file = (b if a.is_folder else a).files[""]
+    names = [name for name in NO_PARAMETER if name in single_file.specs]
+    return f", whose {' and '.join(names)} a folder does not hold" if names else ""

@@ -1,60 +1,85 @@
-"""Invariant: a finding says PASS only of what was looked at; what could not be looked at is a SKIP with its reason."""
+"""The result of a check: PASS, FAIL with the first faults, or SKIP with its reason.
 
-from collections.abc import Callable, Iterable
+A check is a generator that yields a sentence per fault and returns the sentence of its PASS; one that cannot fail just
+returns it. A check passes nothing that it did not look at: it raises Skip with the reason instead. A UserError that it
+meets (a file that is damaged or is not what it should be) is a fault.
+"""
+
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
+from functools import wraps
 
 from kohaku_delta.errors import UserError
+from kohaku_delta.provenance.artifact import Artifact
 
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
-SHOWN = 3
+SHOWN = 3  # faults and names listed; the others are counted
+
+Check = Generator[str, None, str]
+
+
+class Skip(Exception):
+    """Raised by a check that cannot look at what it is about; its text is the reason."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of an audit."""
+    """One line of an audit. The check's public name is group/name."""
 
     group: str
     name: str
     status: str
-    said: str
+    message: str
+
+
+def check(name: str) -> Callable[[Callable[..., Check | str]], Callable[..., Finding]]:
+    """Turns a check, whose first argument is the Artifact, into a function that returns a Finding. name:
+    group/name.
+    """
+    group, _, short_name = name.partition("/")
+
+    def decorate(find_faults: Callable[..., Check | str]) -> Callable[..., Finding]:
+        @wraps(find_faults)
+        def run(rebuild: Artifact, *arguments) -> Finding:
+            faults: list[str] = []
+            status = PASS
+            try:
+                result = find_faults(rebuild, *arguments)
+                while not isinstance(result, str):
+                    faults.append(next(result))
+                message = result
+            except StopIteration as end:
+                message = end.value
+            except Skip as reason:
+                status, message = SKIP, str(reason)
+            except UserError as error:
+                message = ""
+                faults.append(error.message.replace(f"{rebuild.folder}/", ""))
+            if faults:
+                more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+                status, message = FAIL, "; ".join(faults[:SHOWN]) + more
+            return Finding(group, short_name, status, message)
+
+        return run
+
+    return decorate
 
 
 def format_some(names: Iterable[str], shown: int = SHOWN) -> str:
-    """The first few, and how many more."""
+    """The first few names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
-def pass_or_fail(group: str, name: str, faults: list[str], passed: str) -> Finding:
-    """FAIL with the first faults, or PASS."""
-    return (
-        Finding(
-            group,
-            name,
-            FAIL,
-            "; ".join(faults[:SHOWN]) + (f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""),
-        )
-        if faults
-        else Finding(group, name, PASS, passed)
-    )
-
-
-def check_or_fail(group: str, name: str, check: Callable[..., Finding], *arguments) -> Finding:
-    """What a check found; FAIL where it was refused what it needs to read."""
-    try:
-        return check(*arguments)
-    except UserError as refusal:
-        return Finding(group, name, FAIL, refusal.message)
-
-
-def summarize(found: list[Finding]) -> tuple[int, str]:
-    """(exit code, sentence): 1 where anything failed, 2 where nothing could be looked at."""
+def summarize(findings: list[Finding]) -> tuple[int, str]:
+    """(exit code, verdict): 0 if nothing failed, 1 if anything did, 2 if nothing could be checked."""
     failed, passed, skipped = (
-        [f"{each.group}/{each.name}" for each in found if each.status == status] for status in (FAIL, PASS, SKIP)
+        [f"{finding.group}/{finding.name}" for finding in findings if finding.status == status]
+        for status in (FAIL, PASS, SKIP)
     )
-    left = f"; {len(skipped)} not made: {', '.join(skipped)}" if skipped else ""
+    not_made = f"; {len(skipped)} not made: {', '.join(skipped)}" if skipped else ""
     if failed:
-        return 1, f"FAIL: {format_some(failed, 6)} failed, {len(passed)} checks passed{left}"
+        return 1, f"FAIL: {format_some(failed, 6)} failed, {len(passed)} checks passed{not_made}"
     if not passed:
-        return 2, f"nothing could be looked at{left}"
-    return 0, f"PASS: {len(passed)} checks passed, none failed{left}"
+        return 2, f"nothing could be checked{not_made}"
+    return 0, f"PASS: {len(passed)} checks passed, none failed{not_made}"

@@ -1,21 +1,35 @@
-"""Invariant: a stretch of training is computed anew from a saved state and compared with the journal row by row; what
-is told is the first difference.
+"""Training computed again from a saved state and compared with the journal.
 
-A state serves if the journal continues its rows, which the chain shows; whose work folder it comes from does not
-matter. `losses` needs no state and no card: from a LoKr file it computes, forward only and in fp32, the losses of some
-micro-batches of the step that followed.
+A state serves if the journal continues its rows, which the chain shows; it does not matter whose work folder it is
+from. `losses` needs no state and no GPU: from a milestone's LoKr file it computes, forward only and in float32, the
+losses of some micro-batches of the step that follows.
+
+torch is imported inside functions, after numerics.enforce() has fixed the environment.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
 
 from kohaku_delta import numerics
 from kohaku_delta.errors import UserError
+from kohaku_delta.formats import safetensors_io
 from kohaku_delta.params import Recipe
+from kohaku_delta.training import journal as journals
+from kohaku_delta.training import trainer
+from kohaku_delta.training.journal import Journal
+from kohaku_delta.verify.findings import format_some
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kohaku_delta.training.training_loop import TrainingContext
+
+Files = dict[str, Any]  # paths of inputs, base, posts, captions, schedule, journal; tars, tokenizers if given by hand
+Step = tuple[int, str | None]  # a step, and how it differs from the journal
 
 NUMBERS = {
     "gradient_norm": "the gradient's norm",
@@ -23,213 +37,204 @@ NUMBERS = {
     "learning_rate_text": "the text encoders' rate",
     "scale": "the scaler",
 }
-SHOWN = 3
-# of losses, relative, root mean square: 14 times the most that fp16 training and fp16 files were seen to move them
-# (docs/replay.md)
+# root mean square of relative loss differences: 14 times the most that fp16 training and fp16 files were seen to cause
+# (docs/verify.md)
 TOLERANCE = 1e-3
-ELSEWHERE = {
-    "train.device",
-    "train.precision",
-    "train.weights",
-    "train.gradient_checkpointing",
-}  # what losses on other hardware may differ in
+HARDWARE_PARAMETERS = {"train.device", "train.precision", "train.weights", "train.gradient_checkpointing"}
 
 
 class LossPair(NamedTuple):
-    """A micro-batch's loss as the journal has it, and as it was computed."""
+    """A micro-batch's loss: as the journal has it, and as computed here."""
 
     place: int
     journal: float
     ours: float
 
 
-def replay_steps(
-    recipe: Recipe, files: dict[str, Path], work: Path, first: int, last: int
-) -> Iterator[tuple[int, str | None]]:
-    """Yields (step, None) for every step that is equal, from the nearest state to `last`; ends with (step, how it
-    differs) at the first that is not.
+def replay_steps(recipe: Recipe, files: Files, work: Path, first: int, last: int) -> Iterator[Step]:
+    """Trains from the nearest saved state to step `last`. Yields (step, None) per equal step; ends with (step, how it
+    differs) at the first other one.
     """
     numerics.enforce(recipe.train.device)
-    from kohaku_delta.training import batch_builder, trainer
-    from kohaku_delta.training import journal as journals
+    from kohaku_delta.training import batch_builder
     from kohaku_delta.training.training_loop import TrainingLoop
 
-    said = journals.read_journal(files["journal"])
-    if not 0 <= first <= last < len(said.rows):
+    journal = journals.read_journal(files["journal"])
+    if not 0 <= first <= last < len(journal.rows):
         raise UserError(
-            f"{files['journal']} has the steps 0 to {len(said.rows) - 1}; {first} to {last} is no stretch of them. Correct --from and --to."
+            f"{files['journal']} has the steps 0 to {len(journal.rows) - 1}; {first} to {last} is not a range of them. "
+            "Correct --from and --to."
         )
-    _, texts = trainer.load_tokenizers(files)
-    parts = trainer.build_context(recipe, files, texts, trainer.tar_paths(files), recipe.train.device)
-    require_same_run(said.header, parts.header, files, set())
-    folder, begin = nearest_state(work, said, first)
-    loop = TrainingLoop(recipe, parts, folder)
+    context = _context(recipe, files, recipe.train.device)
+    require_same_run(journal.header, context.header, files)
+    folder, begin = nearest_state(work, journal, first)
+    loop = TrainingLoop(recipe, context, folder)
     if begin:
         try:
             loop.resume_from(begin)
-        except UserError as refusal:
-            yield begin - 1, refusal.message
+        except UserError as error:
+            yield begin - 1, error.message
             return
     rows = [row for step in range(begin, last + 1) for row in loop.rows(step)]
-    batches = batch_builder.load_batches(parts.builder, loop.schedule, rows, recipe.execution.workers)
+    batches = batch_builder.load_batches(context.builder, loop.schedule, rows, recipe.execution.workers)
+    names = sorted(context.adapter.tensors())
     for step in range(begin, last + 1):
         loop.step(step, batches)
-        theirs, ours = said.rows[step], loop.journal.rows[-1]
-        what = first_step_difference(
-            theirs, ours, loop.micro_batches(step).to_pylist(), sorted(parts.adapter.tensors())
+        difference = first_step_difference(
+            journal.rows[step], loop.journal.rows[-1], loop.micro_batches(step).to_pylist(), names
         )
-        yield step, what
-        if what:
+        yield step, difference
+        if difference:
             return
 
 
-def require_same_run(theirs: dict, ours: dict, files: dict[str, Path], but: set[str]) -> None:
-    """Refuses a recipe or a base that is not the journal's; names the parameters. `but`: those that may differ."""
-    if theirs.get("base") != ours["base"]:
+def _context(recipe: Recipe, files: Files, device: str) -> "TrainingContext":
+    _, texts = trainer.load_tokenizers(files)
+    return trainer.build_context(recipe, files, texts, trainer.tar_paths(files), device)
+
+
+def require_same_run(recorded: dict, current: dict, files: Files, may_differ: Set[str] = frozenset()) -> None:
+    """Raises UserError if base or parameters of the recipe are not those of the journal's header."""
+    if recorded.get("base") != current["base"]:
         raise UserError(
             f"{files['base']} is not the base that {files['journal']} begins with. Name that base with --base."
         )
-    said = theirs.get("parameters", {})
-    other = sorted(
-        key
-        for key in said.keys() | ours["parameters"].keys()
-        if said.get(key) != ours["parameters"].get(key) and key not in but
+    ours, theirs = current["parameters"], recorded.get("parameters", {})
+    differing = sorted(
+        key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key) and key not in may_differ
     )
-    if other:
+    if differing:
         raise UserError(
-            f"{files['journal']} was trained with other parameters than the recipe has: {', '.join(other)}. Name its params.yaml with --params."
+            f"{files['journal']} was trained with other parameters than the recipe has: {', '.join(differing)}. "
+            "Name its params.yaml with --params."
         )
 
 
-def nearest_state(work: Path, said, first: int) -> tuple[Path, int]:
-    """The folder and steps of the latest state from which step `first` is reached, and that this journal continues;
-    (work, 0) for none.
+def nearest_state(work: Path, journal: Journal, first: int) -> tuple[Path, int]:
+    """(folder, steps) of the latest state that this journal continues and that is not after step `first`; (work, 0) if
+    there is none.
     """
     from kohaku_delta.training import checkpointing
-    from kohaku_delta.training import journal as journals
 
-    found = [
+    states = [
         (step, folder)
         for folder in sorted(work.glob("*"))
         for step in checkpointing.saved_steps(folder)
         if step <= first
     ]
-    for step, folder in sorted(found, reverse=True):
-        here = checkpointing.state_path(folder, step) / checkpointing.JOURNAL
+    for step, folder in sorted(states, reverse=True):
         try:
-            rows = journals.read_journal(here).rows
+            rows = journals.read_journal(checkpointing.state_path(folder, step) / checkpointing.JOURNAL).rows
         except UserError:
             continue
-        if rows and rows[-1]["chain"] == said.rows[step - 1]["chain"]:
+        if rows and rows[-1]["chain"] == journal.rows[step - 1]["chain"]:
             return folder, step
     return work, 0
 
 
 def first_step_difference(
-    theirs: dict, ours: dict, schedule: list[dict], names: list[str], they: str = "the journal says"
+    theirs: dict, ours: dict, micro_batches: list[dict], names: list[str], they: str = "the journal says"
 ) -> str | None:
-    """How two rows of one step differ, first cause first: the order, a micro-batch's loss, a lane's gradient, the
-    update, a tensor. None: not at all.
+    """How two journal rows of one step differ, the first cause first: order, a micro-batch's loss, a lane's gradient,
+    the update, a tensor. None if they are equal.
 
-    schedule: the step's micro-batches; names: of the trained tensors, ascending; they: the words before what `theirs`
-    has.
+    micro_batches: the step's rows of the schedule; names: of the trained tensors, ascending; they: the words before a
+    value of `theirs`.
     """
     if theirs["visits"] != ours["visits"]:
         return "schedule.parquet has other posts or visits in this step"
     losses = [np.asarray(row["losses"], np.float32).view(np.uint32) for row in (theirs, ours)]
     if len(losses[0]) != len(losses[1]):
         return f"the journal has {len(losses[0])} micro-batches, the schedule {len(losses[1])}"
-    if other := np.flatnonzero(losses[0] != losses[1]).tolist():
-        lane, posts = schedule[other[0]]["lane"], schedule[other[0]]["posts"]
-        return (
-            f"lane {lane}, place {other[0]}: the loss of posts {', '.join(map(str, posts))} is {ours['losses'][other[0]]!r}, {they} {theirs['losses'][other[0]]!r}"
-            + (
-                f" ({len(other)} micro-batches differ)"
-                if len(other) > 1
-                else " (one micro-batch differs: its pictures, captions or visits were others)"
-            )
+    if places := np.flatnonzero(losses[0] != losses[1]).tolist():
+        place, batch = places[0], micro_batches[places[0]]
+        posts = ", ".join(map(str, batch["posts"]))
+        values = f"{ours['losses'][place]!r}, {they} {theirs['losses'][place]!r}"
+        count = (
+            f"{len(places)} micro-batches differ"
+            if len(places) > 1
+            else "one micro-batch differs: its images, captions or visits were others"
         )
-    if other := [lane for lane, (a, b) in enumerate(zip(theirs["lanes"], ours["lanes"], strict=True)) if a != b]:
-        return f"lane {other[0]}: all losses are equal and the gradient is not"
+        return f"lane {batch['lane']}, place {place}: the loss of posts {posts} is {values} ({count})"
+    if lanes := [lane for lane, (a, b) in enumerate(zip(theirs["lanes"], ours["lanes"], strict=True)) if a != b]:
+        return f"lane {lanes[0]}: all losses are equal and the gradient is not"
     for key, name in NUMBERS.items():
-        if theirs[key] != ours[key] and not (theirs[key] != theirs[key] and ours[key] != ours[key]):
+        if theirs[key] != ours[key] and not (np.isnan(theirs[key]) and np.isnan(ours[key])):
             return f"all lanes are equal; {name} is {ours[key]!r}, {they} {theirs[key]!r}"
     if theirs["weights"] != ours["weights"]:
-        other = [name for name, a, b in zip(names, theirs["tensors"], ours["tensors"], strict=True) if a != b]
-        shown = ", ".join(other[:SHOWN]) or "a tensor that its mark does not name"
-        return f"all lanes and the update are equal; {shown}{f' and {len(other) - SHOWN} more' if len(other) > SHOWN else ''} came out with other bits"
+        tensors = [name for name, a, b in zip(names, theirs["tensors"], ours["tensors"], strict=True) if a != b]
+        changed = format_some(tensors) or "a tensor that its short fingerprint does not show"
+        return f"all lanes and the update are equal; {changed} came out with other bits"
     if theirs["optimizer"] != ours["optimizer"]:
         return "all weights are equal; the optimizer's state came out with other bits"
+    if theirs["chain"] != ours["chain"]:
+        return "the row is equal and its chain is not: the journal's earlier rows are of another run"
+    return None
+
+
+def sample_steps(steps: int, count: int, seed: int) -> list[int]:
+    """`count` of the numbers 0 … steps − 1, drawn without replacement, ascending."""
+    return _draw([seed, 0], steps, count)
+
+
+def _draw(key: list[int], total: int, count: int) -> list[int]:
+    return sorted(np.random.Generator(np.random.Philox(key=key)).permutation(total)[:count].tolist())
+
+
+def confidence(sampled: int, steps: int) -> str:
+    """What a random sample shows: 1 − (1 − share)^sampled ≥ 95 % if share = 1 − 0.05^(1/sampled)."""
+    share = 1 - 0.05 ** (1 / sampled)
     return (
-        None
-        if theirs["chain"] == ours["chain"]
-        else "the row is equal and its chain is not: the journal's earlier rows are of another run"
+        f"A random sample of {sampled} of {steps:,} steps finds a journal with {100 * share:.1f} % of its steps false "
+        f"with 95 % probability, and one false step among all with {100 * sampled / steps:.1f} %."
     )
 
 
-def confidence(done: int, steps: int) -> str:
-    """What a random sample of so many of all steps shows: 1 − (1 − share)^done ≥ 95 % where share = 1 − 0.05^(1/done)."""
-    share = 1 - 0.05 ** (1 / done)
-    return (
-        f"A random sample of {done} of {steps:,} steps finds a journal with {100 * share:.1f} % of its steps false with 95 % probability, "
-        f"and one false step among all with {100 * done / steps:.1f} %."
-    )
-
-
-def losses(
-    recipe: Recipe, files: dict[str, Path], lokr: Path, device: str, sample: int, seed: int
-) -> tuple[int, list[LossPair]]:
-    """(step, losses) of `sample` micro-batches of the step that follows a milestone's LoKr file, drawn by `seed`;
-    forward only, in fp32, on `device`.
-    """
+def losses(recipe: Recipe, files: Files, lokr: Path, device: str, sample: int, seed: int) -> tuple[int, list[LossPair]]:
+    """(step, losses) of `sample` micro-batches, drawn by `seed`, of the step that follows a milestone's LoKr file."""
     numerics.enforce(device)
     import torch
 
-    from kohaku_delta.formats import safetensors_io
-    from kohaku_delta.training import journal as journals
-    from kohaku_delta.training import trainer
+    journal = journals.read_journal(files["journal"])
+    hardware = {"device": device, "precision": "float32", "weights": "float32", "gradient_checkpointing": False}
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=hardware)})
+    context = _context(recipe, files, device)
+    require_same_run(journal.header, context.header, files, HARDWARE_PARAMETERS)
+    step = _load_lokr(lokr, context.adapter.tensors(), len(journal.rows))
+    rows = context.schedule.filter(pc.equal(context.schedule["step"], step)).to_pylist()
+    pairs = []
+    for place in _draw([seed, step], len(rows), sample):
+        row = rows[place]
+        batch = context.builder.batch(row["posts"], row["visits"], (row["width"], row["height"]))
+        with torch.no_grad():
+            loss = context.model.losses(batch).mean().item()
+        pairs.append(LossPair(place, journal.rows[step]["losses"][place], loss))
+    return step, pairs
 
-    said = journals.read_journal(files["journal"])
-    _, texts = trainer.load_tokenizers(files)
-    elsewhere = recipe.model_copy(
-        update={
-            "train": recipe.train.model_copy(
-                update={"device": device, "precision": "float32", "weights": "float32", "gradient_checkpointing": False}
-            )
-        }
-    )
-    parts = trainer.build_context(elsewhere, files, texts, trainer.tar_paths(files), device)
-    require_same_run(said.header, parts.header, files, ELSEWHERE)
-    with safetensors_io.open_file(lokr) as file:
+
+def _load_lokr(path: Path, weights: "dict[str, Tensor]", steps: int) -> int:
+    """Copies a milestone's tensors into the adapter; returns the number of steps it was trained for."""
+    import torch
+
+    with safetensors_io.open_file(path) as file:
         step = file.metadata.get("ss_steps", "")
-        if not step.isdigit() or int(step) >= len(said.rows):
+        if not step.isdigit() or int(step) >= steps:
             raise UserError(
-                f"{lokr} says that it was made after {step or 'no'} steps; a milestone of the steps 1 to {len(said.rows) - 1} is needed."
+                f"{path} says that it was made after {step or 'no'} steps; a milestone of the steps 1 to {steps - 1} "
+                "is needed."
             )
-        if missing := sorted(parts.adapter.tensors().keys() - file.specs.keys()):
-            raise UserError(f"{lokr} has no {missing[0]}: it is not a LoKr of this recipe.")
-        for name, weight in parts.adapter.tensors().items():
+        if missing := sorted(weights.keys() - file.specs.keys()):
+            raise UserError(f"{path} has no {missing[0]}: it is not a LoKr of this recipe.")
+        for name, weight in weights.items():
             if file.specs[name].shape != tuple(weight.shape):
                 raise UserError(
-                    f"{lokr}: {name} has the shape {list(file.specs[name].shape)}; the recipe's is {list(weight.shape)}."
+                    f"{path}: {name} has the shape {list(file.specs[name].shape)}; the recipe's is "
+                    f"{list(weight.shape)}."
                 )
             weight.copy_(torch.from_numpy(file.float32(name).copy()))
-    rows = parts.schedule.filter(pc.equal(parts.schedule["step"], int(step))).to_pylist()
-    chosen = sorted(
-        np.random.Generator(np.random.Philox(key=[seed, int(step)])).permutation(len(rows))[:sample].tolist()
-    )
-    found = []
-    with torch.no_grad():
-        for place in chosen:
-            batch = parts.builder.batch(
-                rows[place]["posts"], rows[place]["visits"], (rows[place]["width"], rows[place]["height"])
-            )
-            found.append(
-                LossPair(place, said.rows[int(step)]["losses"][place], parts.model.losses(batch).mean().item())
-            )
-    return int(step), found
+    return int(step)
 
 
-def rms_relative_error(compared: list[LossPair]) -> float:
-    """The root mean square of the relative differences."""
-    return float(np.sqrt(np.mean([(each.ours / each.journal - 1) ** 2 for each in compared])))
+def rms_relative_error(pairs: list[LossPair]) -> float:
+    """The root mean square of the relative differences of losses."""
+    return float(np.sqrt(np.mean([(pair.ours / pair.journal - 1) ** 2 for pair in pairs])))

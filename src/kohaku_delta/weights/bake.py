@@ -1,8 +1,7 @@
-"""Invariant: a trained tensor becomes W + scale·ΔW, computed in fp32 and rounded once; every other tensor keeps its
-bits.
+"""A trained tensor becomes W + scale·ΔW, computed in float32 and rounded once; every other tensor keeps its bits.
 
 The LoKr must have been trained on this very base: its `ss_base_digest` is compared with the base's content digest,
-which is computed from the bytes on their way. With `force` that is left to the user, and entries that match no tensor
+which is computed while the base is read. With `force` this check is left to the user, and entries that match no tensor
 are left out.
 """
 
@@ -17,7 +16,6 @@ import numpy as np
 
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import dtypes, safetensors_io
-from kohaku_delta.formats.buffer_pool import BufferPool
 from kohaku_delta.formats.safetensors_header import content_digest
 from kohaku_delta.formats.safetensors_io import SafetensorsFile, WriteResult
 from kohaku_delta.parallel import THREADS, ordered_map
@@ -38,22 +36,28 @@ class WeightUpdate:
     entry: TensorMapping
     module: str
     kind: str
-    parts: dict[str, str]
+    parts: dict[str, str]  # suffix → tensor of the LoKr file
     shape: tuple[int, ...]  # of the module's parameter
     first: int = 0  # its first row in the tensor
-    delta: DenseDelta | KronDelta | None = None
-    norms: np.ndarray | None = None  # DoRA by columns: ‖W + ΔW‖ of each
+    magnitude: str | None = None  # the tensor dora_scale of a DoRA weight
 
-    @property
-    def bias(self) -> bool:
-        return self.entry.path.endswith(".bias")
+
+@dataclass
+class LoadedUpdate(WeightUpdate):
+    """An update with its difference in memory."""
+
+    delta: DenseDelta | KronDelta = field(kw_only=True)
+    norms: np.ndarray | None = field(kw_only=True, default=None)  # DoRA by columns: ‖W + ΔW‖ of each
 
 
 @dataclass
 class BakeResult:
     written: WriteResult
     tensors: int  # that were changed
-    left_out: list[str] = field(default_factory=list)  # modules that matched nothing (force)
+    left_out: list[str] = field(default_factory=list)  # modules that matched no tensor (force)
+
+
+Chunk = tuple[str, int, int, list[LoadedUpdate]]
 
 
 def bake(
@@ -65,197 +69,182 @@ def bake(
     threads: int = 2 * THREADS,
     numbers: int = NUMBERS,
 ) -> BakeResult:
-    """Writes base + scale · LoKr to `out`. Neither `threads` (half of them wait for the disk) nor `numbers` moves a
-    bit.
+    """Write base + scale · LoKr to `out`. `threads` (half of them wait for the disk) and `numbers` do not change a bit.
 
-    Refuses another base than the LoKr's, entries without a tensor, other shapes, and values that are not finite.
+    Raises UserError for another base than the LoKr's, entries without a tensor, other shapes, and values that are not
+    finite.
     """
     with safetensors_io.open_file(base) as model, safetensors_io.open_file(lokr_file) as trained:
-        changes, left_out = plan_updates(model, trained, force)
-        for _ in ordered_map(lambda change: load_update(model, trained, change), sum(changes.values(), []), threads):
+        updates, left_out = plan_updates(model, trained, force)
+        for _ in ordered_map(lambda update: load_update(model, trained, update), sum(updates.values(), []), threads):
             pass  # every entry is read and checked before the first byte is written
-        wanted = lokr_format.base_digest(trained)
-        if wanted is None and not force:
+        expected = lokr_format.base_digest(trained)
+        if expected is None and not force:
             raise UserError(
-                f"{lokr_file} does not say which base it was trained on ({lokr_format.BASE_DIGEST}). If you know that it was {base}, say --force."
+                f"{lokr_file} does not say which base it was trained on ({lokr_format.BASE_DIGEST}). If you know that "
+                f"it was {base}, pass --force."
             )
         scale = np.float32(recipe.scale)
 
-        spare = BufferPool(numbers * 4)
-
-        def work(
-            item: tuple[str, int, int, list[WeightUpdate]],
-        ) -> tuple[str, np.ndarray, memoryview, safetensors_io.Buffer]:
-            name, start, stop, here = item
+        def bake_chunk(chunk: Chunk) -> tuple[str, memoryview, safetensors_io.Buffer]:
+            """(tensor, bytes of the base, bytes to write)"""
+            name, start, stop, here = chunk
             if not here:
-                memory = spare.acquire(stop - start)
-                raw = model.read_bytes(name, start, stop - start, memory)
-                return name, memory, raw, raw
+                raw = model.read_bytes(name, start, stop - start)
+                return name, raw, raw
             dtype, shape = model.specs[name].dtype, model.specs[name].shape
-            row, size = prod(shape[1:]), dtypes.BYTES[dtype]
-            count = (stop - start) * row
-            memory, wide, room, narrow = (spare.acquire(count * max(size, 4)) for _ in range(4))
-            raw = model.read_bytes(name, start * row * size, count * size, memory)
-            values = dtypes.to_float32(
-                np.frombuffer(raw, dtypes.NUMPY[dtype]), dtype, wide[: count * 4].view(np.float32)
-            )
-            for change in here:
-                apply_update(
-                    values.reshape(stop - start, *shape[1:]),
-                    start,
-                    change,
-                    scale,
-                    trained,
-                    room[: count * 4].view(np.float32),
-                )
-            stored = dtypes.from_float32(values, dtype, narrow[: count * size].view(dtypes.NUMPY[dtype]))
-            spare.release(wide)
-            spare.release(room)
+            row = prod(shape[1:]) * dtypes.BYTES[dtype]
+            raw = model.read_bytes(name, start * row, (stop - start) * row)
+            values = dtypes.to_float32(np.frombuffer(raw, dtypes.NUMPY[dtype]), dtype)
+            for update in here:
+                apply_update(values.reshape(stop - start, *shape[1:]), start, update, scale, trained)
+            stored = dtypes.from_float32(values, dtype)
             if not dtypes.finite(stored, dtype):
                 raise UserError(
-                    f"{name} would hold NaN or infinity as {dtype}: {base} is damaged, or {lokr_file} does not belong to it."
+                    f"{name} would hold NaN or infinity as {dtype}: {base} is damaged, or {lokr_file} does not belong "
+                    "to it."
                 )
-            return name, memory, raw, stored
+            return name, raw, stored
 
         def produce(order: list[str]) -> Iterator[tuple[str, safetensors_io.Buffer]]:
             hashes = {name: hashlib.sha256() for name in order}
+            chunks = _output_chunks(order, model, trained, updates if scale else {}, numbers)
             with ThreadPoolExecutor(1) as pool:
-                for name, memory, raw, piece in ordered_map(
-                    work, _output_chunks(order, model, trained, changes, scale, numbers), threads
-                ):
-                    hashed = pool.submit(hashes[name].update, raw)
+                for name, raw, piece in ordered_map(bake_chunk, chunks, threads):
+                    hashing = pool.submit(hashes[name].update, raw)
                     yield name, piece
-                    hashed.result()
-                    spare.release(memory)
-                    if piece is not raw:
-                        spare.release(piece)
+                    hashing.result()
             digest = content_digest(model.specs, {name: each.hexdigest() for name, each in hashes.items()})
-            if wanted not in (None, digest) and not force:
+            if expected is not None and expected != digest and not force:
                 raise UserError(
-                    f"{lokr_file} was trained on another base: its {lokr_format.BASE_DIGEST} is {wanted[:16]}…, and {base} has the content digest {digest[:16]}…. "
-                    "On a wrong base it gives garbage. Name the base that it was trained on with --base, or say --force."
+                    f"{lokr_file} was trained on another base: its {lokr_format.BASE_DIGEST} is {expected[:16]}…, and "
+                    f"{base} has the content digest {digest[:16]}…. On a wrong base it gives garbage. Name the base "
+                    "that it was trained on with --base, or pass --force."
                 )
 
-        metadata = _metadata(model, recipe)
-        return BakeResult(
-            safetensors_io.write(out, model.specs, produce, metadata, sources=[base, lokr_file]), len(changes), left_out
-        )
+        written = safetensors_io.write(out, model.specs, produce, _metadata(recipe), sources=[base, lokr_file])
+        return BakeResult(written, len(updates), left_out)
 
 
 def plan_updates(
     model: SafetensorsFile, trained: SafetensorsFile, force: bool
 ) -> tuple[dict[str, list[WeightUpdate]], list[str]]:
-    """tensor name → the changes made to it, and the modules left out."""
+    """The updates of each tensor by its name, and the modules that match no tensor. Raises UserError for such modules
+    without `force`, and for entries that the tensors cannot take.
+    """
     try:
-        table = TensorNameMap(Layout.of(model.specs)).by_lora()
+        modules_by_name = TensorNameMap(Layout.of(model.specs)).by_lora()
     except UserError as refusal:
         raise UserError(f"{model.path}: {refusal.message}") from None
-    changes: dict[str, list[WeightUpdate]] = {}
-    left_out, seen = [], {}
+    updates: dict[str, list[WeightUpdate]] = {}
+    left_out: list[str] = []
+    names: dict[TensorMapping, str] = {}
     for module, (kind, parts) in lokr_format.group_by_module(trained).items():
-        if module not in table or table[module][0].key not in model.specs:
+        weight, bias = modules_by_name.get(module, (None, None))
+        if weight is None or weight.key not in model.specs:
             left_out.append(module)
             continue
-        weight, bias = table[module]
-        if seen.setdefault(weight, module) != module:
+        if names.setdefault(weight, module) != module:
             raise UserError(
-                f"{trained.path}: {module} and {seen[weight]} are two names of one layer. The file is damaged."
+                f"{trained.path}: {module} and {names[weight]} are two names of one layer. The file is damaged."
             )
-        biased = kind != "lokr" and bool({"b_norm", "diff_b"} & set(parts))
-        for entry in (weight, bias)[0 if kind == "lokr" or {"w_norm", "diff"} & set(parts) else 1 : 1 + biased]:
-            if entry is None or entry.key not in model.specs:
+        targets = [weight] if kind == "lokr" or {"w_norm", "diff"} & set(parts) else []
+        if kind != "lokr" and {"b_norm", "diff_b"} & set(parts):
+            if bias is None or bias.key not in model.specs:
                 raise UserError(f"{trained.path}: {module} changes a bias, and {model.path} has none there.")
-            shape = entry.shape_in_module(model.specs[entry.key].shape)
-            if shape is None or not shape or model.specs[entry.key].dtype not in dtypes.FLOATS:
-                raise UserError(
-                    f"{model.path}: {entry.key} is {model.specs[entry.key].dtype} {list(model.specs[entry.key].shape)}, which cannot be baked onto."
-                )
-            changes.setdefault(entry.key, []).append(
-                WeightUpdate(entry, module, kind, parts, shape, shape[0] * entry.third)
+            targets.append(bias)
+        for entry in targets:
+            spec = model.specs[entry.key]
+            shape = entry.shape_in_module(spec.shape)
+            if not shape or spec.dtype not in dtypes.FLOATS:
+                raise UserError(f"{model.path}: {entry.key} is {spec.dtype} {list(spec.shape)}, which cannot be baked.")
+            magnitude = parts.get("dora_scale") if entry is weight else None
+            updates.setdefault(entry.key, []).append(
+                WeightUpdate(entry, module, kind, parts, shape, shape[0] * entry.third, magnitude)
             )
     if left_out and not force:
         rest = f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
         raise UserError(
             f"{trained.path}: {', '.join(left_out[:SHOWN])}{rest} match no tensor of {model.path}. "
-            "It was trained on a model of another kind; say --force to leave them out."
+            "It was trained on a model of another kind; pass --force to leave them out."
         )
-    return changes, left_out
+    return updates, left_out
+
+
+def load_update(model: SafetensorsFile, trained: SafetensorsFile, update: WeightUpdate) -> LoadedUpdate:
+    """The update with its difference in memory. Raises UserError for parts that are not whole, finite and of the
+    tensor's shape.
+    """
+    bias = update.entry.path.endswith(".bias")
+    delta = load_delta(trained, update.module, update.kind, update.parts, update.shape, bias)
+    shape = update.shape
+    if update.entry.form == "transposed":
+        turned = delta.rows(0, shape[0]).T
+        delta, shape = DenseDelta(turned, turned.shape), turned.shape
+    loaded = LoadedUpdate(**(vars(update) | {"shape": shape}), delta=delta)
+    if update.magnitude is None:
+        return loaded
+    magnitudes = trained.specs[update.magnitude].shape
+    by_rows = prod(magnitudes) == shape[0] and magnitudes[:1] == shape[:1]
+    by_columns = len(shape) > 1 and prod(magnitudes) == shape[1] and magnitudes[1:2] == shape[1:2]
+    if update.entry.form == "transposed" or not (by_rows or by_columns):
+        raise UserError(
+            f"{trained.path}: {update.magnitude} is {list(magnitudes)}, which fits neither the rows nor the columns of "
+            f"{list(shape)}."
+        )
+    if not by_rows:
+        whole = model.float32(update.entry.key)[update.first : update.first + shape[0]]
+        whole = whole + delta.rows(0, shape[0]).reshape(whole.shape)
+        loaded.norms = _norms(np.moveaxis(whole, 1, 0))
+    return loaded
+
+
+def _norms(rows: np.ndarray) -> np.ndarray:
+    """‖row‖ of each row, plus ε."""
+    flat = rows.reshape(len(rows), -1)
+    return np.sqrt(np.einsum("ij,ij->i", flat, flat)) + EPSILON
 
 
 def apply_update(
-    values: np.ndarray, start: int, change: WeightUpdate, scale: np.float32, trained: SafetensorsFile, room: np.ndarray
+    values: np.ndarray, start: int, update: LoadedUpdate, scale: np.float32, trained: SafetensorsFile
 ) -> None:
-    """Applies a change to the rows of a tensor from row `start` on, in place; `room`: as many float32 numbers, to
-    compute in.
-    """
-    first, last = max(start, change.first), min(start + len(values), change.first + change.shape[0])
+    """Apply an update to `values`, the rows of a tensor from row `start` on (float32), in place."""
+    first, last = max(start, update.first), min(start + len(values), update.first + update.shape[0])
     if first >= last:
         return
     part = values[first - start : last - start]
-    delta = change.delta.rows(first - change.first, last - change.first, room).reshape(part.shape)
-    if "dora_scale" not in change.parts or change.bias:
+    rows = slice(first - update.first, last - update.first)
+    delta = update.delta.rows(rows.start, rows.stop).reshape(part.shape)
+    if update.magnitude is None:
         part += delta if scale == 1 else delta * scale
         return
-    # W' = (W + ΔW) · (1 + scale · (m / ‖W + ΔW‖ − 1)): the norm of each row, or of each column
+    # W' = (W + ΔW) · (1 + scale · (m / ‖W + ΔW‖ − 1)), with the norm of each row or of each column
     part += delta
-    magnitude = trained.float32(change.parts["dora_scale"]).reshape(-1)
-    if change.norms is None:
-        rows = part.reshape(len(part), -1)
-        factor = magnitude[first - change.first : last - change.first] / (
-            np.sqrt(np.einsum("ij,ij->i", rows, rows)) + EPSILON
-        )
-        factor = factor.reshape(-1, *[1] * (part.ndim - 1))
+    magnitude = trained.float32(update.magnitude).reshape(-1)
+    if update.norms is None:
+        factor = (magnitude[rows] / _norms(part)).reshape(-1, *[1] * (part.ndim - 1))
     else:
-        factor = (magnitude / change.norms).reshape(1, -1, *[1] * (part.ndim - 2))
+        factor = (magnitude / update.norms).reshape(1, -1, *[1] * (part.ndim - 2))
     part *= 1 + scale * (factor - 1)
-
-
-def load_update(model: SafetensorsFile, trained: SafetensorsFile, change: WeightUpdate) -> WeightUpdate:
-    """The change with its difference in memory; refuses parts that are not whole, finite and of the tensor's shape."""
-    change = WeightUpdate(change.entry, change.module, change.kind, change.parts, change.shape, change.first)
-    change.delta = load_delta(trained, change.module, change.kind, change.parts, change.shape, change.bias)
-    if change.entry.form == "transposed":
-        turned = change.delta.rows(0, change.shape[0]).T
-        change.delta, change.shape = DenseDelta(turned, turned.shape), turned.shape
-    if "dora_scale" in change.parts and not change.bias:
-        scale_shape = trained.specs[change.parts["dora_scale"]].shape
-        by_rows = prod(scale_shape) == change.shape[0] and scale_shape[:1] == (change.shape[0],)
-        by_columns = (
-            len(change.shape) > 1 and prod(scale_shape) == change.shape[1] and scale_shape[1:2] == (change.shape[1],)
-        )
-        if change.entry.form == "transposed" or not (by_rows or by_columns):
-            raise UserError(
-                f"{trained.path}: {change.parts['dora_scale']} is {list(scale_shape)}, which fits neither rows nor columns of {list(change.shape)}."
-            )
-        if not by_rows:
-            whole = model.float32(change.entry.key)[change.first : change.first + change.shape[0]]
-            whole = whole + change.delta.rows(0, change.shape[0]).reshape(whole.shape)
-            squares = np.moveaxis(whole, 1, 0).reshape(change.shape[1], -1)
-            change.norms = np.sqrt(np.einsum("ij,ij->i", squares, squares)) + EPSILON
-    return change
 
 
 def _output_chunks(
     order: list[str],
     model: SafetensorsFile,
     trained: SafetensorsFile,
-    changes: dict[str, list[WeightUpdate]],
-    scale: np.float32,
+    updates: dict[str, list[WeightUpdate]],
     numbers: int,
-) -> Iterator[tuple[str, int, int, list[WeightUpdate]]]:
-    """Pieces of work: bytes start…stop of an untouched tensor, rows start…stop of a changed one."""
+) -> Iterator[Chunk]:
+    """The pieces of the output: bytes start…stop of an unchanged tensor, rows start…stop of a changed one."""
     for name in order:
         spec = model.specs[name]
-        if name not in changes or scale == 0:
-            step = numbers * 4  # bytes
-            yield from ((name, start, min(start + step, spec.nbytes), []) for start in range(0, spec.nbytes, step))
-            continue
-        here = [load_update(model, trained, change) for change in changes[name]]
-        step = max(1, numbers * spec.shape[0] // max(spec.count, 1))
-        yield from ((name, start, min(start + step, spec.shape[0]), here) for start in range(0, spec.shape[0], step))
+        here = [load_update(model, trained, update) for update in updates.get(name, [])]
+        total = spec.shape[0] if here else spec.nbytes
+        step = max(1, numbers * spec.shape[0] // max(spec.count, 1)) if here else numbers * 4
+        yield from ((name, start, min(start + step, total), here) for start in range(0, total, step))
 
 
-def _metadata(model: SafetensorsFile, recipe: Bake) -> dict[str, str]:
+def _metadata(recipe: Bake) -> dict[str, str]:
     metadata = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",

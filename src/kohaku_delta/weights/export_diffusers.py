@@ -1,14 +1,15 @@
-"""Invariant: the folder holds the single file's numbers, bit for bit, under the names that diffusers reads, and needs
-nothing from anywhere to be loaded.
+"""A checkpoint as a diffusers folder: the same numbers, bit for bit, under the names that diffusers reads. The folder
+can be loaded offline.
 
-Text encoders stand under the names that every transformers version reads (`text_model.…`), tokenizers as the files that
-were given, configurations as the recipe and the tensors' shapes say. The VAE's scaling_factor is among them: without it
+Text encoders get the names that every transformers version reads (`text_model.…`); tokenizers are copied; the
+configurations follow from the recipe and the tensors' shapes. They include the VAE's scaling_factor, without which
 pictures look washed out.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +22,9 @@ from kohaku_delta.params import Model
 from kohaku_delta.sdxl import model_loading
 from kohaku_delta.sdxl.diffusers_layout import PLACES, diffusers_name, to_diffusers
 from kohaku_delta.sdxl.tensor_names import PARTS, Layout, TensorNameMap
+from kohaku_delta.sdxl.tokenizer import BEGIN, END
 
-INDEX = {
+INDEX: dict[str, Any] = {
     "_class_name": "StableDiffusionXLPipeline",
     "force_zeros_for_empty_prompt": True,
     "scheduler": ["diffusers", "EulerDiscreteScheduler"],
@@ -45,23 +47,22 @@ SCHEDULER = {  # SDXL 1.0's own
     "timestep_spacing": "leading",
     "use_karras_sigmas": False,
 }
-BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 PADS = {"tokenizer": END, "tokenizer_2": "!"}  # SDXL's second tokenizer pads with token 0
 
 
 def export(checkpoint: Path, tokenizers: Mapping[str, tuple[Path, Path]], model: Model, out: Path) -> int:
-    """Writes the diffusers folder of a single file; returns the bytes of its tensors. tokenizers: {"tokenizer": (vocab,
-    merges), "tokenizer_2": …}.
+    """Write the diffusers folder of a checkpoint; return the bytes of its tensors. tokenizers: {"tokenizer":
+    (vocab.json, merges.txt), "tokenizer_2": …}.
 
-    Refuses a checkpoint with missing, extra or other-shaped tensors, and tokenizers of another size than the text
-    encoders.
+    Raises UserError for a checkpoint with missing, extra or other-shaped tensors, and for tokenizers with more tokens
+    than the text encoders.
     """
     with safetensors_io.open_file(checkpoint) as file:
         shapes = {name: spec.shape for name, spec in file.specs.items()}
         configs = model_loading.require_architecture(checkpoint, shapes, model)
         ends = {
             folder: _special_tokens(folder, files[0], configs[part]["vocab_size"])
-            for part, (folder, files) in zip(("te1", "te2"), tokenizers.items())
+            for part, (folder, files) in zip(("te1", "te2"), tokenizers.items(), strict=True)
         }
         names = TensorNameMap(Layout.of(shapes))
         written = 0
@@ -83,10 +84,11 @@ def _tensors(file: SafetensorsFile, part: str, names: TensorNameMap, place: Path
     entries = {
         diffusers_name(entry): entry for entry in names.entries if entry.part == part and entry.key in file.specs
     }
-    specs = {
-        name: TensorSpec(file.specs[entry.key].dtype, entry.shape_in_module(file.specs[entry.key].shape))
-        for name, entry in entries.items()
-    }
+    specs = {}
+    for name, entry in entries.items():
+        shape = entry.shape_in_module(file.specs[entry.key].shape)
+        assert shape is not None  # require_architecture has compared all shapes
+        specs[name] = TensorSpec(file.specs[entry.key].dtype, shape)
 
     def produce(order: list[str]) -> Iterator[tuple[str, np.ndarray]]:
         return ((name, to_diffusers(entries[name], file.read(entries[name].key))) for name in order)
@@ -114,7 +116,8 @@ def _special_tokens(folder: str, vocabulary: Path, words: int) -> dict[str, int]
         known = json.loads(Path(vocabulary).read_text(encoding="utf-8"))
         if len(known) > words:
             raise UserError(
-                f"{vocabulary} has {len(known)} tokens, and the text encoder has embeddings for {words}: they do not belong together."
+                f"{vocabulary} has {len(known)} tokens, and the text encoder has embeddings for {words}: they do not "
+                "belong together."
             )
         return {"bos_token_id": known[BEGIN], "eos_token_id": known[END], "pad_token_id": known[PADS[folder]]}
     except FileNotFoundError:
@@ -129,7 +132,7 @@ def _special_tokens(folder: str, vocabulary: Path, words: int) -> dict[str, int]
 
 def _tokenizer(folder: Path, files: tuple[Path, Path], pad: str) -> None:
     folder.mkdir()
-    for source, name in zip(files, ("vocab.json", "merges.txt")):
+    for source, name in zip(files, ("vocab.json", "merges.txt"), strict=True):
         if not Path(source).is_file():
             raise UserError(
                 f"{source} is not there. Run the download stage, or name the tokenizer's folder by its option."

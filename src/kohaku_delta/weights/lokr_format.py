@@ -1,10 +1,10 @@
-"""Invariant: the LoKr file is what every common program reads: kohya's names, fp16, a finite .alpha, norm differences;
-its bytes depend on the training only.
+"""The LoKr file, as every common program reads it: kohya's names, fp16, a finite .alpha, norm differences. Its bytes
+depend on the training only.
 
-A module's tensors are `<name>.lokr_w1`, `.lokr_w2`, `.alpha`, a norm's `.w_norm`, `.b_norm`. The header's metadata are
-the `ss_*` and `modelspec.*` keys that WebUIs show, less what varies from run to run (session, times, host), with the
-content digest of the base as `ss_base_digest`: a LoKr is worth nothing on another base. `sshs_model_hash` is the sha256
-of all that follows the header.
+A module's tensors are `<name>.lokr_w1`, `.lokr_w2`, `.alpha`; a norm's are `.w_norm`, `.b_norm`. The metadata are the
+`ss_*` and `modelspec.*` keys that WebUIs show, without what varies from run to run (session, times, host), and the
+content digest of the base as `ss_base_digest`: a LoKr is useless on another base. `sshs_model_hash` is the sha256 of
+everything after the header.
 """
 
 import hashlib
@@ -21,19 +21,9 @@ from kohaku_delta.formats.safetensors_io import SafetensorsFile, WriteResult
 from kohaku_delta.params import Recipe
 
 BASE_DIGEST = "ss_base_digest"
-# what an entry may consist of; the first of a kind tells it
+# the suffixes of an entry's tensors by its kind, which either of the first two decides
 KINDS = {
-    "lokr": (
-        "lokr_w1",
-        "lokr_w1_a",
-        "lokr_w1_b",
-        "lokr_w2",
-        "lokr_w2_a",
-        "lokr_w2_b",
-        "lokr_t2",
-        "alpha",
-        "dora_scale",
-    ),
+    "lokr": tuple("lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 alpha dora_scale".split()),
     "norm": ("w_norm", "b_norm"),
     "full": ("diff", "diff_b", "alpha", "dora_scale"),
 }
@@ -42,9 +32,9 @@ KINDS = {
 def write_lokr(
     path, weights: Mapping[str, np.ndarray], recipe: Recipe, base_digest: str, facts: Mapping[str, str] | None = None
 ) -> WriteResult:
-    """Writes the trained weights ({"<name>.lokr_w1": array, …}, without .alpha) as fp16.
-
-    facts: more metadata that only the training decides (ss_steps …). Refuses, by name, values that fp16 cannot hold."""
+    """Write the trained weights ({"<name>.lokr_w1": float array, …}, without .alpha) as fp16. facts: more metadata that
+    the training decides (ss_steps …). Raises UserError for a value that fp16 cannot hold, with the tensor's name.
+    """
     tensors: dict[str, np.ndarray] = {}
     for name, weight in weights.items():
         with np.errstate(over="ignore"):
@@ -58,20 +48,24 @@ def write_lokr(
     specs = {name: TensorSpec("F16", array.shape) for name, array in tensors.items()}
     content = hashlib.sha256()
     for name in safetensors_header.build_header(specs, {})[1]:
-        content.update(tensors[name].reshape(-1))
+        content.update(tensors[name].reshape(-1).data)
     return safetensors_io.save(
         path, tensors, metadata(recipe, base_digest) | dict(facts or {}) | {"sshs_model_hash": content.hexdigest()}
     )
 
 
 def metadata(recipe: Recipe, base_digest: str) -> dict[str, str]:
-    """What the file says about its training: texts as sd-scripts writes them."""
+    """The file's metadata about its training, as sd-scripts writes them."""
     lokr, train, schedule = recipe.lokr, recipe.train, recipe.schedule
     side = math.isqrt(schedule.area)
     network = {
-        "algo": "lokr", "conv_dim": str(lokr.dim), "conv_alpha": str(lokr.alpha), "dropout": "0.0", "train_norm": str(lokr.preset.norms),
+        "algo": "lokr",
+        "conv_dim": str(lokr.dim),
+        "conv_alpha": str(lokr.alpha),
+        "dropout": "0.0",
+        "train_norm": str(lokr.preset.norms),
         "preset": lokr.preset.model_dump(),
-    }  # fmt: skip
+    }
     betas = ", ".join(str(beta) for beta in train.betas)
     values = {
         "ss_base_model_version": "sdxl_base_v1-0",
@@ -119,8 +113,8 @@ def metadata(recipe: Recipe, base_digest: str) -> dict[str, str]:
 
 
 def group_by_module(file: SafetensorsFile) -> dict[str, tuple[str, dict[str, str]]]:
-    """module name → (kind, {suffix: tensor name}) of an open LoKr file, sorted. Refuses what is neither LoKr, norm nor
-    full difference.
+    """module name → (kind, {suffix: tensor name}) of an open LoKr file, sorted. Raises UserError for a tensor that is
+    not part of a LoKr, a norm difference or a full difference.
     """
     modules: dict[str, dict[str, str]] = {}
     for name in file.specs:
@@ -129,10 +123,10 @@ def group_by_module(file: SafetensorsFile) -> dict[str, tuple[str, dict[str, str
     found = {}
     for module, parts in sorted(modules.items()):
         kind = next((kind for kind, suffixes in KINDS.items() if suffixes[0] in parts or suffixes[1] in parts), None)
-        strange = [suffix for suffix in parts if kind is None or suffix not in KINDS[kind]]
-        if strange:
+        unknown = [suffix for suffix in parts if kind is None or suffix not in KINDS[kind]]
+        if kind is None or unknown:
             raise UserError(
-                f"{file.path}: {module}.{strange[0]} is no part of a LoKr, a norm difference or a full difference. "
+                f"{file.path}: {module}.{unknown[0]} is no part of a LoKr, a norm difference or a full difference. "
                 "Other kinds (LoRA, LoHa …) cannot be baked here; name a LoKr file with --lokr."
             )
         found[module] = kind, parts
@@ -142,5 +136,5 @@ def group_by_module(file: SafetensorsFile) -> dict[str, tuple[str, dict[str, str
 
 
 def base_digest(file: SafetensorsFile) -> str | None:
-    """The content digest of the base that the file says it was trained on; None when it says nothing."""
+    """The content digest of the base that the file was trained on, if its metadata name it."""
     return file.metadata.get(BASE_DIGEST)

@@ -1,10 +1,10 @@
-"""Invariant: the preset names what is trained, all of it, once; a line of it that matches nothing is an error.
+"""The preset: which layers are trained, and with which factor. A line of it that matches no layer is an error.
 
-The release's preset speaks of sd-scripts' U-Net classes and of the checkpoint's paths; both are translated here to
-diffusers' modules. Every linear, convolution and (with `norms`) norm layer inside a named class is trained with the
-factor of the innermost such class around it, as LyCORIS 2.1 walks a model; layers outside all classes are trained when
-their path in the checkpoint begins with a named one. A name is a regular expression for whole path components: LyCORIS
-took any beginning, so that `out` would also have met output_blocks, had those not been taken by their classes before.
+The release's preset names classes of sd-scripts' U-Net and paths of the checkpoint; both are translated to diffusers'
+modules here. Every linear, convolution and (with `norms`) norm layer inside a named class is trained with the factor of
+the innermost such class, as in LyCORIS 2.1. A layer outside all classes is trained if its path in the checkpoint starts
+with a named one. A name is a regular expression for whole path components; LyCORIS matched any prefix, so `out` would
+also have matched output_blocks, if their classes had not come first.
 """
 
 import re
@@ -31,15 +31,13 @@ CLASSES = {
 
 
 class LokrTarget(NamedTuple):
-    """One trained layer: where it is, what it is called in the LoKr file, and how it is trained (norm: the factor means
-    nothing and is 1).
-    """
+    """One trained layer."""
 
     part: str  # unet | te1 | te2
     path: str  # modules[part].get_submodule(path)
-    lora: str
+    lora: str  # the module's name in the LoKr file
     algorithm: Literal["lokr", "norm"]
-    factor: int
+    factor: int  # of a norm: 1, without meaning
 
 
 def lokr_targets(modules: Mapping[str, torch.nn.Module], preset: Preset) -> list[LokrTarget]:
@@ -47,13 +45,15 @@ def lokr_targets(modules: Mapping[str, torch.nn.Module], preset: Preset) -> list
     unknown = sorted(set(preset.modules) - set(CLASSES))
     if unknown:
         raise UserError(
-            f"lokr.preset.modules names {', '.join(unknown)}, which is not a class of SDXL's U-Net or text encoders. Known: {', '.join(CLASSES)}."
+            f"lokr.preset.modules names {', '.join(unknown)}, which is not a class of SDXL's U-Net or text encoders. "
+            f"Known: {', '.join(CLASSES)}."
         )
     wanted = {theirs: ours for ours, factor in preset.modules.items() for theirs in CLASSES[ours]}
     names = TensorNameMap(Layout.of_modules(modules))
     patterns = {name: re.compile(rf"(?:{name})(?:\.|$)") for name in preset.names}
-    met: set[str] = set()
-    found: list[LokrTarget] = []
+    factors = preset.names | preset.modules
+    matched: set[str] = set()
+    targets: list[LokrTarget] = []
     for part in ("te1", "te2", "unet"):
         if part not in modules:
             continue
@@ -64,21 +64,21 @@ def lokr_targets(modules: Mapping[str, torch.nn.Module], preset: Preset) -> list
                 continue
             entry = names.by_path[part, f"{path}.weight"]
             rule = next((wanted[kind] for above in _ancestors(path) if (kind := kinds[above]) in wanted), None)
-            factor = preset.modules[rule] if rule else None
             if rule is None and part == "unet":
                 inside = entry.key.removeprefix(PREFIX["unet"])
                 rule = next((name for name, pattern in patterns.items() if pattern.match(inside)), None)
-                factor = preset.names[rule] if rule else None
-            if rule is None:
+            if rule is None or entry.lora is None:
                 continue
-            met.add(rule)
-            found.append(LokrTarget(part, path, entry.lora, "norm" if norm else "lokr", 1 if norm else factor))
-    unmet = [name for name in (*preset.modules, *preset.names) if name not in met]
-    if unmet:
+            matched.add(rule)
+            factor = 1 if norm else factors[rule]
+            targets.append(LokrTarget(part, path, entry.lora, "norm" if norm else "lokr", factor))
+    unmatched = [name for name in (*preset.modules, *preset.names) if name not in matched]
+    if unmatched:
         raise UserError(
-            f"lokr.preset: {', '.join(unmet)} matches no layer of this model. A target that trains nothing is a mistake: remove it or correct it."
+            f"lokr.preset: {', '.join(unmatched)} matches no layer of this model. A target that trains nothing is a "
+            "mistake: remove it or correct it."
         )
-    return found
+    return targets
 
 
 def _ancestors(path: str):

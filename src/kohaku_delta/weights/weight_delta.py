@@ -1,8 +1,8 @@
-"""Invariant: a difference is what LyCORIS adds to a weight, in fp32: scale · kron(w1, w2[, k, k]), or a stored
-difference; any rows of it can be had alone.
+"""What LyCORIS adds to a weight, in float32: scale · kron(w1, w2[, k, k]), or a stored difference. Any range of rows
+can be computed alone.
 
-Products of two fp16 numbers are exact in fp32, so a full LoKr's difference is rounded nowhere before it meets the
-weight.
+Products of two fp16 numbers are exact in float32, so the difference of a LoKr with whole factors is not rounded before
+it is added to the weight.
 """
 
 from math import prod
@@ -14,14 +14,14 @@ from kohaku_delta.formats.safetensors_io import SafetensorsFile
 
 
 class DenseDelta:
-    """A difference as it stands in the file (norm weights and biases, full matrices)."""
+    """A difference that the file stores as it is (norm weights and biases, full matrices)."""
 
     def __init__(self, values: np.ndarray, shape: tuple[int, ...]):
         self._values = values.reshape(shape)
         self.shape = shape
 
-    def rows(self, start: int, stop: int, into: np.ndarray | None = None) -> np.ndarray:
-        """Rows start…stop, (stop - start, …). `into` is not needed: nothing is computed."""
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start…stop, (stop - start, …), float32."""
         return self._values[start:stop]
 
 
@@ -31,16 +31,15 @@ class KronDelta:
     def __init__(self, w1: np.ndarray, w2: np.ndarray, scale: float, shape: tuple[int, ...]):
         self._w1, self._w2, self._scale, self.shape = w1, w2.reshape(len(w2), -1), np.float32(scale), shape
 
-    def rows(self, start: int, stop: int, into: np.ndarray | None = None) -> np.ndarray:
-        """Rows start…stop, (stop - start, …), computed in `into` (flat, float32, long enough), if given."""
-        large, (_, c), (_, inner) = len(self._w2), self._w1.shape, self._w2.shape
-        count = (stop - start) * c * inner
-        product = (np.empty(count, np.float32) if into is None else into[:count]).reshape(stop - start, c, inner)
-        for i in range(start // large, -(-stop // large)):  # rows i·b … (i + 1)·b are w1[i] times all of w2
-            first, last = max(start, i * large), min(stop, (i + 1) * large)
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start…stop, (stop - start, …), float32."""
+        b, inner = self._w2.shape
+        product = np.empty((stop - start, self._w1.shape[1], inner), np.float32)
+        for i in range(start // b, -(-stop // b)):  # rows i·b … (i + 1)·b are w1[i] times all of w2
+            first, last = max(start, i * b), min(stop, (i + 1) * b)
             np.multiply(
                 self._w1[i][:, None],
-                self._w2[first - i * large : last - i * large, None],
+                self._w2[first - i * b : last - i * b, None],
                 out=product[first - start : last - start],
             )
         if self._scale != 1:
@@ -51,12 +50,12 @@ class KronDelta:
 def load_delta(
     file: SafetensorsFile, module: str, kind: str, parts: dict[str, str], shape: tuple[int, ...], bias: bool
 ) -> DenseDelta | KronDelta:
-    """The difference of an entry's weight (or bias), in the module's `shape`. Refuses parts that do not make that
-    shape, and values that are not finite.
+    """The difference of an entry's weight (or bias) in the module's `shape`. `parts`: suffix → tensor name. Raises
+    UserError for parts that do not give that shape, and for values that are not finite.
     """
     read = {suffix: file.float32(name) for suffix, name in parts.items()}
     for suffix, values in read.items():
-        # alpha says nothing where both halves are whole, and there some trainers left it infinite
+        # alpha means nothing if both factors are whole; some trainers left it infinite then
         if not np.isfinite(values).all() and not (suffix == "alpha" and {"lokr_w1", "lokr_w2"} <= set(parts)):
             raise UserError(
                 f"{file.path}: {parts[suffix]} holds NaN or infinity. The file is damaged, or its training diverged."
@@ -81,7 +80,7 @@ def load_delta(
         raise UserError(f"{file.path}: {module} has no {missing.args[0]}: the file is not whole.") from None
     except ValueError:
         raise UserError(f"{file.path}: the factors of {module} do not fit each other: the file is damaged.") from None
-    # both halves whole: LyCORIS takes scale 1, whatever alpha says
+    # if both factors are whole, LyCORIS takes scale 1, whatever alpha is
     scale = 1.0 if rank is None else float(read["alpha"]) / rank if "alpha" in read and read["alpha"].size == 1 else 1.0
     if (
         w1.ndim != 2
@@ -96,7 +95,7 @@ def load_delta(
 def delta_shape(
     file: SafetensorsFile, module: str, kind: str, parts: dict[str, str], bias: bool
 ) -> tuple[int, ...] | None:
-    """The shape of what an entry adds to its weight (or bias), from the entry alone; None where it adds nothing there."""
+    """The shape of what an entry adds to its weight (or bias), from the entry alone; None if it adds nothing there."""
     shapes = {suffix: file.specs[name].shape for suffix, name in parts.items()}
     if kind != "lokr":
         return shapes.get({"norm": "b_norm" if bias else "w_norm", "full": "diff_b" if bias else "diff"}[kind])
@@ -119,5 +118,6 @@ def delta_shape(
 
 def _other_shape(file: SafetensorsFile, module: str, found, shape: tuple[int, ...]) -> UserError:
     return UserError(
-        f"{file.path}: {module} has the shape {found}, and the base's tensor takes {list(shape)}: it was trained on a model of another build."
+        f"{file.path}: {module} has the shape {found}, and the base's tensor takes {list(shape)}: it was trained on a "
+        "model with another architecture."
     )

@@ -1,0 +1,214 @@
+"""Sizes and times of a build. Every figure is computed from the recipe, counted on the model, or named with its source.
+
+Bytes are decimal (1 GB = 10^9). Where a size is known only as a range, the larger end counts.
+"""
+
+from dataclasses import dataclass
+
+from kohaku_delta.hub import pins
+from kohaku_delta.params import Pin, Recipe
+from kohaku_delta.preflight.parameter_counts import ParameterCounts, architecture_pins
+
+GB = 10**9
+# The release, from its model card: 51–51.5 s per step on two RTX 3090.
+RELEASE_GPUS, RELEASE_GPU, RELEASE_GPU_MEMORY = 2, "RTX 3090", 24 * GB
+RELEASE_SECONDS = 51.25
+RELEASE_SOURCE = "the release, model card: 51–51.5 s per step on two RTX 3090"
+RELEASE_TARS = 2001
+TARS = 1600 * GB, "about 1.3–1.6 TB: what users of the webp set report; no size is pinned"
+INDEX = 2 * GB, "the public index has about 0.9 MB per tar"
+# GPU memory in GB, architecture, multiprocessors: the makers' data sheets.
+KNOWN_GPUS = {
+    "RTX 3090": (24, "8.6", 82),
+    "RTX 3090 Ti": (24, "8.6", 84),
+    "RTX 4090": (24, "8.9", 128),
+    "A100 80GB": (80, "8.0", 108),
+    "H100": (80, "9.0", 132),
+}
+BITSANDBYTES_BROKEN = ((0, 36, 0), (0, 41, 0))  # model card: the 8-bit optimizers of these versions are wrong
+DRIVERS = {12: 525, 13: 580}  # CUDA major → lowest driver: NVIDIA's table of minor version compatibility
+POST_BYTES = 700  # per post in posts and captions: 35 tags (0.25 billion tags of 7 million posts) of 20 bytes each
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+MICRO_BATCHES_AHEAD = 5  # per loader process: those of training/batch_builder.py and the one in use
+NCCL_SHARED = GB  # NVIDIA's NCCL documentation asks for --shm-size=1g in a container
+SPARE_DISK = 0.02  # share of the disk for what is not counted (logs, indices): an assumption
+
+
+@dataclass(frozen=True)
+class SizeEstimate:
+    """Bytes of `what`, and how they are known; None: unknown before the download."""
+
+    what: str
+    bytes: int | None
+    source: str
+
+
+def total(estimates: list[SizeEstimate]) -> int:
+    """The sum of the known sizes."""
+    return sum(each.bytes or 0 for each in estimates)
+
+
+def needed_pins(recipe: Recipe) -> list[tuple[str, Pin]]:
+    """(name, pin) of the inputs that the recipe reads. A pin with a span in its url stands for many files."""
+    unused = {"delta_base"} if recipe.merge.start == "merge" else {"gamma", "beta"}
+    unused |= {"index"} if recipe.download.images == "all" else set()
+    return [
+        (name, pin)
+        for name, pinned in recipe.download.inputs.items()
+        if name not in unused
+        for pin in (pinned if isinstance(pinned, list) else [pinned])
+    ]
+
+
+def steps(recipe: Recipe) -> int | None:
+    """Steps of the whole training; None if only the schedule stage will know."""
+    return recipe.published.dataset.steps if recipe.published else None
+
+
+def posts(recipe: Recipe) -> int | None:
+    """At most so many posts are trained on; None if a range takes all of a database that nobody counted."""
+    if recipe.published:
+        return recipe.published.dataset.posts
+    total_draws = 0
+    for each in recipe.selection.ranges:
+        if each.draw == "all":
+            return None
+        total_draws += each.draw
+    return total_draws
+
+
+def checkpoint_bytes(recipe: Recipe, model: ParameterCounts) -> int:
+    """A whole model as merge and bake write it."""
+    return ITEM_BYTES[recipe.merge.output_dtype] * (model.unet + model.text + model.vae)
+
+
+def lokr_bytes(model: ParameterCounts) -> int:
+    """The tensors of a LoKr file, which is always fp16."""
+    return 2 * model.lokr
+
+
+def state_bytes(recipe: Recipe, model: ParameterCounts) -> int:
+    """A saved state without its journal: weights and 8-bit optimizer state."""
+    return ITEM_BYTES[recipe.train.weights] * model.lokr + model.optimizer
+
+
+def journal_row_bytes(recipe: Recipe, model: ParameterCounts) -> int:
+    """One step in the journal: a loss per micro-batch, a fingerprint per lane, a byte per tensor, two sha256 as text,
+    nine numbers.
+    """
+    return 4 * recipe.schedule.micro_batches + 8 * recipe.schedule.lanes + model.entries + 2 * 64 + 9 * 8
+
+
+def milestones(recipe: Recipe) -> list[int]:
+    """The steps whose states and LoKr files are kept for good."""
+    every = recipe.execution.milestone_every
+    return list(range(every, (steps(recipe) or 0) + 1, every))
+
+
+def download_sizes(recipe: Recipe, model: ParameterCounts | None) -> list[SizeEstimate]:
+    """What is downloaded into the mirror. model: None if its size is not known."""
+    pins_by_name: dict[str, list[Pin]] = {}
+    for name, pin in needed_pins(recipe):
+        if pin.url.startswith("hf://"):
+            pins_by_name.setdefault(name, []).append(pin)
+    estimates = []
+    for name, own in pins_by_name.items():
+        files, sizes = sum(map(pins.span_files, own)), [pin.bytes for pin in own]
+        if None not in sizes:
+            estimate = SizeEstimate(name, sum(size or 0 for size in sizes), "pinned")
+        elif name == "tars" and files == RELEASE_TARS:
+            estimate = SizeEstimate(f"{files:,} tars", *TARS)
+        elif name == "index" and files == RELEASE_TARS:
+            estimate = SizeEstimate(f"{files:,} lists", *INDEX)
+        elif name in architecture_pins(recipe) and model:
+            estimate = SizeEstimate(name, checkpoint_bytes(recipe, model), f"no size is pinned: that of {model.of}")
+        else:
+            estimate = SizeEstimate(name, None, "no size is pinned: `kohaku-delta pin` gets it from the Hub")
+        estimates.append(estimate)
+    return estimates
+
+
+def build_sizes(recipe: Recipe, model: ParameterCounts) -> list[SizeEstimate]:
+    """What the stages write. DVC keeps a second copy in its cache, unless the file system can share blocks."""
+    size, count = checkpoint_bytes(recipe, model), posts(recipe)
+    parameters = model.unet + model.text + model.vae
+    journal = journal_row_bytes(recipe, model) * (steps(recipe) or 0)
+    posts_source = f"{POST_BYTES} bytes per post at most (an estimate); "
+    posts_source += "the select stage counts the posts" if count is None else f"{count:,} posts"
+    return [
+        SizeEstimate(
+            "base, final model, diffusers folder", 3 * size, f"{size / GB:.2f} GB each: {parameters:,} numbers, counted"
+        ),
+        SizeEstimate("LoKr, journal", lokr_bytes(model) + journal, "counted"),
+        SizeEstimate("posts, captions, schedule", None if count is None else POST_BYTES * count, posts_source),
+    ]
+
+
+def state_sizes(recipe: Recipe, model: ParameterCounts) -> list[SizeEstimate]:
+    """The training's work folder at its largest."""
+    kept, state, row = milestones(recipe), state_bytes(recipe, model), journal_row_bytes(recipe, model)
+    latest, count = recipe.execution.keep_states + 1, steps(recipe) or 0
+    source = f"{state / GB:.2f} GB each and the journal, counted; one of them is being written"
+    estimates = [SizeEstimate(f"{latest} latest states", latest * (state + row * count), source)]
+    if kept:
+        every = f"a state every {recipe.execution.milestone_every:,} steps of {count:,} (model card)"
+        lokr = f"{lokr_bytes(model) / 1e6:.0f} MB each: {model.lokr:,} numbers of fp16, counted"
+        estimates.append(SizeEstimate(f"{len(kept)} milestones", len(kept) * state + row * sum(kept), every))
+        estimates.append(SizeEstimate(f"{len(kept)} LoKr files", len(kept) * lokr_bytes(model), lokr))
+    return estimates
+
+
+def gradient_buffers(recipe: Recipe, ranks: int) -> int:
+    """Flat fp32 gradients that a rank holds at once: its part of the tree over the lanes, or what it gathers from the
+    other ranks beside its own.
+    """
+    lanes = max(recipe.schedule.lanes // ranks, 1)
+    return max(lanes.bit_length(), ranks + 1 if ranks > 1 else 1)
+
+
+def gpu_memory_parts(recipe: Recipe, model: ParameterCounts) -> list[SizeEstimate]:
+    """What occupies a GPU's memory all the time. Activations come on top: nobody measured them for this code."""
+    train, ranks = recipe.train, recipe.execution.ranks
+    weights, buffers = ITEM_BYTES[train.weights], gradient_buffers(recipe, ranks)
+    return [
+        SizeEstimate(
+            "U-Net, text encoders",
+            ITEM_BYTES[train.precision] * (model.unet + model.text),
+            f"{train.precision}, counted",
+        ),
+        SizeEstimate("VAE", 4 * model.vae, "float32, counted"),
+        SizeEstimate("LoKr and its gradient", weights * (model.lokr + model.trained), f"{train.weights}, counted"),
+        SizeEstimate("optimizer", model.optimizer, "8 bits per number and a scale per block, counted"),
+        SizeEstimate(
+            "sums of gradients",
+            4 * model.trained * buffers,
+            f"{buffers} of float32: {recipe.schedule.lanes} lanes on {ranks} ranks",
+        ),
+    ]
+
+
+def gpu_memory(recipe: Recipe, model: ParameterCounts) -> int:
+    """What is taken as enough GPU memory: that of the release's GPUs, and what more ranks add to the sums."""
+    buffers = gradient_buffers(recipe, recipe.execution.ranks)
+    more = max(0, buffers - gradient_buffers(recipe, RELEASE_GPUS))
+    return RELEASE_GPU_MEMORY + 4 * model.trained * more
+
+
+def host_memory(recipe: Recipe, model: ParameterCounts) -> int:
+    """Main memory while the ranks start: each reads the base and the tables before the GPU takes them."""
+    per_rank = checkpoint_bytes(recipe, model) + lokr_bytes(model) + POST_BYTES * (posts(recipe) or 0)
+    return recipe.execution.ranks * per_rank
+
+
+def shared_memory(recipe: Recipe) -> int:
+    """/dev/shm: images and noise on their way from the loader processes, and NCCL's own."""
+    pixels = recipe.schedule.area
+    images, noise = 3 * pixels, 2 * 4 * 4 * (pixels // 64)  # uint8 RGB; two float32 tensors of 4 latent channels
+    per_process = MICRO_BATCHES_AHEAD * recipe.schedule.batch_size * (images + noise)
+    nccl = NCCL_SHARED if recipe.train.device == "cuda" else 0
+    return recipe.execution.ranks * recipe.execution.workers * per_process + nccl
+
+
+def days(count: int, seconds: float) -> float:
+    """Of `count` steps of `seconds` each."""
+    return count * seconds / 86400

@@ -1,0 +1,227 @@
+"""Where two rebuilds differ: the first difference of each kind, in the order of the pipeline.
+
+The kinds are input, parameter, code, library, post, caption, micro-batch, step (with its lane) and tensor; the first
+line is the cause, and the lines below it mostly its consequences. Rebuilds are equal only if every output of every
+stage is.
+"""
+
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kohaku_delta.errors import UserError
+from kohaku_delta.formats import parquet
+from kohaku_delta.provenance import dvc_yaml
+from kohaku_delta.provenance.artifact import Artifact
+from kohaku_delta.provenance.stage_record import Record
+from kohaku_delta.training import journal as journals
+from kohaku_delta.verify import chain, replay_training
+from kohaku_delta.verify.findings import format_some
+
+MAX_TEXT = 160  # characters shown of a value
+Line = tuple[str, str]  # kind, sentence; what is before “|” is the first rebuild's
+
+
+def differing_outputs(a: Artifact, b: Artifact) -> dict[str, list[str]]:
+    """Stage → its outputs that differ, in the order of the pipeline, of the stages in both locks. Raises UserError if
+    there are none.
+    """
+    shared = [name for name in a.stages if name in a.lock and name in b.lock]
+    if not shared:
+        raise UserError(
+            f"{a.name} and {b.name} have no finished stage in common. Two rebuilds of one recipe can be compared."
+        )
+    return {name: [out for out in a.stages[name].outs if _md5(a, name, out) != _md5(b, name, out)] for name in shared}
+
+
+def _md5(rebuild: Artifact, stage: str, path: str) -> str | None:
+    """The md5 of an output as it is here; of one that is not here, as dvc.lock has it."""
+    if path in rebuild.digests:
+        return rebuild.digests[path].md5
+    return next((out.md5 for out in rebuild.lock[stage].outs if out.path == path), None)
+
+
+def stage_differences(a: Artifact, b: Artifact) -> Iterator[Line]:
+    """The first difference of each kind."""
+    yield from _inputs(a, b)
+    yield from _parameters(a, b)
+    for field, kind in (("files", "code"), ("libraries", "library")):
+        one, other = (
+            {name: value for code in rebuild.code.values() for name, value in getattr(code, field).items()}
+            for rebuild in (a, b)
+        )
+        if names := _differing_keys(one, other):
+            yield kind, format_some(names)
+    for name, kind in (("selection", "post"), ("posts", "post"), ("dropped", "post"), ("captions", "caption")):
+        yield from _posts(a, b, name, kind)
+    yield from _schedule(a, b)
+    yield from _steps(a, b)
+    yield from _tensors(a, b)
+
+
+def _differing_keys(one: dict, other: dict) -> list:
+    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+
+
+def _inputs(a: Artifact, b: Artifact) -> Iterator[Line]:
+    names = {entry["url"]: entry["name"] for entry in a.inputs + b.inputs}
+    one, other = ({entry["url"]: entry["sha256"] for entry in rebuild.inputs} for rebuild in (a, b))
+    for url in _differing_keys(one, other):
+        here, there = (f"{sha256s[url][:16]}…" if url in sha256s else "missing" for sha256s in (one, other))
+        yield "input", f"{names[url]}, {Path(url).name}: {here} | {there}"
+
+
+def _parameters(a: Artifact, b: Artifact) -> Iterator[Line]:
+    """The parameters that the stages in both locks ran with, by dotted key; the pins are covered by the inputs."""
+    shared = [name for name in a.lock if name in b.lock]
+    one, other = (
+        {key: value for name in shared for key, value in _flatten(rebuild.lock[name].parameters).items()}
+        for rebuild in (a, b)
+    )
+    for key in _differing_keys(one, other):
+        if key != "root" and not key.startswith("download.inputs."):
+            yield "parameter", f"{key}: {_short(one.get(key, 'missing'))} | {_short(other.get(key, 'missing'))}"
+
+
+def _flatten(value: Any, path: str = "") -> dict[str, str]:
+    if isinstance(value, dict):
+        return {key: leaf for name, item in value.items() for key, leaf in _flatten(item, f"{path}{name}.").items()}
+    return {path.rstrip("."): repr(value)}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…"
+
+
+def _differing_files(a: Artifact, b: Artifact, name: str) -> list[Path]:
+    """The paths of a file under build/ in both rebuilds, if both have it and it differs; else none."""
+    out = f"build/{name}"
+    both = out in a.digests and out in b.digests and a.digests[out] != b.digests[out]
+    return [a.folder / out, b.folder / out] if both else []
+
+
+def _posts(a: Artifact, b: Artifact, name: str, kind: str) -> Iterator[Line]:
+    """The first row in which two tables with one row per post differ."""
+    tables = [parquet.read(path).combine_chunks() for path in _differing_files(a, b, f"{name}.parquet")]
+    if not tables:
+        return
+    one, other = tables
+    if one.schema != other.schema:
+        yield kind, f"{name}.parquet has other columns: {', '.join(one.column_names)} | {', '.join(other.column_names)}"
+        return
+    row = chain.first_difference(one, other)
+    if row is None:
+        yield kind, f"{name}.parquet holds the same rows in other bytes"
+        return
+    here, there = (table.slice(row, 1).to_pylist()[0] if row < len(table) else None for table in tables)
+    ids = [set(table["post_id"].to_pylist()) for table in tables]
+    counts = (
+        f"{len(one):,} | {len(other):,} rows; {len(ids[0] - ids[1]):,} posts only in the first, "
+        f"{len(ids[1] - ids[0]):,} only in the second"
+    )
+    if here is None or there is None or here["post_id"] != there["post_id"]:
+        post = min(found["post_id"] for found in (here, there) if found)
+        side = "first" if here and here["post_id"] == post else "second"
+        yield kind, f"{name}.parquet: post {post} is only in the {side} ({counts})"
+        return
+    column = next(key for key in here if here[key] != there[key])
+    columns = sum(
+        not pc.all(pc.fill_null(pc.equal(one[key], other[key]), True)).as_py()
+        for key in one.column_names
+        if len(one) == len(other) and not pa.types.is_nested(one[key].type)
+    )
+    values = f"{_short(here[column])} | {_short(there[column])}"
+    yield (
+        kind,
+        f"{name}.parquet: post {here['post_id']}, {column}: {values}"
+        + (f" ({columns} columns differ)" if columns > 1 else "")
+        + (f" ({counts})" if ids[0] != ids[1] else ""),
+    )
+
+
+def _schedule(a: Artifact, b: Artifact) -> Iterator[Line]:
+    tables = [parquet.read(path).combine_chunks() for path in _differing_files(a, b, "schedule.parquet")]
+    if not tables:
+        return
+    row = chain.first_difference(*tables)
+    if row is None:
+        yield "micro-batch", "schedule.parquet holds the same rows in other bytes"
+        return
+    batches = (
+        chain.describe_micro_batch(table, row) if row < len(table) else "the schedule has ended" for table in tables
+    )
+    yield "micro-batch", " | ".join(batches)
+
+
+def _steps(a: Artifact, b: Artifact) -> Iterator[Line]:
+    paths = _differing_files(a, b, "journal.parquet")
+    if not paths:
+        return
+    one, other = (journals.read_journal(path) for path in paths)
+    bases = [str(journal.header.get("base"))[:16] for journal in (one, other)]
+    if one.header.get("base") != other.header.get("base"):
+        yield "step", f"the journals begin with other bases: {bases[0]}… | {bases[1]}…"
+    schedule, lokr = a.output("schedule.parquet"), a.tensors.get(chain.LOKR)
+    micro_batches = parquet.read(schedule, ["step", "lane", "posts"]) if schedule else None
+    names = sorted(name for name in lokr.tensors if not name.endswith(".alpha")) if lokr else []
+    for step, (ours, theirs) in enumerate(zip_longest(one.rows, other.rows)):
+        if ours is None or theirs is None:
+            yield "step", f"one journal ends after {step:,} steps: {len(one.rows):,} | {len(other.rows):,}"
+            return
+        if ours | {"chain": ""} != theirs | {"chain": ""}:
+            yield "step", f"step {step}: {_step(ours, theirs, micro_batches, names, step)}"
+            return
+    if one.header == other.header:
+        yield "step", "all rows are equal, and the journals end with other LoKr files"
+
+
+def _step(ours: dict, theirs: dict, schedule: pa.Table | None, names: list[str], step: int) -> str:
+    """How two journal rows differ: as a replay says it if schedule and LoKr file fit the rows, else more roughly."""
+    if len(ours["losses"]) != len(theirs["losses"]) or len(ours["lanes"]) != len(theirs["lanes"]):
+        return "the journals have other numbers of micro-batches or lanes"
+    batches = schedule.filter(pc.equal(schedule["step"], step)).to_pylist() if schedule else []
+    if len(batches) == len(ours["losses"]) and len(names) == len(ours["tensors"]) == len(theirs["tensors"]):
+        difference = replay_training.first_step_difference(theirs, ours, batches, names, they="the second says")
+        return difference or "in a value that is not a number"
+    losses = (np.asarray(row["losses"], np.float32).view(np.uint32) for row in (ours, theirs))
+    places = np.flatnonzero(np.not_equal(*losses))
+    return f"the loss at place {places[0]}" if len(places) else "its gradients, weights or visits"
+
+
+def _tensors(a: Artifact, b: Artifact) -> Iterator[Line]:
+    for out in a.tensors:
+        if out in b.tensors and a.tensors[out] != b.tensors[out]:
+            one, other = a.tensors[out].tensors, b.tensors[out].tensors
+            names, total = _differing_keys(one, other), len(one.keys() | other.keys())
+            yield "tensor", f"{out}: {names[0]}; {len(names):,} of {total:,} tensors differ"
+
+
+def host_differences(a: Artifact, b: Artifact) -> list[str]:
+    """What differed on the two hosts according to the records."""
+    lines: dict[str, None] = {}
+    for name in a.stages:
+        if name in a.records and name in b.records:
+            one, other = _host_facts(a.records[name]), _host_facts(b.records[name])
+            for key in one | other:
+                if one.get(key) != other.get(key):
+                    lines[f"{key}: {one.get(key) or 'none'} | {other.get(key) or 'none'}"] = None
+    return list(lines)
+
+
+def _host_facts(record: Record) -> dict[str, str | None]:
+    revision = record.revision
+    commit = revision.commit[:10] + (", changed" if revision.dirty else "") if revision else None
+    return {"container": record.container, "commit": commit} | record.host | (record.numerics or {}) | record.libraries
+
+
+def stages_in_one_only(a: Artifact, b: Artifact) -> list[str]:
+    """The stages that only one of the locks has."""
+    lines = [f"{name}: only in the first" for name in a.lock if name not in b.lock]
+    lines += [f"{name}: only in the second" for name in b.lock if name not in a.lock]
+    return lines + ([f"{dvc_yaml.PIPELINE} declares other stages"] if list(a.stages) != list(b.stages) else [])

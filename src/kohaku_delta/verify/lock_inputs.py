@@ -1,0 +1,202 @@
+"""The checks lock/code, libraries, pins and data: what the stages ran and read from outside the pipeline."""
+
+import os
+import posixpath
+import re
+import subprocess
+from pathlib import Path
+
+from kohaku_delta.errors import UserError
+from kohaku_delta.formats import hashing
+from kohaku_delta.hub import pins
+from kohaku_delta.provenance import bundles, import_closure
+from kohaku_delta.provenance.artifact import REPOSITORY, Artifact, is_library_locks
+from kohaku_delta.verify.findings import Check, Skip, check, format_some
+
+
+@check("lock/code")
+def check_code(rebuild: Artifact) -> Check:
+    """build/code describes the code at hand, or that of the commit that the records name."""
+    digests: dict[str, str] = {}
+    for code in rebuild.code.values():
+        if conflicting := [file for file, digest in code.files.items() if digests.setdefault(file, digest) != digest]:
+            files = format_some(conflicting)
+            yield f"{files} differed between {code.stage} and another stage: run `dvc repro` to its end"
+    if not digests:
+        raise Skip(f"{import_closure.FOLDER} does not exist: the stage `code` has not run here")
+    if outside := [file for file in digests if not file.startswith(("src/", "stages/")) or ".." in file.split("/")]:
+        yield f"{import_closure.FOLDER} names code outside of src/ and stages/: {format_some(outside)}"
+        return ""
+    repository = REPOSITORY if rebuild.bundle else rebuild.folder / rebuild.recipe.root
+    present = {file: (repository / file).read_bytes() for file in digests if (repository / file).is_file()}
+    differing = _differing(digests, present)
+    if not differing:
+        return f"{len(digests)} files of code are those at hand"
+    commit = rebuild.commit
+    committed = _committed_files(repository, commit, list(digests)) if commit else None
+    if commit and committed is not None:
+        for file in _differing(digests, committed):
+            yield f"{file} is not what commit {commit[:10]} holds"
+        return (
+            f"{len(digests)} files of code are those of commit {commit[:10]}; "
+            f"{len(differing)} differ from the code at hand"
+        )
+    if rebuild.bundle:
+        revision = f"commit {commit[:10]}" if commit else "the revision that was run"
+        raise Skip(f"{format_some(differing)} differ from the code at hand, and {revision} is not here: check it out")
+    yield f"{format_some(differing)}: not what {import_closure.FOLDER} says was run. `dvc repro` runs what changed"
+    return ""
+
+
+def _differing(digests: dict[str, str], contents: dict[str, bytes]) -> list[str]:
+    """The files whose content does not have the digest of build/code."""
+
+    def digest(file: str) -> str | None:
+        try:
+            return import_closure.file_digest(file, contents[file]) if file in contents else None
+        except UserError:  # not Python that can be parsed
+            return None
+
+    return [file for file, expected in digests.items() if digest(file) != expected]
+
+
+def _committed_files(repository: Path, commit: str, files: list[str]) -> dict[str, bytes] | None:
+    """File → its content in the commit, without those that the commit lacks. None without git, or without the commit.
+
+    Only objects that are here are read: git fetches nothing.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*arguments: str, stdin: str = "") -> bytes:
+        return subprocess.run(
+            ["git", "-C", str(repository), *arguments],
+            input=stdin.encode(),
+            capture_output=True,
+            check=True,
+            env=environment | {"GIT_NO_LAZY_FETCH": "1"},
+        ).stdout
+
+    try:
+        git("cat-file", "-e", f"{commit}^{{commit}}")
+        output = git("cat-file", "--batch", stdin="".join(f"{commit}:{file}\n" for file in files))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    contents, position = {}, 0
+    for file in files:  # per file: `<id> blob <size>\n<content>\n`, or one line that says it is missing
+        header, _, _ = output[position:].partition(b"\n")
+        position += len(header) + 1
+        match header.split():
+            case [_, b"blob", size]:
+                contents[file] = output[position : position + int(size)]
+                position += int(size) + 1
+    return contents
+
+
+@check("lock/libraries")
+def check_libraries(rebuild: Artifact) -> Check:
+    """The lock files of the libraries are those that the stages ran with, and the recipe's one names the versions that
+    were installed.
+    """
+    folders = [dep for stage in rebuild.lock.values() for dep in stage.deps if is_library_locks(dep.path)]
+    if len(folders) != 1:
+        yield f"dvc.lock names {len(folders)} folders of library lock files; one is expected: requirements, of `code`"
+        return ""
+    (folder,) = folders
+    name = f"{folder.path}/{rebuild.recipe.requirements}.txt"
+    here = rebuild.folder / (bundles.LIBRARIES if rebuild.bundle else folder.path)
+    file = here / f"{rebuild.recipe.requirements}.txt"
+    if not file.is_file():
+        yield f"{name} does not exist"
+        return ""
+    if hashing.digest_path(here).md5 != folder.md5:
+        yield f"{folder.path} is not the one that dvc.lock says the stages ran with"
+        return ""
+    locked = import_closure.locked_libraries(file)
+    for code in rebuild.code.values():
+        for library, version in code.libraries.items():
+            if locked.get(library) != version:
+                yield f"{code.stage}: {import_closure.FOLDER} has another {library} {version.version} than {name}"
+    for stage, record in rebuild.records.items():
+        for library, installed in record.libraries.items():
+            if installed and (library not in locked or locked[library].version != installed):
+                expected = locked[library].version if library in locked else "no version"
+                yield f"{stage} ran with {library} {installed}, {name} has {expected}"
+    if not rebuild.records:
+        return f"{name} is the one of dvc.lock; no record says what was installed"
+    return f"{name}: {len(locked)} libraries, installed as locked in {len(rebuild.records)} recorded stages"
+
+
+@check("lock/pins")
+def check_pins(rebuild: Artifact) -> Check:
+    """inputs.json has each pinned input, with the pinned size and sha256. Of a span of files without a list only the
+    names are pinned.
+    """
+    if not rebuild.inputs:
+        if rebuild.output("inputs.json"):
+            yield "build/inputs.json is not a list of inputs"
+        raise Skip("build/inputs.json does not exist")
+    unused = {"index", "delta_base"} if rebuild.recipe.merge.start == "merge" else {"index", "gamma", "beta"}
+    pinned: set[str] = set()
+    whole = 0
+    for name, listed in rebuild.recipe.download.inputs.items():
+        for pin in listed if isinstance(listed, list) else [listed]:
+            span = pins.SPAN.search(pin.url)
+            folder = pin.url[: pin.url.rindex("/", 0, span.start()) + 1] if span else ""
+            rows: dict[str, tuple[int, str | None]] = {}
+            if span and pin.sha256:  # the pin is that of pins-<input>.csv
+                try:
+                    rows = pins.read_pin_list(pins.pin_list_path(rebuild.folder, name), pin)
+                except UserError as error:
+                    yield error.message.replace(f"{rebuild.folder}/", "")
+            urls = _url_pattern(pin.url, span)
+            entries = [entry for entry in rebuild.inputs if entry["name"] == name and urls.fullmatch(entry["url"])]
+            if not entries and name not in unused:
+                yield f"{pin.url} is pinned and not in inputs.json"
+            for entry in entries:
+                url = entry["url"]
+                pinned.add(url)
+                size, sha256 = rows.get(url[len(folder) :], (None, None)) if span else (pin.bytes, pin.sha256)
+                whole += len(sha256 or "") == 64
+                same = entry["sha256"].startswith(sha256 or "") and entry["bytes"] == (size or entry["bytes"])
+                if not same and entry.get("pinned") != "members":  # a sparse tar has no sha256 of its own
+                    yield f"{url} has another size or sha256 than params.yaml pins"
+    for entry in rebuild.inputs:
+        if entry["url"] not in pinned:
+            yield f"{entry['url']} is in inputs.json and not pinned"
+    rest = len(rebuild.inputs) - whole
+    return f"{len(rebuild.inputs)} inputs as pinned, {whole} of them by a whole sha256" + (
+        f"; {rest} others as the first download recorded them" if rest else ""
+    )
+
+
+def _url_pattern(url: str, span: re.Match[str] | None) -> re.Pattern[str]:
+    """Matches the urls that a pin names: its own, or those of its span of numbers."""
+    if span is None:
+        return re.compile(re.escape(url))
+    return re.compile(rf"{re.escape(url[: span.start()])}\d+{re.escape(url[span.end() :])}")
+
+
+@check("lock/data")
+def check_data(rebuild: Artifact, hashed: bool) -> Check:
+    """The inputs lie where inputs.json says, with the right sizes; with `hashed` their content is compared too."""
+    if rebuild.bundle:
+        raise Skip("a bundle holds no inputs")
+    paths = [Path(posixpath.normpath(rebuild.folder / "build" / entry["path"])) for entry in rebuild.inputs]
+    present = [(path, entry) for path, entry in zip(paths, rebuild.inputs, strict=True) if path.is_file()]
+    if not present:
+        raise Skip("the inputs are not on this machine" if paths else "no build/inputs.json says where the inputs lie")
+    for path in paths:
+        if not path.is_file():
+            yield f"{path} does not exist"
+    for path, entry in present:
+        if path.stat().st_size != entry["bytes"]:
+            yield f"{path} has {path.stat().st_size:,} bytes, inputs.json says {entry['bytes']:,}"
+    total = sum(path.stat().st_size for path, _ in present)
+    if not hashed:
+        raise Skip(f"{len(present)} inputs have the right sizes and were not read; --data hashes their {total:,} bytes")
+    known = [(path, entry["sha256"]) for path, entry in present if len(entry["sha256"]) == 64]
+    digests = hashing.digest_paths((path for path, _ in known), md5=False)
+    for (path, sha256), digest in zip(known, digests, strict=True):
+        if digest.sha256 != sha256:
+            yield f"{path} is not what the download stage verified"
+    return f"{len(known)} inputs hashed again, {total:,} bytes"

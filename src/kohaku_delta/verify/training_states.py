@@ -1,0 +1,138 @@
+"""The checks lock/work and chain/weights: the saved states of the training against its journal and its LoKr file.
+
+The journal's last row has the fingerprint of the float32 weights, and the LoKr file holds them rounded to float16, so
+the last state connects both bit by bit. If the weights were float16 all along, the file alone does.
+
+torch is imported inside functions: the audit of a bundle, which has no states, does without it.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from kohaku_delta.errors import UserError
+from kohaku_delta.formats import safetensors_io
+from kohaku_delta.provenance.artifact import Artifact
+from kohaku_delta.training import journal
+from kohaku_delta.training.journal import Journal
+from kohaku_delta.verify.chain import BASE, LOKR, require_journal
+from kohaku_delta.verify.findings import Check, Skip, check, format_some
+
+INPUTS = {"base": BASE} | {name: f"build/{name}.parquet" for name in ("posts", "captions", "schedule")}
+
+
+@check("lock/work")
+def check_saved_states(rebuild: Artifact, own_journal: Journal | None) -> Check:
+    """Every saved state of this training belongs to its journal, bit for bit; states of other trainings are named.
+
+    A state belongs to this training if the folder's name follows from its depends.json, and that names our inputs.
+    """
+    work = rebuild.folder / rebuild.recipe.execution.work
+    if rebuild.bundle:
+        raise Skip("a bundle holds no states")
+    own_journal = require_journal(own_journal)
+    from kohaku_delta.training import checkpointing
+
+    foreign, count = [], 0
+    for depends in sorted(work.glob(f"*/{checkpointing.DEPENDS}")):
+        folder = depends.parent
+        try:
+            digests = json.loads(depends.read_text(encoding="utf-8"))["depends"]
+            key = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
+            differing = _differing_inputs(rebuild, digests)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            yield f"{folder.name}: its {checkpointing.DEPENDS} cannot be read"
+            continue
+        if key != folder.name:
+            yield (
+                f"{folder.name}: its name does not follow from its {checkpointing.DEPENDS}: "
+                "it is of another run, or was edited"
+            )
+        elif differing:
+            verb = "differ" if len(differing) > 1 else "differs"
+            foreign.append((len(differing), f"{folder.name} ({format_some(differing)} {verb})"))
+        else:
+            for step in checkpointing.saved_steps(folder):
+                count += 1
+                yield from _state_faults(rebuild, folder, step, own_journal)
+    others = format_some(text for _, text in sorted(foreign))  # the fewest differences first
+    if not count:
+        raise Skip("no saved state of this training exists" + (f"; of other runs: {others}" if others else ""))
+    return f"{count} saved states belong to the journal, with its fingerprints" + (
+        f"; of other runs, not checked: {others}" if others else ""
+    )
+
+
+def _differing_inputs(rebuild: Artifact, digests: dict[str, str]) -> list[str]:
+    """The inputs of this rebuild's training whose sha256 a run that depends on `digests` did not have."""
+    ours = {name: rebuild.digests[out].sha256 for name, out in INPUTS.items() if out in rebuild.digests}
+    return sorted(name for name, sha256 in ours.items() if digests.get(name) != sha256)
+
+
+def _state_faults(rebuild: Artifact, folder: Path, step: int, own_journal: Journal) -> list[str]:
+    from kohaku_delta.training import checkpointing
+
+    try:
+        *_, state_journal = checkpointing.load(folder, step, own_journal.header)
+        if step <= len(own_journal.rows) and state_journal.rows[-1]["chain"] == own_journal.rows[step - 1]["chain"]:
+            return []
+    except UserError as error:
+        return [error.message.replace(f"{rebuild.folder}/", "")]
+    except (IndexError, KeyError):
+        return [f"{folder.name}: the state after step {step - 1} has no rows"]
+    return [f"{folder.name}: the state after step {step - 1} does not belong to this journal: stale, or of another run"]
+
+
+@check("chain/weights")
+def check_final_weights(rebuild: Artifact, own_journal: Journal | None) -> Check:
+    """The LoKr file holds the weights whose fingerprint is in the journal's last row."""
+    own_journal = require_journal(own_journal)
+    path = rebuild.folder / LOKR
+    if not path.is_file():
+        raise Skip(f"{LOKR} does not exist: its bits are not compared with the journal's last row")
+    import torch
+
+    from kohaku_delta.training import checkpointing, tensor_fingerprints
+
+    with safetensors_io.open_file(path) as file:
+        lokr = {name: file.read(name) for name in file.specs if not name.endswith(".alpha")}
+    weights, name = lokr, "the LoKr's tensors"
+    if rebuild.recipe.train.weights != "float16":
+        state = _last_state(rebuild, own_journal)
+        if state is None:
+            raise Skip(
+                "the file holds float32 weights in float16: only the last saved state connects them to the journal's "
+                "last row, and it does not exist"
+            )
+        with safetensors_io.open_file(state / checkpointing.STATE) as file:
+            weights = {name[8:]: file.read(name) for name in file.specs if name.startswith("weights/")}
+        name = "the last saved state, which rounded to float16 is the LoKr,"
+        rounded = {name: array.astype(np.float16).tobytes() for name, array in weights.items()}
+        stored = {name: array.tobytes() for name, array in lokr.items()}
+        if differing := sorted(
+            name for name in rounded.keys() | stored.keys() if rounded.get(name) != stored.get(name)
+        ):
+            yield f"{LOKR} is not the last saved state rounded to float16: {format_some(differing)}"
+            return ""
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in weights.items()}
+    fingerprint = tensor_fingerprints.combine(tensor_fingerprints.fingerprints(tensors))
+    if fingerprint != own_journal.rows[-1]["weights"]:
+        yield f"{name} does not have the fingerprint of the journal's last row"
+    return f"{name} has the fingerprint of the journal's last row"
+
+
+def _last_state(rebuild: Artifact, own_journal: Journal) -> Path | None:
+    """The folder of the state after the last step of this journal."""
+    from kohaku_delta.training import checkpointing
+
+    for folder in sorted((rebuild.folder / rebuild.recipe.execution.work).glob("*")):
+        state = checkpointing.state_path(folder, len(own_journal.rows))
+        try:
+            rows = journal.read_journal(state / checkpointing.JOURNAL).rows
+        except UserError:
+            continue
+        if rows and rows[-1]["chain"] == own_journal.rows[-1]["chain"] and (state / checkpointing.STATE).is_file():
+            return state
+    return None

@@ -53,7 +53,7 @@ class Hub:
         self.gated: set[str] = set()  # "datasets/owner/name"
         self.renamed: dict[str, str] = {}  # old name → new name, both as above
         self.commit = REVISION  # what main points at
-        self.retry_after = "0"  # seconds, said with each 429
+        self.retry_after = "0"  # seconds, sent with each 429
         self.asked: list[tuple] = []  # (server, method, path, range, authorization)
         self.open = self.most = 0  # of the bytes: requests at work, and the most at once
         self.lock, self.release = threading.Lock(), threading.Event()
@@ -80,7 +80,7 @@ class Hub:
         return self.files[name]
 
     def requests(self, server: str = "storage") -> list[tuple]:
-        return [each for each in self.asked if each[0] == server]
+        return [request for request in self.asked if request[0] == server]
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def command(ranks: int) -> list[str]:
 
 
 def run(folder: Path, ranks: int = 1) -> subprocess.CompletedProcess:
-    """Trains in `folder`; what it said is in .stdout and .stderr."""
+    """Run the training in `folder`; its output is in .stdout and .stderr."""
     return subprocess.run(
         command(ranks), cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""}
     )

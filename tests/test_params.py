@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from kohaku_delta import yaml_file
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import load
 
@@ -101,6 +102,21 @@ def test_what_is_no_recipe_is_refused(tmp_path, content):
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match="params.yaml"):
         load(path)
+
+
+def test_a_strangers_recipe_cannot_fill_the_memory_or_control_the_terminal(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n")
+    with pytest.raises(UserError, match="aliases"):
+        load(path)
+    path.write_bytes(b"#" * (yaml_file.MAX_BYTES + 1))
+    with pytest.raises(UserError, match="more than 8,388,608 bytes"):
+        load(path)
+    path.write_text('"\\e[2J\\n": 1\n' + f"root: [{'x' * 100_000}]\n")
+    with pytest.raises(UserError) as refusal:
+        load(path)
+    lines = refusal.value.message.splitlines()
+    assert len(lines) == 5 and all(line.isprintable() and len(line) < 1000 for line in lines)
 
 
 def test_a_missing_recipe_is_refused(tmp_path):

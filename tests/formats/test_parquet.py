@@ -12,10 +12,12 @@ def test_the_bytes_do_not_depend_on_how_rows_were_appended(tmp_path, monkeypatch
     rng = np.random.default_rng(1)
     whole = pa.table(
         {
-            "id": np.cumsum(rng.integers(1, 9, 30_000)), "some": pa.array(rng.integers(0, 5, 30_000).astype(np.int32), mask=rng.random(30_000) < 0.2),
-            "good": rng.random(30_000) < 0.5, "text": [f"text {number}" for number in rng.integers(0, 10**9, 30_000)],
+            "id": np.cumsum(rng.integers(1, 9, 30_000)),
+            "some": pa.array(rng.integers(0, 5, 30_000).astype(np.int32), mask=rng.random(30_000) < 0.2),
+            "good": rng.random(30_000) < 0.5,
+            "text": [f"text {number}" for number in rng.integers(0, 10**9, 30_000)],
         }
-    )  # fmt: skip
+    )
     files = []
     for number, length in enumerate((30_000, 8192, 1024, 777, 1)):
         with parquet.open_writer(tmp_path / f"{number}.parquet", whole.schema) as append:

@@ -89,8 +89,8 @@ def test_missing_extra_and_other_shaped_tensors_are_listed(checkpoint, tmp_path)
         and "not known: model_ema.decay" in said
     )
     assert (
-        "other shape: model.diffusion_model.time_embed.0.weight is [96, 25], and time_embedding.linear_1.weight takes [96, 24]"
-        in said
+        "other shape: model.diffusion_model.time_embed.0.weight is [96, 25], "
+        "and time_embedding.linear_1.weight takes [96, 24]" in said
     )
 
 

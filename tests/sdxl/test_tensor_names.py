@@ -26,14 +26,44 @@ CLIP = {
     "vocab_size": 49408,
 }
 CONFIGS = {
-    "unet": tiny_sdxl.CONFIGS["unet"] | {
-        "sample_size": 128, "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048, "norm_num_groups": 32, "projection_class_embeddings_input_dim": 2816,
+    "unet": tiny_sdxl.CONFIGS["unet"]
+    | {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "norm_num_groups": 32,
+        "projection_class_embeddings_input_dim": 2816,
     },
-    "te1": CLIP | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_act": "quick_gelu", "projection_dim": 768},
-    "te2": CLIP | {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "hidden_act": "gelu", "projection_dim": 1280},
-    "vae": tiny_sdxl.CONFIGS["vae"] | {"sample_size": 1024, "block_out_channels": (128, 256, 512, 512), "norm_num_groups": 32, "in_channels": 3, "out_channels": 3, "act_fn": "silu"},
-}  # fmt: skip
+    "te1": CLIP
+    | {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "hidden_act": "quick_gelu",
+        "projection_dim": 768,
+    },
+    "te2": CLIP
+    | {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "hidden_act": "gelu",
+        "projection_dim": 1280,
+    },
+    "vae": tiny_sdxl.CONFIGS["vae"]
+    | {
+        "sample_size": 1024,
+        "block_out_channels": (128, 256, 512, 512),
+        "norm_num_groups": 32,
+        "in_channels": 3,
+        "out_channels": 3,
+        "act_fn": "silu",
+    },
+}
 
 
 @pytest.fixture(scope="module")

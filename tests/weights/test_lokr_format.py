@@ -64,7 +64,7 @@ def test_lycoris_reads_the_file_back_as_the_same_differences(models, trained, tm
         kind, parts = get_module(stored, name)
         with torch.no_grad():
             back = make_module(kind, parts, name, adapter.org_module[0])
-            for ours, theirs in zip(back.get_diff_weight(), adapter.get_diff_weight()):
+            for ours, theirs in zip(back.get_diff_weight(), adapter.get_diff_weight(), strict=True):
                 assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs)), name
 
 

@@ -66,7 +66,7 @@ def test_same_bytes_for_any_piece_size_and_number_of_threads(files, tmp_path):
 def test_compute_and_output_dtypes_round_as_torch_does(files, tmp_path, weights, compute, output):
     recipe = RECIPE.model_copy(
         update={
-            "weights": dict(zip(("gamma", "beta"), weights)),
+            "weights": dict(zip(("gamma", "beta"), weights, strict=True)),
             "compute_dtype": compute,
             "output_dtype": output,
             "donor_embeddings": [],
@@ -123,7 +123,7 @@ def test_a_parent_that_does_not_fit_is_named_and_nothing_is_left(files, tmp_path
 
 
 def test_a_donor_without_a_tensor_is_refused_even_if_all_lack_it(files, tmp_path):
-    for name, path in files.items():
+    for path in files.values():
         changed(path, tmp_path / path.name, lambda tensors: tensors.pop("conditioner.embedders.1.model.ln_final.bias"))
     with pytest.raises(UserError, match="missing: conditioner.embedders.1.model.ln_final.bias"):
         merged({name: tmp_path / path.name for name, path in files.items()}, tmp_path / "out.safetensors")

@@ -49,3 +49,8 @@ class StageCommand(click.Command):
 def print_summary(stage: str, line: str) -> None:
     """The one line that a stage ends with."""
     click.echo(f"{stage}: {line}")
+
+
+def format_counts(counts: dict[str, int]) -> str:
+    """Counts as a phrase: "12 deleted, 3 banned", or "none"."""
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items()) or "none"

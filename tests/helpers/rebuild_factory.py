@@ -64,7 +64,7 @@ def write(folder: Path) -> Path:
     (folder / "mirror" / "data-0004.tar").write_bytes(b"pictures" * 64)
     content = loaded(ROOT / "miniature" / "params.yaml")
     content["root"], content["supplied"] = os.path.relpath(ROOT, folder), "mirror"
-    content["schedule"] |= {"batch_size": 2, "micro_batches": 2, "lanes": 2}
+    content["schedule"] |= {"epochs": 1, "batch_size": 2, "micro_batches": 2, "lanes": 2}
     content["download"] |= {
         "mirror": "mirror",
         "inputs": {"database": _pin(folder, DATABASE), "tars": [_pin(folder, folder / "mirror" / "data-0004.tar")]},

@@ -91,4 +91,4 @@ def test_a_stage_that_does_not_exist_is_refused_with_those_that_do(monkeypatch):
     assert done.exit_code == 1 and "../stages/bakery.py is not there. The stages are bake, caption, code" in done.output
     monkeypatch.chdir(ROOT / "docs")
     done = CliRunner().invoke(main, ["stage", "bake"])
-    assert done.exit_code == 1 and "params.yaml is not there. Run in a recipe's folder" in done.output
+    assert done.exit_code == 1 and "params.yaml is not there. Name a recipe's folder" in done.output

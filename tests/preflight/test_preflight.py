@@ -209,7 +209,7 @@ def test_exit_codes_colours_and_remedies(monkeypatch):
     )
     assert "\x1b[31m" in run(host=replace(GOOD, driver=""), monkeypatch=monkeypatch, color=True).output
     done = run("--params", "nowhere.yaml")
-    assert done.exit_code == 2 and "Run in a recipe's folder" in done.output
+    assert done.exit_code == 2 and "in a recipe's folder" in done.output
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_a_work_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path):
     (folder / "work").chmod(0o555)
     done = subprocess.run(tiny_training.command(1), cwd=folder, capture_output=True, text=True, preexec_fn=drop_root)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert_error(done.stderr, "work/lock", "another place")
+    assert_error(done.stderr, "work/lock", "another path")
 
 
 @pytest.mark.slow

@@ -195,13 +195,13 @@ def test_a_span_of_files_is_pinned_by_its_list(copy):
     ]
     rebuild_factory.dump(path, content)
     rehash_everything(copy)
-    assert "pins-tars.csv is not there" in failed(audit(copy)[1])["lock/pins"]
+    assert "pins-tars.csv does not exist" in failed(audit(copy)[1])["lock/pins"]
     (copy / "pins-tars.csv").write_text(rows)
     assert not failed(audit(copy)[1])
     code, _ = ask("bundle", copy / "x.tar", "--recipe", copy)
     assert code == 0 and not failed(audit(copy / "x.tar")[1])
     (copy / "pins-tars.csv").write_text(rows.replace("data-0004.tar,5", "data-0004.tar,6"))
-    assert "Bring back the list that was pinned" in failed(audit(copy)[1])["lock/pins"]
+    assert "Restore the list that was pinned" in failed(audit(copy)[1])["lock/pins"]
     content["download"]["inputs"]["tars"] = [
         {"url": "file://mirror/data-{0000..2000}.tar", "bytes": None, "sha256": None}
     ]

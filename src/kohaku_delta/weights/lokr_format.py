@@ -23,7 +23,7 @@ from kohaku_delta.params import Recipe
 BASE_DIGEST = "ss_base_digest"
 # the suffixes of an entry's tensors by its kind, which either of the first two decides
 KINDS = {
-    "lokr": tuple("lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 alpha dora_scale".split()),
+    "lokr": tuple("lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 alpha dora_scale".split()),  # noqa: SIM905
     "norm": ("w_norm", "b_norm"),
     "full": ("diff", "diff_b", "alpha", "dora_scale"),
 }

@@ -28,7 +28,7 @@ CREATE TABLE "post" ("id" INTEGER NOT NULL PRIMARY KEY, "created_at" VARCHAR(255
 CREATE TABLE "tag" ("id" INTEGER NOT NULL PRIMARY KEY, "name" VARCHAR(255) NOT NULL, "type" INTEGER NOT NULL, "popularity" INTEGER NOT NULL);
 CREATE TABLE "posttagrelation" ("id" INTEGER NOT NULL PRIMARY KEY, "post_id" INTEGER NOT NULL, "tag_id" INTEGER NOT NULL,
  FOREIGN KEY ("post_id") REFERENCES "post" ("id"), FOREIGN KEY ("tag_id") REFERENCES "tag" ("id"));
-"""  # noqa: E501, the statements' text is part of the file
+"""  # the text of the statements is part of the file
 INDEXES = """
 CREATE UNIQUE INDEX "tag_name" ON "tag" ("name");
 CREATE INDEX "posttagrelation_post_id" ON "posttagrelation" ("post_id");

@@ -110,5 +110,5 @@ def test_a_machine_with_other_captions_is_refused_by_name_on_every_machine(hosts
     done = wait_for(train())
     assert all(code for code, _ in done)
     assert "cannot train with rank 0: captions differs" in done[1][1], done
-    assert "The inputs of rank 1 are not those of rank 0" in done[0][1], done
+    assert "The inputs of rank 2 are not those of rank 0" in done[0][1], done
     assert not any((folder / "build" / name).exists() for folder in (first, second) for name in tiny_training.OUTS)

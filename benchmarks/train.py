@@ -118,7 +118,7 @@ def nondeterministic(work: Callable[[], float]) -> Callable[[], float]:
 
 def time_training_loop(recipe, parts: TrainingContext, steps: int, workers: int) -> float:
     """Seconds of the loop's first steps: reading, lanes, optimizer, journal, and what it saves."""
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": workers})})
+    recipe = recipe.model_copy(update={"execution": recipe.execution.model_copy(update={"workers": workers})})
     with tempfile.TemporaryDirectory() as folder:
         loop = TrainingLoop(recipe, parts, Path(folder))
         began = time.perf_counter()
@@ -201,7 +201,6 @@ def bench_full_size(recipe, rounds: int, schedule) -> dict:
     """The figures of one micro-batch of SDXL at full size on a card, in place of the miniature's."""
     import memory_plan
 
-    recipe = params.load(ROOT / "params.yaml")
     batch = memory_plan.batch(recipe.schedule.batch_size, recipe.model.side, recipe.train.max_token_length)
     seconds = {}
     for form in FORMS:

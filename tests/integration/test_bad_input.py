@@ -1,4 +1,4 @@
-"""What a user did wrong ends a stage with a sentence, exit code 1, no traceback, and nothing that looks finished."""
+"""A user's mistake ends a stage with one error message, exit code 1, no traceback and no output that looks finished."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def refused(done, folder, *words):
 
 @pytest.fixture
 def recipe(tmp_path):
-    """The miniature's params.yaml in a folder of its own, and a function that writes it again after a change."""
+    """The miniature's params.yaml in its own folder; a function that writes it again after a change."""
     content = yaml.load((ROOT / "miniature" / "params.yaml").read_text())
     for pins in content["download"]["inputs"].values():
         for pin in pins if isinstance(pins, list) else [pins]:
@@ -71,6 +71,6 @@ def test_every_stage_names_a_wrong_key_and_what_it_should_be(recipe, tmp_path, n
 @pytest.mark.parametrize(
     "name", ["select", "filter", "caption", "merge", "schedule", "train", "bake", "export", "preview"]
 )
-def test_every_stage_names_what_an_earlier_one_did_not_write(recipe, tmp_path, name):
+def test_every_stage_names_a_missing_output_of_an_earlier_one(recipe, tmp_path, name):
     done = stage(tmp_path, name)
     refused(done, tmp_path, "build/", "does not exist" if "inputs.json" in done.stderr else "not there")

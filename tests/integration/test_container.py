@@ -22,7 +22,7 @@ DOCKERFILE = [
 ]
 
 
-def said(keyword: str) -> list[str]:
+def arguments(keyword: str) -> list[str]:
     """The arguments of each such instruction of the Dockerfile, in order."""
     return [line.split(maxsplit=1)[1] for line in DOCKERFILE if line.split()[0] == keyword]
 
@@ -34,12 +34,12 @@ def final(keyword: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    return [shlex.split(command) for run in said("RUN") for command in re.split(r"&&|;", run)]
+    return [shlex.split(command) for run in arguments("RUN") for command in re.split(r"&&|;", run)]
 
 
 def test_the_base_is_named_by_its_digest_and_no_other_image_is_pulled():
-    assert re.fullmatch(r"BASE=\S+:3\.11\.\d+-slim-bookworm@sha256:[0-9a-f]{64}", said("ARG")[0])
-    assert {each.split()[0] for each in said("FROM")} == {"scratch", "${BASE}"}
+    assert re.fullmatch(r"BASE=\S+:3\.11\.\d+-slim-bookworm@sha256:[0-9a-f]{64}", arguments("ARG")[0])
+    assert {each.split()[0] for each in arguments("FROM")} == {"scratch", "${BASE}"}
 
 
 def test_everything_that_pip_installs_from_outside_is_hashed():
@@ -70,7 +70,7 @@ def test_each_line_of_a_lock_has_a_version_and_a_hash(lock):
 
 def test_no_other_tool_fetches_anything():
     words = {os.path.basename(word) for command in commands() for word in command}
-    assert not words & {"apt", "apt-get", "apk", "curl", "wget", "git", "npm", "conda"} and not said("ADD")
+    assert not words & {"apt", "apt-get", "apk", "curl", "wget", "git", "npm", "conda"} and not arguments("ADD")
 
 
 def test_the_container_runs_as_another_user_than_root():

@@ -1,6 +1,4 @@
-"""On a CUDA card: twenty steps in fp16, two lanes on one card, are the same bytes twice and after a kill. Never run
-without a card.
-"""
+"""Twenty fp16 steps with two lanes on one GPU give the same bytes twice and after a kill. Skipped without a GPU."""
 
 import os
 import signal
@@ -12,16 +10,16 @@ import torch
 
 import tiny_training
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card here")]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]
 STEPS = 20
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    return once(tmp_path_factory.mktemp("card"))
+    return train(tmp_path_factory.mktemp("gpu"))
 
 
-def once(folder, kill: bool = False):
+def train(folder, kill: bool = False):
     sections = {"schedule": {"batch_size": 2, "micro_batches": 4, "lanes": 2}}
     tiny_training.write(
         folder, 8 * STEPS, sections, device="cuda", precision="float16", weights="float16", gradient_checkpointing=True
@@ -37,10 +35,10 @@ def once(folder, kill: bool = False):
     return folder
 
 
-def test_twenty_steps_on_a_card_are_the_same_bytes_twice(trained, tmp_path):
+def test_twenty_steps_on_a_gpu_are_the_same_bytes_twice(trained, tmp_path):
     assert tiny_training.journal(trained).num_rows >= STEPS
-    assert tiny_training.outs(once(tmp_path)) == tiny_training.outs(trained)
+    assert tiny_training.outs(train(tmp_path)) == tiny_training.outs(trained)
 
 
-def test_twenty_steps_on_a_card_survive_a_kill_bit_for_bit(trained, tmp_path):
-    assert tiny_training.outs(once(tmp_path, kill=True)) == tiny_training.outs(trained)
+def test_twenty_steps_on_a_gpu_survive_a_kill_bit_for_bit(trained, tmp_path):
+    assert tiny_training.outs(train(tmp_path, kill=True)) == tiny_training.outs(trained)

@@ -1,8 +1,8 @@
-"""Slow: DVC's own commands on this repository, as somebody who uses DVC every day would call them. Needs a built
-miniature (`make repro`).
+"""Slow: DVC's own commands on this repository, as a daily user of DVC calls them. Needs the miniature (`make repro`).
 
-python -m pytest -m slow tests/integration/test_dvc_commands.py      three minutes of two processors; nothing is
-trained: outs come from a copy of this clone's cache
+    python -m pytest -m slow tests/integration/test_dvc_commands.py
+
+Three minutes on two cores. Nothing is trained: outputs come from a copy of this clone's cache.
 """
 
 import json
@@ -27,7 +27,7 @@ pytestmark = [
 
 
 def run(folder: Path, *command: str, fails: bool = False) -> str:
-    """What a command prints; it must succeed (or fail)."""
+    """The output of a command that must succeed (or, with `fails`, fail)."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DVC_")} | PERSON
     done = subprocess.run(
         command,
@@ -40,9 +40,9 @@ def run(folder: Path, *command: str, fails: bool = False) -> str:
     return done.stdout + done.stderr
 
 
-def ran(said: str) -> list[str]:
-    """The stages whose command DVC ran."""
-    return [line.split("'")[1] for line in said.splitlines() if line.startswith("Running stage")]
+def ran(output: str) -> list[str]:
+    """The stages that DVC ran."""
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
 
 
 def replace(path: Path, old: str, new: str) -> None:
@@ -56,7 +56,7 @@ def up_to_date(folder: Path) -> bool:
 
 
 def clean(folder: Path) -> None:
-    """As committed, files and outputs."""
+    """Restore files and outputs as committed."""
     run(folder, "git", "checkout", "--quiet", "--", "..")
     run(folder, "dvc", "checkout", "-q")
     assert up_to_date(folder) and not run(folder, "git", "status", "--porcelain")
@@ -64,7 +64,7 @@ def clean(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A clone with a cache of its own and two revisions that differ in bake.title, both built; its miniature/."""
+    """The miniature/ of a clone with its own cache and two built revisions that differ in bake.title."""
     folder = tmp_path_factory.mktemp("dvc") / "kohaku"
     run(ROOT, "git", "clone", "--quiet", str(ROOT), str(folder))
     shutil.copytree(run(ROOT, "dvc", "cache", "dir").strip(), folder / ".dvc" / "cache")
@@ -80,7 +80,7 @@ def clone(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def restored(clone):
-    """One test that fails leaves nothing to the next."""
+    """A failed test leaves no changes for the next one."""
     yield
     run(clone, "git", "checkout", "--quiet", "--", "..")
     run(clone, "dvc", "checkout", "-q")
@@ -88,7 +88,7 @@ def restored(clone):
 
 @pytest.fixture(scope="module")
 def published(clone, tmp_path_factory):
-    """A publisher's remote, a folder, with everything that the last revision tracks."""
+    """A publisher's remote: a folder with everything that the last revision tracks."""
     folder = tmp_path_factory.mktemp("published")
     run(clone, "dvc", "remote", "add", "published", str(folder))
     run(clone, "git", "commit", "--quiet", "-am", "a remote")
@@ -98,8 +98,8 @@ def published(clone, tmp_path_factory):
 
 def test_differences_between_revisions_name_what_differs(clone):
     assert f"miniature/{FINAL}" in run(clone, "dvc", "diff", "HEAD~1")
-    told = json.loads(run(clone, "dvc", "params", "diff", "--json", "HEAD~1"))
-    assert list(told) == ["params.yaml"] and list(told["params.yaml"]) == ["bake.title"]
+    diff = json.loads(run(clone, "dvc", "params", "diff", "--json", "HEAD~1"))
+    assert list(diff) == ["params.yaml"] and list(diff["params.yaml"]) == ["bake.title"]
     assert "final.loss" in run(clone, "dvc", "metrics", "diff", "--all", "HEAD~1")
 
 
@@ -111,7 +111,7 @@ def test_metrics_and_plots_are_shown(clone):
     assert (clone / "dvc_plots" / "index.html").is_file() and not run(clone, "git", "status", "--porcelain")
 
 
-def test_the_status_is_one_line_at_the_root_and_in_the_miniature_until_the_release_is_begun(clone):
+def test_the_status_is_one_line_at_the_root_and_in_the_miniature_until_the_release_is_started(clone):
     assert up_to_date(clone.parent) and up_to_date(clone)
     assert "dvc.yaml' is dvc-ignored" in run(clone.parent, "dvc", "repro", fails=True)
     assert all(
@@ -152,13 +152,13 @@ def test_a_detached_worktree_is_built_from_the_cache(clone, tmp_path):
 
 
 def test_an_experiment_is_run_shown_compared_applied_branched_and_removed(clone):
-    """A changed title bakes again, and no more."""
+    """A changed title runs only `bake` again."""
     assert ran(run(clone, "dvc", "exp", "run", "-n", "titled", "-S", "bake.title=An experiment", "bake")) == ["bake"]
     baked = (clone / FINAL).read_bytes()
     clean(clone)
     assert "titled" in run(clone, "dvc", "exp", "show", "--csv", "--only-changed")
-    told = json.loads(run(clone, "dvc", "exp", "diff", "--json", "HEAD", "titled"))
-    assert told["params"]["miniature/params.yaml"].keys() == {"bake.title"}
+    diff = json.loads(run(clone, "dvc", "exp", "diff", "--json", "HEAD", "titled"))
+    assert diff["params"]["miniature/params.yaml"].keys() == {"bake.title"}
     assert "bake.title" in run(clone, "dvc", "exp", "diff", "titled")
     run(clone, "dvc", "exp", "apply", "titled")
     assert "An experiment" in (clone / "params.yaml").read_text() and (clone / FINAL).read_bytes() == baked
@@ -171,8 +171,10 @@ def test_an_experiment_is_run_shown_compared_applied_branched_and_removed(clone)
 
 def test_an_experiment_in_a_temporary_folder_downloads_again_and_links_the_inputs(clone):
     """The checkout has no ../data: it is linked to the repository's. The workspace stays as it is."""
-    said = run(clone, "dvc", "exp", "run", "--temp", "-n", "seeded", "-S", "preview.seed=77", "download", "statistics")
-    assert ran(said) == ["download", "statistics"] or ran(said) == ["download"], said
+    output = run(
+        clone, "dvc", "exp", "run", "--temp", "-n", "seeded", "-S", "preview.seed=77", "download", "statistics"
+    )
+    assert ran(output) == ["download", "statistics"] or ran(output) == ["download"], output
     assert up_to_date(clone) and (clone.parent / "data").is_dir() and not (clone.parent / "data").is_symlink()
     run(clone, "dvc", "exp", "apply", "seeded")
     lock = (clone / "dvc.lock").read_text()
@@ -180,14 +182,12 @@ def test_an_experiment_in_a_temporary_folder_downloads_again_and_links_the_input
     inputs = [
         text.split("path: build/inputs.json")[1].split("size:")[0] for text in (lock, (clone / "dvc.lock").read_text())
     ]
-    assert inputs[0] == inputs[1], "inputs.json of a temporary checkout is another one"
+    assert inputs[0] == inputs[1], "a temporary checkout has another inputs.json"
     run(clone, "dvc", "exp", "remove", "seeded")
 
 
 def test_a_stage_that_reads_the_inputs_runs_in_a_temporary_folder(clone):
-    """`select` opens the database, which only the repository has; what follows has the same inputs and is taken from
-    the cache.
-    """
+    """`select` opens the database, which only the repository has; later stages have the same inputs and are cached."""
     run(clone, "dvc", "exp", "run", "--temp", "-n", "forced", "--single-item", "--force", "select")
     assert up_to_date(clone)
 
@@ -202,12 +202,9 @@ def test_queued_experiments_are_run(clone):
             clone, "dvc", "queue", "logs", "queued-download"
         )
         time.sleep(1)
-    assert "Queued" in run(
-        clone,
-        "git",
-        "show",
-        f"{run(clone, 'git', 'for-each-ref', '--format=%(refname)', 'refs/exps/').split('queued')[0].split()[-1]}queued:./params.yaml",  # noqa: E501
-    )
+    references = run(clone, "git", "for-each-ref", "--format=%(refname)", "refs/exps/")
+    queued = next(name for name in references.split() if name.endswith("/queued"))
+    assert "Queued" in run(clone, "git", "show", f"{queued}:./params.yaml")
     assert up_to_date(clone)
     run(clone, "dvc", "exp", "remove", "queued", "queued-download")
 
@@ -217,8 +214,8 @@ def test_a_bare_push_puts_nothing_into_the_remote_that_git_tracks(clone):
         run(clone, "dvc", *command, fails=command[0] == "push")
     run(clone, "git", "init", "--quiet", "--bare", str(clone.parent.parent / "git"))
     run(clone, "git", "remote", "add", "elsewhere", str(clone.parent.parent / "git"))
-    said = run(clone, "dvc", "exp", "push", "elsewhere", "saved")
-    assert "uploaded" not in said and not Path("/miniature").exists(), said
+    output = run(clone, "dvc", "exp", "push", "elsewhere", "saved")
+    assert "uploaded" not in output and not Path("/miniature").exists(), output
     run(clone, "dvc", "exp", "remove", "saved")
     assert not run(clone, "git", "status", "--porcelain")
 
@@ -244,7 +241,7 @@ def test_everything_is_pushed_and_pulled_by_another_clone(clone, published, tmp_
 
 
 def test_files_are_listed_fetched_imported_and_opened_from_the_repositorys_address(clone, published, tmp_path):
-    """DVC does not follow a relative remote of a repository's address: a publisher adds one of their own."""
+    """DVC does not follow a relative remote of a repository's address: a publisher adds another one."""
     address = str(clone.parent)
     assert "kohaku-xl-delta.safetensors" in run(tmp_path, "dvc", "list", address, "miniature/build")
     run(tmp_path, "dvc", "get", "-q", address, f"miniature/{FINAL}", "--remote", "published", "-o", "final.safetensors")
@@ -269,7 +266,8 @@ def test_files_are_listed_fetched_imported_and_opened_from_the_repositorys_addre
         (f"miniature/{FINAL}", clone / FINAL),
         ("data/danbooru2023.db", clone.parent / "data" / "danbooru2023.db"),
     ):
-        code = f"import dvc.api\nwith dvc.api.open({name!r}, repo={address!r}, remote='published', mode='rb') as file: print(len(file.read()))"  # noqa: E501
+        options = f"repo={address!r}, remote='published', mode='rb'"
+        code = f"import dvc.api\nwith dvc.api.open({name!r}, {options}) as file: print(len(file.read()))"
         assert int(run(tmp_path, sys.executable, "-c", code).split()[-1]) == place.stat().st_size
 
 
@@ -288,7 +286,7 @@ def test_freezing_a_stage_adds_one_line_and_unfreezing_gives_the_same_bytes(clon
 
 @pytest.mark.parametrize("kind", ["symlink", "hardlink", "reflink,hardlink,copy"])
 def test_outputs_and_data_may_be_links_into_the_cache(clone, kind):
-    """A stage that reads links and writes where one lies leaves the cache as it is."""
+    """A stage that reads links, or replaces one, leaves the cache unchanged."""
     run(clone, "dvc", "config", "--local", "cache.type", kind)
     run(clone, "dvc", "checkout", "-q", "--relink")
     assert (clone / FINAL).is_symlink() == (kind == "symlink")
@@ -302,7 +300,7 @@ def test_outputs_and_data_may_be_links_into_the_cache(clone, kind):
     run(clone, "dvc", "checkout", "-q", "--relink")
 
 
-def test_what_decides_only_time_and_place_runs_nothing_again(clone):
+def test_parameters_of_time_and_place_run_nothing_again(clone):
     replace(clone / "params.yaml", "  workers: 0 ", "  workers: 2 ")
     replace(clone / "params.yaml", "  ranks: 2 ", "  ranks: 1 ")
     assert not ran(run(clone, "dvc", "repro"))
@@ -320,10 +318,10 @@ def test_a_comment_runs_the_stage_code_alone_and_may_be_committed_instead(clone)
     clean(clone)
 
 
-def test_a_value_that_requirements_cannot_have_is_refused_with_those_that_it_can(clone):
+def test_an_invalid_value_of_requirements_is_refused_with_the_valid_ones(clone):
     replace(clone / "params.yaml", "requirements: cpu", "requirements: gpu")
-    said = run(clone, "dvc", "repro", fails=True)
-    assert "Error: params.yaml: requirements is 'gpu'; it must be 'cpu' or 'cuda'." in said and "Errno" not in said
+    output = run(clone, "dvc", "repro", fails=True)
+    assert "Error: params.yaml: requirements is 'gpu'; it must be 'cpu' or 'cuda'." in output and "Errno" not in output
     clean(clone)
 
 
@@ -332,11 +330,11 @@ def test_an_input_that_was_edited_in_place_is_noticed_and_refused(clone):
     data = database.read_bytes()
     database.unlink()  # it may be a link into the cache
     database.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    said = run(clone, "dvc", "repro", "caption", fails=True)
+    output = run(clone, "dvc", "repro", "caption", fails=True)
     assert (
-        "danbooru2023.db has the sha256" in said
-        and "put the pinned file back" in said
-        and "Running stage 'caption'" not in said
+        "danbooru2023.db has the sha256" in output
+        and "put the pinned file back" in output
+        and "Running stage 'caption'" not in output
     )
     database.write_bytes(data)
     run(clone, "git", "checkout", "--quiet", "--", "../data.dvc")
@@ -344,8 +342,8 @@ def test_an_input_that_was_edited_in_place_is_noticed_and_refused(clone):
     assert run(clone, "git", "status", "--short", "../data.dvc") == ""
 
 
-def test_the_cache_is_cleared_of_nothing_that_is_used(clone):
-    """The last test: what no branch uses is gone afterwards."""
+def test_gc_removes_nothing_that_is_used(clone):
+    """The last test: afterwards the cache has only what branches use."""
     run(clone, "dvc", "gc", "-w", "-a", "-f")
     shutil.rmtree(clone / "build")
     shutil.rmtree(clone.parent / "data")

@@ -1,11 +1,10 @@
-"""Slow: the bits of two other processors, emulated, are this one's: every operator, two steps of a training, and the
-preview.
+"""Slow: two emulated processors give this one's bits for every operator, two steps of a training and the preview.
 
-    python -m pytest -m slow tests/integration/test_emulated.py      about 25 minutes on one core; needs qemu-user
-    (Debian: apt-get install qemu-user)
+    python -m pytest -m slow tests/integration/test_emulated.py
 
-qemu's user mode runs the same programs and libraries on another x86-64 processor, instruction by instruction.
-docs/processors.md says what it cannot show.
+About 25 minutes on one core; needs qemu-user (Debian: apt-get install qemu-user). qemu's user mode runs the same
+programs and libraries on another x86-64 processor, instruction by instruction. docs/processors.md says what it cannot
+show.
 """
 
 import json
@@ -20,7 +19,7 @@ import pytest
 import tiny_training
 
 QEMU = shutil.which("qemu-x86_64")
-MODELS = ["Haswell", "EPYC-Rome"]  # Intel's first with AVX2 and FMA; AMD's Zen 2: MKL and OpenBLAS choose by maker
+MODELS = ["Haswell", "EPYC-Rome"]  # Intel's first with AVX2 and FMA; AMD's Zen 2: MKL and OpenBLAS choose by vendor
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not QEMU, reason="qemu-user is not installed (Debian: apt-get install qemu-user)"),
@@ -28,7 +27,7 @@ pytestmark = [
 
 
 def python(model: str | None, *arguments, cwd=tiny_training.ROOT) -> str:
-    """What a Python program prints, here (None) or on an emulated processor."""
+    """The output of a Python program, on this processor (None) or an emulated one."""
     emulator = [QEMU, "-cpu", model] if model else []
     done = subprocess.run(
         [*emulator, sys.executable, *map(str, arguments)],
@@ -48,9 +47,7 @@ def test_every_operator_gives_the_bits_of_an_emulated_processor(model):
 
 
 def build(folder):
-    """Two steps of the miniature's posts on one of its own checkpoints, and the preview of its first prompts, with
-    little of each.
-    """
+    """The inputs of a small training and preview: two steps on one of the miniature's own checkpoints."""
     preview = {
         "steps": 3,
         "prompts": ["1girl, solo, circle, red body, blue sky, outdoors, safe"],
@@ -88,11 +85,11 @@ def train_and_draw(model, folder) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def native(tmp_path_factory):
-    return train_and_draw(None, build(tmp_path_factory.mktemp("native") / "lesson"))
+    return train_and_draw(None, build(tmp_path_factory.mktemp("native") / "training"))
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_two_steps_and_the_preview_are_byte_equal_on_an_emulated_processor(model, native, tmp_path):
-    emulated = train_and_draw(model, build(tmp_path / "lesson"))
+    emulated = train_and_draw(model, build(tmp_path / "training"))
     assert json.loads(emulated["held-out.json"]) == json.loads(native["held-out.json"])
     assert [name for name in native if emulated[name] != native[name]] == []

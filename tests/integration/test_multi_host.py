@@ -1,5 +1,5 @@
-"""A training shared by two machines: the same bytes as on one, also when it is stopped and the state lies on the other;
-what does not fit is said.
+"""A training on two machines: the same bytes as on one, also if it is stopped and the state is on the other machine.
+Machines with different inputs are refused.
 """
 
 import os
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A lesson taken by one process on one machine."""
-    folder = tiny_training.write(tmp_path_factory.mktemp("lesson"), 24)
+    """A finished training by one process on one machine."""
+    folder = tiny_training.write(tmp_path_factory.mktemp("training"), 24)
     done = tiny_training.run(folder)
     assert done.returncode == 0, done.stderr
     return folder
@@ -27,7 +27,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def hosts(trained, tmp_path):
-    """Two machines with a copy of the lesson each, and a function that trains on both: (names, folders, train)."""
+    """Two machines, each with a copy of the training, and a function that trains on both: (names, folders, train)."""
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         shutil.copytree(trained, folder, ignore=shutil.ignore_patterns(*tiny_training.OUTS, "work"))
@@ -42,15 +42,15 @@ def hosts(trained, tmp_path):
         pytest.skip(f"network namespaces are not permitted here: {error}")
 
 
-def ends(processes):
-    """(exit code, what was said) of each."""
-    said = [process.communicate(timeout=600) for process in processes]
-    return [(process.returncode, out + err) for process, (out, err) in zip(processes, said)]  # noqa: B905
+def wait_for(processes):
+    """(exit code, output) of each."""
+    outputs = [process.communicate(timeout=600) for process in processes]
+    return [(process.returncode, out + err) for process, (out, err) in zip(processes, outputs, strict=True)]
 
 
 def test_two_machines_with_two_ranks_each_give_the_bytes_of_one_process(trained, hosts):
     _, (first, second), train = hosts
-    done = ends(train())
+    done = wait_for(train())
     assert [code for code, _ in done] == [0, 0], done
     assert tiny_training.outs(first) == tiny_training.outs(trained)
     assert not any((second / "build" / name).exists() for name in tiny_training.OUTS) and not list(
@@ -59,8 +59,7 @@ def test_two_machines_with_two_ranks_each_give_the_bytes_of_one_process(trained,
     (log,) = first.glob("work/*/log.csv")
     assert {line.rpartition(",")[2] for line in log.read_text().splitlines()[1:]} == {"4"}
     assert done[0][1].count("train: ") == 1 and "train: " not in done[1][1]
-    # what `dvc repro` does afterwards, on the first machine alone: the finished state is taken up, no step is made
-    # again
+    # what `dvc repro` does afterwards, on the first machine alone: it loads the finished state and repeats no step
     for name in tiny_training.OUTS:
         (first / "build" / name).unlink()
     before = log.read_text()
@@ -68,18 +67,18 @@ def test_two_machines_with_two_ranks_each_give_the_bytes_of_one_process(trained,
     assert tiny_training.outs(first) == tiny_training.outs(trained) and log.read_text() == before
 
 
-def test_a_training_goes_on_from_the_state_that_lies_on_either_machine(trained, hosts):
+def test_a_training_goes_on_from_a_state_on_either_machine(trained, hosts):
     _, (first, second), train = hosts
     processes = train()
     while processes[0].poll() is None and not list(first.glob("work/*/step-00000001")):
         time.sleep(0.02)
-    processes[1].terminate()  # the machine that keeps nothing is told to stop: both save and end
-    done = ends(processes)
+    processes[1].terminate()  # stop the machine that saves nothing: the other saves, and both end
+    done = wait_for(processes)
     states = sorted(path.name for path in first.glob("work/*/step-*"))
     assert states and all(code for code, _ in done) and "Stopped after step" in done[0][1], done
     shutil.rmtree(second / "work", ignore_errors=True)
-    shutil.move(first / "work", second / "work")  # from now on the newest state is that of the other
-    done = ends(train())
+    shutil.move(first / "work", second / "work")  # now the newest state is on the other machine
+    done = wait_for(train())
     assert [code for code, _ in done] == [0, 0], done
     assert tiny_training.outs(first) == tiny_training.outs(trained)
     steps = tiny_training.journal(trained).num_rows
@@ -87,15 +86,15 @@ def test_a_training_goes_on_from_the_state_that_lies_on_either_machine(trained, 
     assert len(log.read_text().splitlines()) - 1 == steps - int(states[-1].removeprefix("step-"))
 
 
-def test_a_machine_that_vanishes_ends_the_others_with_a_sentence_and_one_machine_finishes(trained, hosts):
+def test_a_lost_machine_ends_the_others_with_an_error_and_one_machine_finishes(trained, hosts):
     names, (first, _), train = hosts
     processes = train()
     while processes[0].poll() is None and not list(first.glob("work/*/step-00000001")):
         time.sleep(0.02)
     for process in network_namespaces.processes(names[1]):
         os.kill(process, signal.SIGKILL)
-    code, said = ends(processes)[0]
-    assert code and "lost the others" in said and "Saved steps are kept" in said, said
+    code, output = wait_for(processes)[0]
+    assert code and "lost the others" in output and "Saved steps are kept" in output, output
     assert tiny_training.run(first, ranks=2).returncode == 0
     assert tiny_training.outs(first) == tiny_training.outs(trained)
 
@@ -108,10 +107,8 @@ def test_a_machine_with_other_captions_is_refused_by_name_on_every_machine(hosts
         captions.set_column(captions.schema.get_field_index("caption"), "caption", backwards),
         second / "build" / "captions.parquet",
     )
-    done = ends(train())
+    done = wait_for(train())
     assert all(code for code, _ in done)
-    assert (
-        "cannot train with rank 0: captions differs" in done[1][1]
-        and "The inputs of rank 2 are not those of rank 0" in done[0][1]
-    ), done
+    assert "cannot train with rank 0: captions differs" in done[1][1], done
+    assert "The inputs of rank 2 are not those of rank 0" in done[0][1], done
     assert not any((folder / "build" / name).exists() for folder in (first, second) for name in tiny_training.OUTS)

@@ -1,4 +1,4 @@
-"""dvc.yaml declares what each stage runs, reads and is told; every recipe has the same one."""
+"""dvc.yaml declares each stage's code, inputs and parameters; every recipe has the same dvc.yaml."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from kohaku_delta import paths
 from kohaku_delta.params import Recipe
 from kohaku_delta.provenance import import_closure
 
@@ -30,9 +31,7 @@ def test_the_first_stage_describes_the_code_of_all_others():
 
 @pytest.mark.parametrize("stage", OTHERS)
 def test_dvc_can_freeze_every_stage_but_code_and_download(stage):
-    """DVC changes no stage in dvc.yaml that is written with parameters, and writes lists sorted: so freezing adds one
-    line (tests/integration/test_dvc_commands.py).
-    """
+    """DVC cannot write stages with ${…}, and writes lists sorted; so freezing adds one line (test_dvc_commands.py)."""
     assert ("${" in str(PIPELINE[stage])) == (stage == "download")
     assert all(
         PIPELINE[stage][kind] == sorted(PIPELINE[stage][kind])
@@ -43,7 +42,7 @@ def test_dvc_can_freeze_every_stage_but_code_and_download(stage):
 
 @pytest.mark.parametrize("stage", OTHERS)
 def test_a_stage_declares_the_sections_that_its_code_reads(stage):
-    """But `execution`, which decides no bits and which none declares."""
+    """Except `execution`, which decides no bits and which no stage declares."""
     script = ROOT / "stages" / f"{stage}.py"
     passed_on = re.search(
         r"[(,] ?recipe[,)]", script.read_text()
@@ -65,9 +64,18 @@ def test_a_stage_declares_the_sections_that_its_code_reads(stage):
 
 @pytest.mark.parametrize("recipe", ["miniature"])
 def test_every_recipes_pipeline_has_the_same_bytes_in_a_file_of_its_own(recipe):
-    """DVC reads a revision through git, where a symbolic link is a text."""
+    """DVC reads revisions through git, where a symbolic link is a text file."""
     other = ROOT / recipe / "dvc.yaml"
     assert not other.is_symlink() and other.read_bytes() == (ROOT / "dvc.yaml").read_bytes()
+
+
+def test_every_output_has_its_name_in_the_module_of_paths():
+    outs = {str(next(iter(out)) if isinstance(out, dict) else out) for stage in OTHERS for out in _outs(stage)}
+    assert outs <= {value for name, value in vars(paths).items() if name.isupper()}
+
+
+def _outs(stage) -> list:
+    return [out for kind in ("outs", "metrics", "plots") for out in PIPELINE[stage].get(kind, [])]
 
 
 def test_a_stage_fits_on_a_screen():
@@ -83,6 +91,9 @@ def test_the_standard_librarys_select_is_not_hidden_by_ours():
     import subprocess
     import sys
 
-    code = "import runpy, sys; sys.argv = ['x', '--help']; sys.path[0] = 'stages'; runpy.run_path('stages/caption.py', run_name='__main__')"  # noqa: E501
+    code = (
+        "import runpy, sys; sys.argv = ['x', '--help']; sys.path[0] = 'stages'; "
+        "runpy.run_path('stages/caption.py', run_name='__main__')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "Usage" in done.stdout, done.stderr

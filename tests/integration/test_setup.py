@@ -108,15 +108,15 @@ def test_a_setup_that_failed_does_not_look_finished(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "environment, sentence", [({"LOCK": "gpu"}, "LOCK=cpu or LOCK=cuda"), ({"WHEELS": "no/such/folder"}, "make wheels")]
+    "environment, message", [({"LOCK": "gpu"}, "LOCK=cpu or LOCK=cuda"), ({"WHEELS": "no/such/folder"}, "make wheels")]
 )
-def test_what_is_not_there_is_refused_by_one_sentence(tmp_path, environment, sentence):
+def test_what_is_not_there_is_refused_in_one_line(tmp_path, environment, message):
     done = setup(tmp_path, **environment)
     assert (
         done.returncode == 1
         and done.stderr.startswith("Error: ")
         and done.stderr.count("\n") == 1
-        and sentence in done.stderr
+        and message in done.stderr
     )
 
 

@@ -1,4 +1,4 @@
-"""The generated collections of the bench are what they claim: danbooru2023's layout, and a fair test of captions."""
+"""The benchmarks' generated collections have danbooru2023's layout and test captions fairly."""
 
 import sqlite3
 import tarfile
@@ -32,7 +32,7 @@ def test_captions_of_a_generated_collection_are_the_tools(tmp_path, later):
     assert written["caption"].to_pylist() == expected
 
 
-def test_a_generated_collection_is_the_same_twice_and_its_pictures_are_pictures(tmp_path):
+def test_a_generated_collection_is_the_same_twice_and_its_images_can_be_decoded(tmp_path):
     for name in ("a", "b"):
         synthetic_danbooru.write(tmp_path / name, 800, 5, False)
     files = [

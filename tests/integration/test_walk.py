@@ -1,7 +1,6 @@
-"""Slow: the walk at the beginning of docs/recipe.md, its commands as they stand there, in a clone. Needs git and the
-environment; about two minutes.
+"""Slow: the walkthrough at the beginning of docs/recipe.md, run command by command in a clone.
 
-python -m pytest -m slow tests/integration/test_walk.py
+python -m pytest -m slow tests/integration/test_walk.py      about two minutes; needs git and the environment
 """
 
 import json
@@ -25,9 +24,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A clone as the walk asks for: .venv and the miniature's inputs are there. With what is not committed yet of this
-    one.
-    """
+    """A clone with .venv and the miniature's inputs, as the walkthrough needs it, and with uncommitted changes."""
     folder = tmp_path_factory.mktemp("walk") / "kohaku"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
     changed = subprocess.run(
@@ -47,8 +44,8 @@ def clone(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def said(clone):
-    """What each block of the walk printed, run one after another in one shell; the first that fails ends the walk."""
+def outputs(clone):
+    """The output of each block; they run one after another in one shell, which ends at the first that fails."""
     script = "set -e\n" + "".join(f"echo '=== {number}'\n{block}" for number, block in enumerate(BLOCKS))
     done = subprocess.run(
         ["bash", "-c", script], cwd=clone, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}
@@ -59,7 +56,7 @@ def said(clone):
     return blocks
 
 
-def test_the_walk_ends_with_a_model_trained_on_all_of_ones_own_pictures(clone, said):
+def test_the_walkthrough_ends_with_a_model_trained_on_all_own_images(clone, outputs):
     build = clone / "own" / "build"
     assert (build / "kohaku-xl-delta.safetensors").stat().st_size > 5_000_000 and (
         build / "diffusers" / "model_index.json"
@@ -72,39 +69,39 @@ def test_the_walk_ends_with_a_model_trained_on_all_of_ones_own_pictures(clone, s
     assert parquet.read(build / "journal.parquet").num_rows > 3
 
 
-def test_a_recipe_that_trains_all_says_that_it_has_no_held_out_loss(clone, said):
+def test_a_recipe_that_trains_on_all_posts_has_no_held_out_loss(clone, outputs):
     build = clone / "own" / "build"
     assert json.loads((build / "held-out.json").read_text()) == {"posts": 0, "reason": "preview.held_out is 0"}
-    assert any("preview: no held-out loss (preview.held_out is 0)" in block for block in said)
+    assert any("preview: no held-out loss (preview.held_out is 0)" in block for block in outputs)
     assert "There is no held-out loss: preview.held" in (build / "README.md").read_text()
     assert "There is no held-out loss: preview.held_out is 0." in (build / "report.html").read_text()
 
 
-def test_the_plan_of_an_own_base_is_not_that_of_sdxl(said):
-    plan = next(block for block in said if "disk in all" in block)
+def test_the_plan_of_an_own_base_is_not_that_of_sdxl(outputs):
+    plan = next(block for block in outputs if "disk in all" in block)
     assert " GB  " not in plan.partition("green")[0], plan
 
 
-def test_an_audit_of_an_own_recipe_finds_no_fault(said):
-    audit = said[-2]
+def test_an_audit_of_an_own_recipe_finds_no_fault(outputs):
+    audit = outputs[-2]
     assert "PASS" in audit and "FAIL" not in audit, audit
 
 
-def test_an_edit_of_ones_own_pictures_is_noticed(clone, said):
+def test_an_edit_of_the_own_images_is_noticed(clone, outputs):
     assert (
-        "Running stage 'download'" in said[-1]
-        and "Running stage 'caption'" in said[-1]
-        and "Running stage 'train'" not in said[-1]
+        "Running stage 'download'" in outputs[-1]
+        and "Running stage 'caption'" in outputs[-1]
+        and "Running stage 'train'" not in outputs[-1]
     )
     captions = parquet.read(clone / "own" / "build" / "captions.parquet", ["caption"])["caption"].to_pylist()
     assert sum("smile" in caption for caption in captions) == 3
 
 
-def test_the_recipe_of_the_walk_is_a_whole_one(clone, said):
+def test_the_recipe_of_the_walkthrough_is_complete(clone, outputs):
     recipe = params.load(clone / "own" / "params.yaml")
     assert recipe.merge.start == "published" and recipe.published is None and recipe.supplied == "data"
     assert (clone / "own" / "dvc.yaml").read_bytes() == (ROOT / "dvc.yaml").read_bytes()
 
 
-def test_every_command_of_the_walk_stands_in_a_block_that_this_test_runs():
+def test_every_command_of_the_walkthrough_is_in_a_block_that_runs_here():
     assert len(BLOCKS) == 8 and "```bash" not in WALK and WALK.count("```") == 2 * len(BLOCKS)

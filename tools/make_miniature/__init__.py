@@ -1,8 +1,8 @@
-"""Invariant: everything under data/ is a pure function of this package: no clock, no unseeded draw, no order that a
-file system chose.
+"""Generates data/, the miniature's inputs: a pure function of this package, without clock, unseeded random numbers or
+the file system's order.
 
     python tools/make_miniature --help          (or: make miniature-data)
 
-Order of the rooms: words → posts → drawing → database, tars, tokenizer; then scenes → autoencoder, painter →
+Order of the modules: words → posts → drawing → database, tars, tokenizer; then scenes → autoencoder, painter →
 checkpoints; references; pins.
 """

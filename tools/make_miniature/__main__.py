@@ -1,10 +1,11 @@
 """tools/make_miniature: writes data/, the miniature's inputs, byte for byte the same on every x86-64 host with AVX2.
 
-python tools/make_miniature                      everything (the checkpoints take about twenty minutes on one core),
-then the pins python tools/make_miniature --part collection    database, tars and tokenizers (seconds) python
-tools/make_miniature --part checkpoints   the three models; needs the tokenizers python tools/make_miniature --part
-references    a drawing of each of preview.prompts in miniature/params.yaml (seconds) python tools/make_miniature --part
-pins          bytes and sha256 of what lies in data/ into miniature/params.yaml
+python tools/make_miniature                      everything, then the pins (the checkpoints take about twenty
+                                                 minutes on one core)
+python tools/make_miniature --part collection    database, tars and tokenizers (seconds)
+python tools/make_miniature --part checkpoints   the three models; needs the tokenizers
+python tools/make_miniature --part references    a drawing for each of preview.prompts in miniature/params.yaml
+python tools/make_miniature --part pins          size and sha256 of the files in data/ into miniature/params.yaml
 """
 
 import sys
@@ -47,9 +48,9 @@ PARTS = ("collection", "checkpoints", "references", "pins")
     help="File whose prompts are drawn and whose pins are rewritten.  [default: miniature/params.yaml]",
 )
 def main(out: Path, parts: tuple[str, ...], params: Path):
-    """Generates the miniature's inputs."""
+    """Generate the miniature's inputs."""
     numerics.enforce("cpu")
-    for part in PARTS:  # each needs the one before
+    for part in PARTS:  # each part needs the one before it
         if part == "collection" and part in parts:
             from make_miniature import collection
 

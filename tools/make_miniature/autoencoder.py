@@ -1,9 +1,9 @@
-"""Invariant: the autoencoder's latents have mean 0 and variance 1 in every channel once multiplied by SDXL's 0.13025.
+"""Trains the autoencoder; its latents × SDXL's 0.13025 have mean 0 and variance 1 in every channel.
 
-A KL autoencoder in SDXL's build, 8 times down to 4 channels, trained on crops of everything that the miniature's world
-holds. Three channels are held to the mean light and colour of their 8 × 8 pixels, so that a colour's word is a place in
-the latents; the fourth is free. While it is trained its latents carry a little noise, which keeps them smooth;
-afterwards the posterior is made narrow, as SDXL's is.
+A KL autoencoder with SDXL's architecture (8 times smaller, 4 channels), trained on crops of everything that the
+miniature's images contain. Three channels are pulled towards the mean brightness and colour of their 8 × 8 pixels, so
+that a colour word corresponds to a point in the latents; the fourth is free. A little noise on the latents during
+training keeps them smooth; afterwards the posterior is made narrow, as SDXL's is.
 """
 
 import math
@@ -84,7 +84,9 @@ def train(steps: int = STEPS, say=print) -> AutoencoderKL:
         side, count = WHOLES if step % 3 == 2 else CROPS
         chosen = rng.integers(0, PICTURES, count)
         corners = rng.integers(0, SIDE - side + 1, (count, 2))
-        batch = floats(np.stack([pictures[each, y : y + side, x : x + side] for each, (y, x) in zip(chosen, corners)]))
+        batch = floats(
+            np.stack([pictures[each, y : y + side, x : x + side] for each, (y, x) in zip(chosen, corners, strict=True)])
+        )
         mean = vae.encode(batch).latent_dist.mean
         error = vae.decode(mean + NOISE * torch.randn(mean.shape, generator=noise)).sample - batch
         loss = error.abs().mean() + error.square().mean() + PULL * mean.square().mean()

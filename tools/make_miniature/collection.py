@@ -1,4 +1,4 @@
-"""Invariant: the fast half of data/ (database, tars, tokenizers) is written whole, in seconds, from the posts alone."""
+"""Writes the fast part of data/ (database, tars, tokenizers) from the posts alone, in seconds."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from make_miniature.posts import posts
 
 
 def write(out: Path) -> None:
-    """danbooru2023.db, images/data-XXXX.tar, tokenizer/ and tokenizer_2/ into `out`."""
+    """Write danbooru2023.db, images/data-XXXX.tar, tokenizer/ and tokenizer_2/ into `out`."""
     everything = posts()
     sizes = tars.write(everything, out / "images")
     database.write(everything, sizes, out / "danbooru2023.db")

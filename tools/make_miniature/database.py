@@ -1,8 +1,8 @@
-"""Invariant: the same posts give the same file, whichever SQLite wrote it.
+"""Writes danbooru2023.db; the same posts give the same bytes with every version of SQLite.
 
-The schema is danbooru2023.db's of February 2024, as HakuBooru 1b1e940 made it with peewee (names of columns and
-indexes, types). Rows go in by ascending key, indexes are made at the end, and the header's version of the library is
-overwritten with a fixed one.
+The schema is that of danbooru2023.db in February 2024, as HakuBooru 1b1e940 created it with peewee (names of columns
+and indexes, types). Rows are inserted by ascending key, indexes are created at the end, and the library's version in
+the header is overwritten with a fixed one.
 """
 
 import sqlite3
@@ -28,13 +28,13 @@ CREATE TABLE "post" ("id" INTEGER NOT NULL PRIMARY KEY, "created_at" VARCHAR(255
 CREATE TABLE "tag" ("id" INTEGER NOT NULL PRIMARY KEY, "name" VARCHAR(255) NOT NULL, "type" INTEGER NOT NULL, "popularity" INTEGER NOT NULL);
 CREATE TABLE "posttagrelation" ("id" INTEGER NOT NULL PRIMARY KEY, "post_id" INTEGER NOT NULL, "tag_id" INTEGER NOT NULL,
  FOREIGN KEY ("post_id") REFERENCES "post" ("id"), FOREIGN KEY ("tag_id") REFERENCES "tag" ("id"));
-"""
+"""  # the text of the statements is part of the file
 INDEXES = """
 CREATE UNIQUE INDEX "tag_name" ON "tag" ("name");
 CREATE INDEX "posttagrelation_post_id" ON "posttagrelation" ("post_id");
 CREATE INDEX "posttagrelation_tag_id" ON "posttagrelation" ("tag_id");
 """
-WRITER = (3_040_001).to_bytes(4, "big")  # where the header names the library that wrote it (bytes 96–99)
+WRITER = (3_040_001).to_bytes(4, "big")  # the version of the library that wrote the file, in the header's bytes 96–99
 ADDRESS = "https://cdn.example"
 
 
@@ -90,7 +90,7 @@ def row(post: Post, numbers: dict, size: int) -> tuple:
 
 
 def write(posts: list[Post], sizes: dict[int, int], path: Path) -> None:
-    """The database of these posts (ascending by id). sizes: bytes of each post's picture, by id."""
+    """Write the database of these posts (ascending by id). sizes: {post id: bytes of its image}."""
     path.unlink(missing_ok=True)
     known = popularity(posts)
     numbers = {

@@ -1,8 +1,8 @@
-"""Invariant: the same scene gives the same bytes on every host: a picture is sums, products, roots and comparisons of
-float64, nothing else.
+"""Draws scenes. The same scene gives the same bytes on every host.
 
-(Those are rounded alike everywhere; sines and powers are not, so corners come from a table of decimals.) A shape is its
-signed distance in pixels; its coverage of a pixel is clip(1/2 − distance, 0, 1).
+Only sums, products, roots and comparisons of float64 are used. Those are correctly rounded everywhere; sines and powers
+are not, so corners come from a table of decimals. A shape is its signed distance in pixels; its coverage of a pixel is
+clip(1/2 − distance, 0, 1).
 """
 
 import io
@@ -83,7 +83,7 @@ def polygon(x, y, corners, scale):
     """Distance to the outline, negative inside (even-odd)."""
     nearest = np.full(x.shape, 1e18)
     inside = np.zeros(x.shape, bool)
-    for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1]):
+    for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
         ax, ay, bx, by = ax * scale, ay * scale, bx * scale, by * scale
         ex, ey, px, py = bx - ax, by - ay, x - ax, y - ay
         along = np.clip((px * ex + py * ey) / max(ex * ex + ey * ey, 1e-9), 0.0, 1.0)
@@ -115,7 +115,7 @@ def paint(canvas, distance, colour, strength=1.0):
 
 
 def saturate(colour, saturation, light):
-    """The palette of a style: towards grey or away from it, then towards white (light > 0) or black (light < 0)."""
+    """A style's palette: towards grey or away from it, then towards white (light > 0) or black (light < 0)."""
     colour = np.asarray(colour, float)
     grey = (colour[..., :1] * 0.3 + colour[..., 1:2] * 0.59) + colour[..., 2:] * 0.11
     colour = np.clip(grey + (colour - grey) * saturation, 0.0, 255.0)
@@ -205,7 +205,7 @@ def clothe(canvas, figure, x, y, r):
 
 
 def stand(canvas, scene, figure, x, y):
-    """Paints one figure into the part of the canvas that it can touch."""
+    """Paint one figure into the part of the canvas that it can touch."""
     unit = min(scene.width, scene.height)
     r, cx, cy = figure.radius * unit, figure.x * scene.width, figure.y * scene.height
     reach = 1.5 * r + 2

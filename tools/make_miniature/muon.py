@@ -1,8 +1,10 @@
-"""Invariant: an update is a function of gradients and step alone. Muon for matrices (Jordan et al. 2024), Adam for the
-rest.
+"""Muon for matrices (Jordan et al. 2024), Adam for the rest; an update is a function of gradients and step alone.
 
-Muon: M ← μM + G; W ← W − η √max(1, out/in) · orthogonal(G + μM), the orthogonal factor by five Newton–Schulz steps X ←
-aX + (bA + cA²)X, A = XXᵀ. Small models learn two to three times as much a step with it as with Adam alone.
+    M ← μM + G
+    W ← W − η √max(1, out/in) · orthogonal(G + μM)
+
+with the orthogonal factor from five Newton–Schulz steps X ← aX + (bA + cA²)X, A = XXᵀ. Small models learn two to three
+times as much per step with it as with Adam alone.
 """
 
 import math
@@ -37,11 +39,11 @@ class Adam:
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """One update; parameters without a gradient stay, and all gradients are dropped."""
-        self.powers = tuple(power * beta for power, beta in zip(self.powers, self.betas))
+        """One update; parameters without a gradient are left as they are, and all gradients are freed."""
+        self.powers = tuple(power * beta for power, beta in zip(self.powers, self.betas, strict=True))
         first, second = (np.float32(beta) for beta in self.betas)
         size, root_of_second = np.float32(rate / (1.0 - self.powers[0])), np.float32(math.sqrt(1.0 - self.powers[1]))
-        for each, (mean, square) in zip(self.parameters, self.moments):
+        for each, (mean, square) in zip(self.parameters, self.moments, strict=True):
             if each.grad is None:
                 continue
             gradient = each.grad.numpy()
@@ -81,7 +83,7 @@ class Muon:
             rows, columns = shape
             update = orthogonal(update) if rows <= columns else orthogonal(update.transpose(0, 2, 1)).transpose(0, 2, 1)
             scale = rate * math.sqrt(max(1.0, rows / columns))
-            for each, change in zip(group, update):
+            for each, change in zip(group, update, strict=True):
                 each -= torch.from_numpy(np.ascontiguousarray(change)).view(each.shape) * scale
                 each.grad = None
         self.adam.step(rate_of_others)

@@ -1,4 +1,4 @@
-"""Invariant: miniature/params.yaml pins exactly what lies in data/, and every other line of the file stays as it was."""
+"""Writes the pins of the files in data/ into miniature/params.yaml; every other line of the file is left unchanged."""
 
 import hashlib
 import os
@@ -23,13 +23,14 @@ FILES = {
 
 
 def pin(file: Path, folder: Path) -> str:
-    """folder: where params.yaml lies; file:// paths are written as seen from there."""
+    """One pin as YAML. folder: that of params.yaml, to which the file:// paths are relative."""
     content = file.read_bytes()
-    return f'{{url: file://{os.path.relpath(file, folder)}, bytes: {len(content)}, sha256: "{hashlib.sha256(content).hexdigest()}"}}'
+    digest = hashlib.sha256(content).hexdigest()
+    return f'{{url: file://{os.path.relpath(file, folder)}, bytes: {len(content)}, sha256: "{digest}"}}'
 
 
 def write(data: Path, params: Path) -> None:
-    """Rewrites download.inputs of `params` from the files under `data`."""
+    """Rewrite download.inputs of `params` from the files under `data`."""
     lines = []
     for name, pattern in FILES.items():
         pins = [pin(file, params.resolve().parent) for file in sorted(data.resolve().glob(pattern))]
@@ -38,7 +39,7 @@ def write(data: Path, params: Path) -> None:
                 f"{data / pattern} is not there: generate it first (python tools/make_miniature)."
             )
         lines += (
-            [f"    {name}:", *(f"      - {each}" for each in pins)] if "*" in pattern else [f"    {name}: {pins[0]}"]
+            [f"    {name}:", *(f"      - {entry}" for entry in pins)] if "*" in pattern else [f"    {name}: {pins[0]}"]
         )
     text = params.read_text("utf-8").splitlines()
     start = next((place for place, line in enumerate(text) if line.startswith("  inputs:")), None)

@@ -1,13 +1,14 @@
-"""Invariant: a post is a function of its id. What lies in which tar, what is broken and how, is said here and nowhere
-else.
+"""The miniature's posts; each is a function of its id. Only this module decides which tar holds an image, and which
+posts are broken and how.
 
-About 3,000 posts with ids over danbooru2023's real range, on four residues mod 1000 so that nine tars hold them.
+About 3,000 posts with ids over danbooru2023's real range, on four residues mod 1000, so that nine tars hold them.
 """
 
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from itertools import pairwise
 
 import numpy as np
 
@@ -94,14 +95,14 @@ class Post:
 
     @property
     def tar(self) -> int | None:
-        """The number of the tar that holds the picture; None where none does."""
+        """The number of the tar that holds the image; None if none does."""
         if self.awkward in NO_FILE:
             return None
         return 2000 if self.id >= LATEST else self.id % 1000 + (1000 if self.id >= RECENT else 0)
 
 
 def uploaded(id: int) -> datetime:
-    for (low, first), (high, last) in zip(CALENDAR, CALENDAR[1:]):
+    for (low, first), (high, last) in pairwise(CALENDAR):
         if id <= high:
             start, end = datetime.fromisoformat(first), datetime.fromisoformat(last)
             seconds = int((end - start).total_seconds()) * (id - low) // (high - low)
@@ -109,7 +110,7 @@ def uploaded(id: int) -> datetime:
 
 
 def written(moment: datetime) -> str:
-    """As danbooru writes it, in New York's offset (summer time by month is near enough)."""
+    """As danbooru writes it, with New York's UTC offset (daylight saving time by month, approximately)."""
     offset = "-04:00" if 4 <= moment.month <= 10 else "-05:00"
     return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}{offset}"
 
@@ -154,7 +155,7 @@ def favourites(rng, rating: int) -> tuple[int, int]:
 def post(id: int, awkward: str = "") -> Post:
     rng = draws(SEED, id)
     moment = uploaded(id)
-    if awkward == "year_end":  # the year is the one written, in the offset written: UTC would say the next
+    if awkward == "year_end":  # the year counts as written, with its offset; in UTC it would be the next one
         moment = datetime(pick(rng, {2010: 1, 2014: 1, 2017: 1, 2020: 1}), 12, 31, 23, 30)
     if awkward == "future":
         moment = datetime(2025, 3, 1, 12)
@@ -220,7 +221,7 @@ def posts() -> list[Post]:
         numbers = ids(number)
         kinds = [kind for kind, count in AWKWARD.items() for _ in range(count)]
         places = draws(SEED, number, 1).random(len(numbers)).argsort(kind="stable")[: len(kinds)].tolist()
-        awkward = dict(zip(places, kinds))
+        awkward = dict(zip(places, kinds, strict=True))
         found += [post(id, awkward.get(place, "")) for place, id in enumerate(numbers)]
     return found
 

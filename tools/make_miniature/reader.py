@@ -1,8 +1,8 @@
-"""Invariant: before the painter starts, both text encoders already say what a caption's picture looks like.
+"""Trains both text encoders to predict what a caption's image looks like, before the U-Net is trained (painter.py).
 
-As CLIP is trained before the U-Net: from the two states that the U-Net's conditions come from (text encoder 1's
-penultimate one at the end token, text encoder 2's projected one) a small head, thrown away afterwards, must tell the
-picture's latents in 8 × 8.
+As CLIP is trained before the U-Net: a small head, discarded afterwards, must predict the image's latents at 8 × 8 from
+the two states that the U-Net is conditioned on (text encoder 1's penultimate state at the end token, text encoder 2's
+projected state).
 """
 
 import torch
@@ -18,7 +18,7 @@ BATCH, SIDE = 32, 8
 
 
 def learn(te1, te2, course, *, steps: int, rate: float, rate_of_others: float, say=print) -> None:
-    """Trains the encoders in place on the lessons of a course."""
+    """Train the encoders in place on a course's examples."""
     torch.manual_seed(3)
     targets = torch.stack([F.adaptive_avg_pool2d(each, SIDE).flatten() for each in course.latents])
     targets = (targets - targets.mean(dim=0)) / spread(targets)
@@ -28,8 +28,8 @@ def learn(te1, te2, course, *, steps: int, rate: float, rate_of_others: float, s
     named = [pair for model in (te1, te2, head) for pair in model.named_parameters()]
     alone = [value.ndim == 1 or "embedding.weight" in name for name, value in named]
     optimizer = Muon(
-        [value for (_, value), is_alone in zip(named, alone) if not is_alone],
-        [value for (_, value), is_alone in zip(named, alone) if is_alone],
+        [value for (_, value), is_alone in zip(named, alone, strict=True) if not is_alone],
+        [value for (_, value), is_alone in zip(named, alone, strict=True) if is_alone],
     )
     rows, end, total = torch.arange(BATCH), course.tokens.eos_token_id, 0.0
     for step in range(steps):

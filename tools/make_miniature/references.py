@@ -1,11 +1,10 @@
-"""Guarantee: a prompt has exactly one drawing, by the code that draws the dataset. Nothing is random.
+"""Draws one reference image per prompt, with the code that draws the dataset. Nothing is random.
 
-What a prompt leaves open has one fixed choice: a figure is a red circle without a face, at full body, centered; a
-picture without a background word has a simple background, white unless a figure is white (then grey); the second colour
-of a pattern is white (grey if white is taken); without an artist the style is plain; without a quality word the finish
-is that of "great quality"; without a date word the picture is new. Lists of shapes, colours and faces are dealt to the
-figures in the prompt's order, and the last word serves the remaining figures. A word that this module does not know is
-an error.
+What a prompt leaves open has a fixed default: a figure is a red circle without a face, full body, centered; the
+background is simple and white (grey if a figure is white); the second colour of a pattern is white (grey if white is
+taken); without an artist the style is plain; without a quality word the finish is that of "great quality"; without a
+date word the image is new. Shapes, colours and faces are assigned to the figures in the prompt's order; the last one is
+used for the remaining figures. An unknown word is an error.
 """
 
 import zlib
@@ -29,14 +28,15 @@ FINISH = {
 }
 AGE = {"newest": 0, "recent": 1, "mid": 2, "early": 3, "old": 4}
 KINDS = ("girl", "boy", "other")
-SILENT = {  # implied by other words, or without a trace in a picture
-    "solo", "male focus", "multiple girls", "multiple boys", "multiple others", "bow", "hat", "crown", "outdoors", "scenery", "two-tone background", "original",
-    "safe", "sensitive", "nsfw", "explicit", *(spoken(each.series) for each in CHARACTERS if each.series),
+SILENT = {  # implied by other words, or invisible in an image
+    "solo", "male focus", "multiple girls", "multiple boys", "multiple others", "bow", "hat", "crown", "outdoors",
+    "scenery", "two-tone background", "original", "safe", "sensitive",
+    "nsfw", "explicit", *(spoken(each.series) for each in CHARACTERS if each.series),
 }  # fmt: skip
 
 
 def chosen(words: list[str], known) -> list[str]:
-    """The names of `known` that the prompt says, in its order; takes them out of `words`."""
+    """The names of `known` in the prompt, in its order; removes them from `words`."""
     names = {spoken(name): name for name in known if name}
     found = [names[word] for word in words if word in names]
     words[:] = [word for word in words if word not in names]
@@ -62,7 +62,7 @@ def dealt(values: list, count: int, otherwise) -> list:
 
 
 def figures_of(words: list[str], width: int, height: int) -> tuple[Figure, ...]:
-    """The figures that a prompt asks for; takes its words about them out of `words`."""
+    """The figures of a prompt; removes the words about them from `words`."""
     kinds = kinds_of(words)
     people = [
         next(each for each in CHARACTERS if each.name == name)
@@ -90,16 +90,18 @@ def figures_of(words: list[str], width: int, height: int) -> tuple[Figure, ...]:
 
 
 def scene_of(prompt: str, width: int, height: int) -> Scene:
-    """What a prompt says. Error: ValueError with the words that are not known."""
+    """The scene of a prompt. Raises ValueError with the unknown words."""
     words = [word.strip() for word in prompt.split(",") if word.strip()]
     figures = figures_of(words, width, height)
     background = (chosen(words, {**OUTDOORS, **SIMPLE}) or ["simple_background"])[0]
-    said = [name.removesuffix("_background") for name in chosen(words, [f"{colour}_background" for colour in BODY])]
+    backgrounds = [
+        name.removesuffix("_background") for name in chosen(words, [f"{colour}_background" for colour in BODY])
+    ]
     taken = {figure.colour for figure in figures}
-    first = said[0] if said else next(colour for colour in ("white", "grey") if colour not in taken)
+    first = backgrounds[0] if backgrounds else next(colour for colour in ("white", "grey") if colour not in taken)
     second = (
-        said[1]
-        if len(said) > 1
+        backgrounds[1]
+        if len(backgrounds) > 1
         else next(colour for colour in ("white", "grey", "black") if colour not in taken | {first})
     )
     styles = chosen(words, [each.name for each in ARTISTS])

@@ -1,7 +1,7 @@
-"""Guarantee: roots and sinusoids with the same bits on every processor.
+"""Square roots and sinusoids with the same bits on every processor.
 
-On the CPU torch.sqrt goes to MKL's vector library, whose last bit depends on the processor (docs/processors.md).
-numpy's square root is rounded correctly, as IEEE 754 demands; sine, cosine and exponential are the C library's, in
+On the CPU torch.sqrt uses MKL's vector library, whose last bit depends on the processor (docs/processors.md). numpy's
+square root is correctly rounded, as IEEE 754 requires; sine, cosine and exponential are the C library's, in
 double precision, rounded to float32 at the end.
 """
 

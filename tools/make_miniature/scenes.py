@@ -1,4 +1,4 @@
-"""Invariant: tags and picture say the same. A scene is composed together with the words for what it shows."""
+"""Composes scenes together with the tags for what they show, so that tags and image agree."""
 
 from dataclasses import dataclass, replace
 

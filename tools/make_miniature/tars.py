@@ -1,7 +1,6 @@
-"""Invariant: the same posts give the same tars: members by ascending id, one owner, one time, nothing of the host in a
-header.
+"""Writes the tars; the same posts give the same bytes: members by ascending id, fixed owner and time in the headers.
 
-The layout is danbooru2023's: data-0000 … by id % 1000, the recent ones from data-1000, the add-on tar data-2000.
+The layout is danbooru2023's: data-0000 … by id % 1000, recent posts from data-1000 on, the add-on tar data-2000.
 """
 
 import io
@@ -13,11 +12,11 @@ import numpy as np
 from make_miniature.drawing import draw, webp
 from make_miniature.posts import Post
 
-FOLDER = "update-2024"  # later tars carry one in front of some members
+FOLDER = "update-2024"  # later tars have this folder in the names of some members
 
 
 def picture(post: Post) -> bytes:
-    """The file that a tar holds for this post, broken as the post says."""
+    """The image file of this post in its tar, broken as the post demands."""
     pixels = draw(post.scene)
     if post.awkward == "alpha":
         alpha = np.full(pixels.shape[:2], 255, np.uint8)
@@ -35,7 +34,7 @@ def member(post: Post, size: int) -> tarfile.TarInfo:
 
 
 def write(posts: list[Post], folder: Path) -> dict[int, int]:
-    """All tars of these posts into the folder; the size of each post's picture, by id."""
+    """Write all tars of these posts into the folder. Returns {post id: bytes of its image}."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("data-*.tar"):
         old.unlink()

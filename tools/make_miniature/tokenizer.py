@@ -1,11 +1,12 @@
-"""Invariant: the same words give the same merges: the commonest pair first, of equals the one that sorts first.
+"""Trains the tokenizers; the same words give the same merges: the most frequent pair first, ties in sorted order.
 
-CLIP's byte-level BPE: 256 byte symbols, the same with </w>, one symbol a merge, and the two special tokens at the end.
-Learnt from what captions say.
+CLIP's byte-level BPE: 256 byte symbols, the same with </w>, one symbol per merge, and the two special tokens at the
+end. Trained on the captions' words.
 """
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import regex
@@ -36,22 +37,22 @@ SAID_ABOUT = {
 
 
 def bytes_to_symbols() -> dict[int, str]:
-    """The printable stand-in of every byte, in CLIP's order."""
+    """The printable character for every byte, in CLIP's order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}
 
 
 def words_of(posts: list[Post]) -> Counter:
-    """How often each piece of text is said, as a tuple of symbols."""
-    said = Counter(SAID_ABOUT)
+    """The number of times that each piece of text (a tuple of symbols) occurs."""
+    counts = Counter(SAID_ABOUT)
     for post in posts:
         for name, kind in post.tags:
-            said[name.replace("_", " ") if len(name) > 3 else name] += 1 if kind != META else 0
-            said[","] += 1
+            counts[name.replace("_", " ") if len(name) > 3 else name] += 1 if kind != META else 0
+            counts[","] += 1
     symbols = bytes_to_symbols()
     pieces = Counter()
-    for text, count in said.items():
+    for text, count in counts.items():
         for word in CUT.findall(text.lower()):
             spelt = [symbols[byte] for byte in word.encode()]
             pieces[(*spelt[:-1], spelt[-1] + "</w>")] += count
@@ -63,7 +64,7 @@ def learn(pieces: Counter, merges: int) -> list[tuple[str, str]]:
     while len(found) < merges:
         pairs = Counter()
         for word, count in words.items():
-            for pair in zip(word, word[1:]):
+            for pair in pairwise(word):
                 pairs[pair] += count
         if not pairs:
             break

@@ -1,8 +1,6 @@
-"""Invariant: a word means one thing: what it names can be seen in the picture, or it is one of danbooru's words about
-the file.
+"""The miniature's vocabulary: each word names something visible in the image, or is one of danbooru's meta tags.
 
-The miniature's world: figures (a shape, a colour, perhaps a face) before a background. Tags are written as danbooru
-writes them.
+Images show figures (a shape, a colour, perhaps a face) before a background. Tags are written as on danbooru.
 """
 
 from dataclasses import dataclass

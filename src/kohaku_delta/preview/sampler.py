@@ -21,15 +21,10 @@ def sample_images(
     model: Sdxl, tokenizers: tuple, parameters: Preview, latent_step: int, max_tokens: int
 ) -> list[np.ndarray]:
     """One picture per prompt, uint8 (height, width, 3). latent_step: pixels per latent; max_tokens: 75, 150 or 225."""
-    first, second = tokenizers
     count, size = len(parameters.prompts), (parameters.height, parameters.width)
     texts = parameters.prompts + [parameters.negative] * count
-
-    def tokens(tokenizer, padding: int) -> torch.Tensor:
-        chunks = [conditioning.token_chunks(tokenizer, text, max_tokens, padding) for text in texts]
-        return torch.stack(chunks).to(model.device)
-
-    context, pooled = model.conditions(tokens(first, first.eos_token_id), tokens(second, 0))
+    ids1, ids2 = conditioning.token_ids(tokenizers, texts, max_tokens)
+    context, pooled = model.conditions(ids1.to(model.device), ids2.to(model.device))
     time_ids = torch.tensor([[*size, 0.0, 0.0, *size]] * len(texts), device=model.device)
     shape = (LATENT_CHANNELS, size[0] // latent_step, size[1] // latent_step)
     noises = [sample_rng.normal_for(shape, parameters.seed, index, sample_rng.NOISE) for index in range(count)]

@@ -10,17 +10,16 @@ from pathlib import Path
 import click
 
 from kohaku_delta import params as recipes
-from kohaku_delta.cli.stage_command import StageCommand, print_summary
+from kohaku_delta import paths
+from kohaku_delta.cli.stage_command import FILE, StageCommand, print_summary
 from kohaku_delta.weights import bake
-
-FILE = click.Path(path_type=Path)
 
 
 @click.command(cls=StageCommand)
-@click.option("--params", type=FILE, default="params.yaml", show_default=True, help="The recipe.")
-@click.option("--base", type=FILE, default="build/delta-base.safetensors", show_default=True, help="The trained base.")
-@click.option("--lokr", type=FILE, default="build/delta-lokr.safetensors", show_default=True, help="The trained LoKr.")
-@click.option("--out", type=FILE, default="build/kohaku-xl-delta.safetensors", show_default=True, help="The result.")
+@click.option("--params", type=FILE, default="params.yaml", help="The recipe.")
+@click.option("--base", type=FILE, default=paths.BASE, help="The trained base.")
+@click.option("--lokr", type=FILE, default=paths.LOKR, help="The trained LoKr.")
+@click.option("--out", type=FILE, default=paths.FINAL, help="The result.")
 @click.option("--force", is_flag=True, help="Accept another base, and leave out entries that match no tensor.")
 def main(params: Path, base: Path, lokr: Path, out: Path, force: bool) -> None:
     """Add the trained differences to the base."""

@@ -12,23 +12,20 @@ from pathlib import Path
 import click
 
 from kohaku_delta import params as recipes
-from kohaku_delta.cli.stage_command import StageCommand, print_summary
+from kohaku_delta import paths
+from kohaku_delta.cli.stage_command import FILE, StageCommand, print_summary
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import captions, tag_counts
 from kohaku_delta.formats import parquet
 from kohaku_delta.hub import inputs_manifest as listed
 
-FILE = click.Path(path_type=Path)
-
 
 @click.command(cls=StageCommand)
-@click.option("--params", type=FILE, default="params.yaml", show_default=True, help="The recipe.")
-@click.option("--inputs", type=FILE, default="build/inputs.json", show_default=True, help="The verified inputs.")
+@click.option("--params", type=FILE, default="params.yaml", help="The recipe.")
+@click.option("--inputs", type=FILE, default=paths.INPUTS, help="The verified inputs.")
 @click.option("--database", type=FILE, help="danbooru2023.db.  [default: the database of --inputs]")
-@click.option("--posts", type=FILE, default="build/posts.parquet", show_default=True, help="The posts to caption.")
-@click.option(
-    "--out", "--captions", "out", type=FILE, default="build/captions.parquet", show_default=True, help="The captions."
-)
+@click.option("--posts", type=FILE, default=paths.POSTS, help="The posts to caption.")
+@click.option("--out", "--captions", "out", type=FILE, default=paths.CAPTIONS, help="The captions.")
 @click.option("--artists", type=FILE, help="Images per artist.  [default: artists-kxl-delta.json beside --out]")
 @click.option(
     "--characters", type=FILE, help="Images per character.  [default: characters-kxl-delta.json beside --out]"

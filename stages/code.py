@@ -13,10 +13,8 @@ import click
 
 from kohaku_delta import atomic_files, paths
 from kohaku_delta import params as recipes
-from kohaku_delta.cli.stage_command import StageCommand, print_summary
+from kohaku_delta.cli.stage_command import FILE, StageCommand, print_summary
 from kohaku_delta.provenance import import_closure
-
-FILE = click.Path(path_type=Path)
 
 
 @click.command(cls=StageCommand)

@@ -12,27 +12,22 @@ from pathlib import Path
 import click
 
 from kohaku_delta import params as recipes
-from kohaku_delta.cli.stage_command import StageCommand, format_counts, print_summary
+from kohaku_delta import paths
+from kohaku_delta.cli.stage_command import FILE, StageCommand, format_counts, print_summary
 from kohaku_delta.dataset import fetch_inputs
 from kohaku_delta.hub import inputs_manifest
 
 
 @click.command(cls=StageCommand)
-@click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True, help="The recipe.")
+@click.option("--params", type=FILE, default="params.yaml", help="The recipe.")
 @click.option(
     "--mirror",
     "others",
-    type=click.Path(path_type=Path),
+    type=FILE,
     multiple=True,
     help="Another mirror, only read: files are looked for there before they are downloaded. May be repeated.",
 )
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default="build/inputs.json",
-    show_default=True,
-    help="The list of verified inputs.",
-)
+@click.option("--out", type=FILE, default=paths.INPUTS, help="The list of verified inputs.")
 def main(params: Path, others: tuple[Path, ...], out: Path) -> None:
     """Download and verify every pinned input."""
     recipe = recipes.load(params)

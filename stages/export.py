@@ -11,23 +11,19 @@ from pathlib import Path
 
 import click
 
-from kohaku_delta import numerics
+from kohaku_delta import numerics, paths
 from kohaku_delta import params as recipes
-from kohaku_delta.cli.stage_command import StageCommand, print_summary
+from kohaku_delta.cli.stage_command import FILE, StageCommand, print_summary
 from kohaku_delta.hub import inputs_manifest as listed
-
-FILE = click.Path(path_type=Path)
 
 
 @click.command(cls=StageCommand)
-@click.option("--params", type=FILE, default="params.yaml", show_default=True, help="The recipe.")
-@click.option("--inputs", type=FILE, default="build/inputs.json", show_default=True, help="The verified inputs.")
-@click.option(
-    "--model", type=FILE, default="build/kohaku-xl-delta.safetensors", show_default=True, help="The checkpoint."
-)
+@click.option("--params", type=FILE, default="params.yaml", help="The recipe.")
+@click.option("--inputs", type=FILE, default=paths.INPUTS, help="The verified inputs.")
+@click.option("--model", type=FILE, default=paths.FINAL, help="The checkpoint.")
 @click.option("--tokenizer", type=FILE, help="Folder with vocab.json and merges.txt.  [default: tokenizer of --inputs]")
 @click.option("--tokenizer-2", type=FILE, help="For the second text encoder.  [default: tokenizer_2 of --inputs]")
-@click.option("--out", type=FILE, default="build/diffusers", show_default=True, help="The folder.")
+@click.option("--out", type=FILE, default=paths.DIFFUSERS, help="The folder.")
 def main(params: Path, inputs: Path, model: Path, tokenizer: Path | None, tokenizer_2: Path | None, out: Path) -> None:
     """Write the folder that StableDiffusionXLPipeline.from_pretrained loads."""
     recipe = recipes.load(params).model

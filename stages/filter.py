@@ -12,7 +12,8 @@ from pathlib import Path
 import click
 
 from kohaku_delta import params as recipes
-from kohaku_delta.cli.stage_command import StageCommand, format_counts, print_summary
+from kohaku_delta import paths
+from kohaku_delta.cli.stage_command import FILE, StageCommand, format_counts, print_summary
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.danbooru.tars import tars_by_number, tars_in
 from kohaku_delta.dataset import filtering
@@ -20,12 +21,10 @@ from kohaku_delta.dataset.post_metadata import reason_counts
 from kohaku_delta.formats import parquet
 from kohaku_delta.hub import inputs_manifest as listed
 
-FILE = click.Path(path_type=Path)
-
 
 @click.command(cls=StageCommand)
-@click.option("--params", type=FILE, default="params.yaml", show_default=True, help="The recipe.")
-@click.option("--inputs", type=FILE, default="build/inputs.json", show_default=True, help="The verified inputs.")
+@click.option("--params", type=FILE, default="params.yaml", help="The recipe.")
+@click.option("--inputs", type=FILE, default=paths.INPUTS, help="The verified inputs.")
 @click.option("--database", type=FILE, help="danbooru2023.db.  [default: the database of --inputs]")
 @click.option("--tars", type=FILE, help="The folder of data-0000.tar ….  [default: the tars of --inputs]")
 @click.option(
@@ -34,9 +33,9 @@ FILE = click.Path(path_type=Path)
 @click.option(
     "--partial", is_flag=True, help="Use only the tars that are there: posts of other tars are dropped as missing."
 )
-@click.option("--selection", type=FILE, default="build/selection.parquet", show_default=True, help="Selected posts.")
-@click.option("--out", type=FILE, default="build/posts.parquet", show_default=True, help="The posts to train on.")
-@click.option("--dropped", type=FILE, default="build/dropped.parquet", show_default=True, help="The others, and why.")
+@click.option("--selection", type=FILE, default=paths.SELECTION, help="Selected posts.")
+@click.option("--out", type=FILE, default=paths.POSTS, help="The posts to train on.")
+@click.option("--dropped", type=FILE, default=paths.DROPPED, help="The others, and why.")
 def main(
     params: Path,
     inputs: Path,

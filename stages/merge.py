@@ -12,16 +12,15 @@ from pathlib import Path
 import click
 
 from kohaku_delta import params as recipes
-from kohaku_delta.cli.stage_command import StageCommand, print_summary
+from kohaku_delta import paths
+from kohaku_delta.cli.stage_command import FILE, StageCommand, print_summary
 from kohaku_delta.hub import inputs_manifest as listed
 from kohaku_delta.weights import merge
 
-FILE = click.Path(path_type=Path)
-
 
 @click.command(cls=StageCommand)
-@click.option("--params", type=FILE, default="params.yaml", show_default=True, help="The recipe.")
-@click.option("--inputs", type=FILE, default="build/inputs.json", show_default=True, help="The verified inputs.")
+@click.option("--params", type=FILE, default="params.yaml", help="The recipe.")
+@click.option("--inputs", type=FILE, default=paths.INPUTS, help="The verified inputs.")
 @click.option("--sdxl", type=FILE, help="The donor of the original embeddings.  [default: sdxl of --inputs]")
 @click.option("--gamma", type=FILE, help="A parent.  [default: gamma of --inputs]")
 @click.option("--beta", type=FILE, help="The other parent.  [default: beta of --inputs]")
@@ -31,7 +30,7 @@ FILE = click.Path(path_type=Path)
     type=FILE,
     help="With merge.start: published, the base to copy.  [default: delta_base of --inputs]",
 )
-@click.option("--out", type=FILE, default="build/delta-base.safetensors", show_default=True, help="The delta base.")
+@click.option("--out", type=FILE, default=paths.BASE, help="The delta base.")
 def main(
     params: Path,
     inputs: Path,

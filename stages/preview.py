@@ -11,31 +11,32 @@ from pathlib import Path
 
 import click
 
-from kohaku_delta import numerics
+from kohaku_delta import numerics, paths
 from kohaku_delta import params as recipes
-from kohaku_delta.cli.stage_command import StageCommand, print_summary
-
-
-def file_option(name: str, default: str | None = None, help: str | None = None):
-    return click.option(name, type=click.Path(path_type=Path), default=default, show_default=bool(default), help=help)
+from kohaku_delta.cli.stage_command import FILE, StageCommand, print_summary
 
 
 @click.command(cls=StageCommand)
-@file_option("--params", "params.yaml", "The recipe.")
-@file_option("--inputs", "build/inputs.json", "The verified inputs (tokenizers, database, tars).")
-@file_option("--database", help="danbooru2023.db.  [default: that of --inputs]")
-@file_option("--tars", help="The folder of the tars.  [default: that of --inputs]")
-@file_option("--tokenizer", help="Folder with vocab.json and merges.txt.  [default: the tokenizer of --inputs]")
-@file_option("--tokenizer-2", help="The same for text encoder 2.  [default: the tokenizer_2 of --inputs]")
-@file_option(
+@click.option("--params", type=FILE, default="params.yaml", help="The recipe.")
+@click.option("--inputs", type=FILE, default=paths.INPUTS, help="The verified inputs (tokenizers, database, tars).")
+@click.option("--database", type=FILE, help="danbooru2023.db.  [default: that of --inputs]")
+@click.option("--tars", type=FILE, help="The folder of the tars.  [default: that of --inputs]")
+@click.option(
+    "--tokenizer", type=FILE, help="Folder with vocab.json and merges.txt.  [default: the tokenizer of --inputs]"
+)
+@click.option("--tokenizer-2", type=FILE, help="The same for text encoder 2.  [default: the tokenizer_2 of --inputs]")
+@click.option(
     "--references",
+    type=FILE,
     help="Folder with one drawing per prompt, in the prompts' order (*.png).  [default: those of --inputs, if any]",
 )
-@file_option("--selection", "build/selection.parquet", "The selected posts: held-out posts are none of these.")
-@file_option("--base", "build/delta-base.safetensors")
-@file_option("--model", "build/kohaku-xl-delta.safetensors", "The baked checkpoint.")
-@file_option("--out", "build/preview.png")
-@file_option("--held-out", "build/held-out.json")
+@click.option(
+    "--selection", type=FILE, default=paths.SELECTION, help="The selected posts: held-out posts are none of these."
+)
+@click.option("--base", type=FILE, default=paths.BASE)
+@click.option("--model", type=FILE, default=paths.FINAL, help="The baked checkpoint.")
+@click.option("--out", type=FILE, default=paths.PREVIEW)
+@click.option("--held-out", type=FILE, default=paths.HELD_OUT)
 def main(params: Path, **files) -> None:
     """Draw base beside final, and measure both on posts that were not selected."""
     recipe = recipes.load(params)

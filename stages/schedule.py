@@ -13,11 +13,9 @@ import click
 
 from kohaku_delta import atomic_files, paths
 from kohaku_delta import params as recipes
-from kohaku_delta.cli.stage_command import StageCommand, print_summary
+from kohaku_delta.cli.stage_command import FILE, StageCommand, print_summary
 from kohaku_delta.formats import parquet
 from kohaku_delta.training import schedule as schedules
-
-FILE = click.Path(path_type=Path)
 
 
 @click.command(cls=StageCommand)

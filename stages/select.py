@@ -11,21 +11,20 @@ import click
 import pyarrow.compute as pc
 
 from kohaku_delta import params as recipes
-from kohaku_delta.cli.stage_command import StageCommand, print_summary
+from kohaku_delta import paths
+from kohaku_delta.cli.stage_command import FILE, StageCommand, print_summary
 from kohaku_delta.danbooru import schema
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import selection
 from kohaku_delta.formats import parquet
 from kohaku_delta.hub import inputs_manifest as listed
 
-FILE = click.Path(path_type=Path)
-
 
 @click.command(cls=StageCommand)
-@click.option("--params", type=FILE, default="params.yaml", show_default=True, help="The recipe.")
-@click.option("--inputs", type=FILE, default="build/inputs.json", show_default=True, help="The verified inputs.")
+@click.option("--params", type=FILE, default="params.yaml", help="The recipe.")
+@click.option("--inputs", type=FILE, default=paths.INPUTS, help="The verified inputs.")
 @click.option("--database", type=FILE, help="danbooru2023.db.  [default: the database of --inputs]")
-@click.option("--out", type=FILE, default="build/selection.parquet", show_default=True, help="The selected posts.")
+@click.option("--out", type=FILE, default=paths.SELECTION, help="The selected posts.")
 def main(params: Path, inputs: Path, database: Path | None, out: Path) -> None:
     """Draw the posts to train on."""
     recipe = recipes.load(params)

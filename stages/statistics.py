@@ -12,9 +12,9 @@ from pathlib import Path
 
 import click
 
-from kohaku_delta import atomic_files
+from kohaku_delta import atomic_files, paths
 from kohaku_delta import params as recipes
-from kohaku_delta.cli.stage_command import StageCommand, print_summary
+from kohaku_delta.cli.stage_command import FILE, StageCommand, print_summary
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import dataset_statistics, published_counts
 from kohaku_delta.formats import parquet
@@ -22,37 +22,23 @@ from kohaku_delta.hub import inputs_manifest as listed
 from kohaku_delta.report import dataset_plots
 from kohaku_delta.sdxl.tokenizer import ClipTokenizer
 
-FILE = click.Path(path_type=Path)
-
 
 @click.command(cls=StageCommand)
-@click.option("--params", type=FILE, default="params.yaml", show_default=True, help="The recipe.")
-@click.option("--inputs", type=FILE, default="build/inputs.json", show_default=True, help="The verified inputs.")
+@click.option("--params", type=FILE, default="params.yaml", help="The recipe.")
+@click.option("--inputs", type=FILE, default=paths.INPUTS, help="The verified inputs.")
 @click.option("--database", type=FILE, help="danbooru2023.db.  [default: the database of --inputs]")
 @click.option(
     "--tokenizer", type=FILE, help="The folder of vocab.json and merges.txt.  [default: the tokenizer of --inputs]"
 )
-@click.option(
-    "--selection", type=FILE, default="build/selection.parquet", show_default=True, help="The selected posts."
-)
-@click.option("--posts", type=FILE, default="build/posts.parquet", show_default=True, help="The posts to train on.")
-@click.option("--dropped", type=FILE, default="build/dropped.parquet", show_default=True, help="The dropped posts.")
-@click.option("--captions", type=FILE, default="build/captions.parquet", show_default=True, help="The captions.")
-@click.option(
-    "--artists", type=FILE, default="build/artists-kxl-delta.json", show_default=True, help="Images per artist."
-)
-@click.option(
-    "--characters",
-    type=FILE,
-    default="build/characters-kxl-delta.json",
-    show_default=True,
-    help="Images per character.",
-)
-@click.option("--buckets", type=FILE, default="build/bucket.txt", show_default=True, help="Images per bucket.")
-@click.option("--out", type=FILE, default="build/dataset.json", show_default=True, help="The figures.")
-@click.option(
-    "--pictures", "folder", type=FILE, default="build/statistics", show_default=True, help="The folder of the plots."
-)
+@click.option("--selection", type=FILE, default=paths.SELECTION, help="The selected posts.")
+@click.option("--posts", type=FILE, default=paths.POSTS, help="The posts to train on.")
+@click.option("--dropped", type=FILE, default=paths.DROPPED, help="The dropped posts.")
+@click.option("--captions", type=FILE, default=paths.CAPTIONS, help="The captions.")
+@click.option("--artists", type=FILE, default=paths.ARTISTS, help="Images per artist.")
+@click.option("--characters", type=FILE, default=paths.CHARACTERS, help="Images per character.")
+@click.option("--buckets", type=FILE, default=paths.BUCKETS, help="Images per bucket.")
+@click.option("--out", type=FILE, default=paths.DATASET, help="The figures.")
+@click.option("--pictures", "folder", type=FILE, default=paths.STATISTICS, help="The folder of the plots.")
 def main(
     params: Path, inputs: Path, database: Path | None, tokenizer: Path | None, out: Path, folder: Path, **files: Path
 ) -> None:

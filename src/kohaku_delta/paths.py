@@ -29,9 +29,6 @@ HELD_OUT = "build/held-out.json"  # preview: loss on posts that were not trained
 
 CODE = "build/code"  # code: a description of each stage's code, <stage>.json
 RECORDS = "build/records"  # every stage: a record of its run; no DVC output
-AUDIT = "build/audit.json"  # `kohaku-delta audit`
-REPORT = "build/report.html"  # `kohaku-delta report`
-CARD = "build/README.md"  # `kohaku-delta card`: the name that Hugging Face shows
 
 
 def stamps_path(inputs: Path) -> Path:

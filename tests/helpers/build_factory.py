@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 from ruamel.yaml import YAML
 
+from kohaku_delta import paths
 from kohaku_delta.provenance import dvc_lock, dvc_yaml, stage_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,7 +125,7 @@ def out(place: Path, path: str) -> dict:
 def record_path(place: Path, stage: str) -> Path:
     """Where the record lies that dvc.lock names."""
     key = dvc_lock.read_lock(place / "dvc.lock")[stage].key()
-    return place / stage_record.FOLDER / stage_record.record_filename(stage, key)
+    return place / paths.RECORDS / stage_record.record_filename(stage, key)
 
 
 def record(

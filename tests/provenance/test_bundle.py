@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import rebuild_factory
-from kohaku_delta.verify import lock_inputs
+from kohaku_delta.verify import check_lock_inputs
 from tampering import ask, audit, caption, fabricate_output_hash, failed, locked, other_code
 
 
@@ -320,7 +320,7 @@ def test_other_code_than_that_at_hand_is_judged_by_the_commit_that_the_records_n
     git("commit", "-qm", "then")
     commit = git("rev-parse", "HEAD")
     (tmp_path / "code" / "src" / "kohaku_delta" / "errors.py").write_text("# now\n")
-    monkeypatch.setattr(lock_inputs, "REPOSITORY", tmp_path / "code")
+    monkeypatch.setattr(check_lock_inputs, "REPOSITORY", tmp_path / "code")
 
     def code(change, **facts):
         rebuild_factory.lock(copy)

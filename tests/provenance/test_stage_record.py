@@ -18,7 +18,7 @@ from kohaku_delta.formats import hashing
 from kohaku_delta.provenance import dvc_yaml, stage_record
 from kohaku_delta.provenance.artifact import open_artifact
 from kohaku_delta.training import schedule as schedules
-from kohaku_delta.verify import lock_records
+from kohaku_delta.verify import check_lock_records
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +99,14 @@ def test_an_input_and_a_parameter_that_change_while_a_stage_runs_are_in_its_reco
     assert stage("schedule").exit_code == 0
     rebuild_factory.lock(folder)  # DVC hashes inputs and reads parameters after the command
     with open_artifact(folder) as found:
-        finding = lock_records.check_unchanged_during_run(found)
+        finding = check_lock_records.check_unchanged_during_run(found)
         assert (
             finding.status == "FAIL"
             and "build/posts.parquet was changed while schedule ran; "
             "schedule in params.yaml was changed while schedule ran"
             in finding.message
         )
-        assert lock_records.check_records(found).status == "PASS", "it is the record of that run all the same"
+        assert check_lock_records.check_records(found).status == "PASS", "it is the record of that run all the same"
 
 
 def test_a_stage_that_was_restored_has_no_record_and_one_that_ran_here_finds_its_own_again(folder):

@@ -29,6 +29,7 @@ try:
         print(steps)
 except UserError as refusal:
     print("refused:", refusal.message)
+dist.destroy_process_group()
 """
 
 
@@ -57,7 +58,10 @@ def save(folder, steps):
 
 
 def run_ranks(code, *arguments):
-    """The outputs of two ranks; arguments: one pair per argument of the code after the rank."""
+    """The outputs of two ranks; arguments: one pair per argument of the code after the rank.
+
+    The code ends with destroy_process_group, as the trainer does: gloo's threads may abort a process that only exits.
+    """
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(rank), *(str(pair[rank]) for pair in arguments)],
@@ -110,6 +114,7 @@ from kohaku_delta.training.distributed_state import mismatching_ranks
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 print([mismatching_ranks(value, 2, "cpu") for value in (2**64 - 1, 2**64 - 1 - rank, rank << 40, rank << 63)])
+dist.destroy_process_group()
 """
 
 

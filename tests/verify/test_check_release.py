@@ -9,7 +9,7 @@ import pytest
 import rebuild_factory
 from kohaku_delta import params
 from kohaku_delta.formats import parquet
-from kohaku_delta.verify.fidelity import quirks
+from kohaku_delta.verify.check_fidelity import quirks
 from tampering import audit, failed, rehash_everything, ulp
 
 FILES = {"base": "delta-base.safetensors", "lokr": "delta-lokr.safetensors", "final": "kohaku-xl-delta.safetensors"}

@@ -21,7 +21,7 @@ import tiny_training
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
 from kohaku_delta.training import journal, tensor_fingerprints
-from kohaku_delta.verify import replay as replay_checks
+from kohaku_delta.verify import check_replay as replay_checks
 from kohaku_delta.verify import replay_training
 
 

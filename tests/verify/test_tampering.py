@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 import rebuild_factory
-from kohaku_delta.verify import replay
+from kohaku_delta.verify import check_replay
 from tampering import (
     ask,
     audit,
@@ -167,7 +167,7 @@ def test_a_stage_without_a_record_is_skipped_by_name(copy):
 
 
 def test_a_changed_caption_is_found_by_captioning_anew_although_everything_was_hashed_anew(copy, monkeypatch):
-    monkeypatch.setattr(replay, "STAGES", {name: replay.STAGES[name] for name in ("caption", "schedule")})
+    monkeypatch.setattr(check_replay, "STAGES", {name: check_replay.STAGES[name] for name in ("caption", "schedule")})
     code, found = audit(copy, "--stages")
     assert (
         code == 1

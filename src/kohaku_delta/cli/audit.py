@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from kohaku_delta import numerics
 from kohaku_delta.cli.exit_codes import ComparisonCommand
+from kohaku_delta.cli.stage_command import FILE
 from kohaku_delta.formats import hashing
 from kohaku_delta.provenance import dvc_yaml
 from kohaku_delta.provenance.artifact import open_artifact
 
-FILE = click.Path(path_type=Path)
 COLORS = {"PASS": "green", "FAIL": "red", "SKIP": "yellow"}
 
 

@@ -6,27 +6,19 @@ from pathlib import Path
 
 import click
 
-from kohaku_delta import atomic_files
-from kohaku_delta.cli.stage_command import StageCommand
+from kohaku_delta import atomic_files, paths
+from kohaku_delta.cli.stage_command import FILE, StageCommand
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import hashing
 from kohaku_delta.provenance import bundles, dvc_yaml, signature, stage_record, statement
 from kohaku_delta.provenance.artifact import Artifact, is_library_locks, open_artifact
 
-FILE = click.Path(path_type=Path)
 MAX_BYTES = 16 << 20  # of an output that is no table; a larger one is left out
 
 
 @click.command(cls=StageCommand)
 @click.argument("out", type=FILE)
-@click.option(
-    "--recipe",
-    "folder",
-    type=FILE,
-    default=".",
-    show_default=True,
-    help="The recipe's folder (params.yaml, dvc.lock, build/).",
-)
+@click.option("--recipe", "folder", type=FILE, default=".", help="The recipe's folder (params.yaml, dvc.lock, build/).")
 @click.option(
     "--key",
     type=FILE,
@@ -76,14 +68,14 @@ def _gather(rebuild: Artifact, to: Path) -> dict[str, int]:
         for name in hashing.digest_path(rebuild.folder / libraries, md5=False).files or {}:
             copy(f"{libraries}/{name}", f"{bundles.LIBRARIES}/{name}")
     for name in rebuild.records:
-        copy(f"{stage_record.FOLDER}/{stage_record.record_filename(name, rebuild.lock[name].key())}")
+        copy(f"{paths.RECORDS}/{stage_record.record_filename(name, rebuild.lock[name].key())}")
     left_out = {}
     for out, digest in rebuild.digests.items():
-        paths = [out] if digest.files is None else [f"{out}/{name}" for name in digest.files]
-        if any(_is_left_out(rebuild.folder / path) for path in paths):
+        files = [out] if digest.files is None else [f"{out}/{name}" for name in digest.files]
+        if any(_is_left_out(rebuild.folder / path) for path in files):
             left_out[out] = digest.bytes
         else:
-            for path in paths:
+            for path in files:
                 copy(path)
     bundles.write_json(to / bundles.TENSORS, rebuild.tensors)
     return left_out

@@ -5,16 +5,14 @@ from pathlib import Path
 import click
 
 from kohaku_delta import atomic_files
-from kohaku_delta.cli.stage_command import StageCommand
+from kohaku_delta.cli.stage_command import FILE, StageCommand
 from kohaku_delta.report import build_summary, model_card
 
 
 @click.command(cls=StageCommand)
-@click.argument("folder", type=click.Path(path_type=Path), default=".")
+@click.argument("folder", type=FILE, default=".")
 @click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="The card.  [default: build/README.md of FOLDER, the name that Hugging Face reads]",
+    "--out", type=FILE, help="The card.  [default: build/README.md of FOLDER, the name that Hugging Face reads]"
 )
 def card(folder: Path, out: Path | None) -> None:
     """Write the model card of a build. FOLDER is the recipe's folder, with params.yaml and dvc.lock."""

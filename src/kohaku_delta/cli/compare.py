@@ -5,10 +5,9 @@ from pathlib import Path
 import click
 
 from kohaku_delta.cli.exit_codes import DIFFERENT, EQUAL, ComparisonCommand
+from kohaku_delta.cli.stage_command import FILE
 from kohaku_delta.provenance.artifact import open_artifact
 from kohaku_delta.verify import compare_rebuilds
-
-FILE = click.Path(path_type=Path)
 
 
 @click.command(cls=ComparisonCommand)

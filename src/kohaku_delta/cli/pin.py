@@ -6,20 +6,14 @@ import click
 
 from kohaku_delta import atomic_files
 from kohaku_delta import params as recipes
-from kohaku_delta.cli.stage_command import StageCommand
+from kohaku_delta.cli.stage_command import FILE, StageCommand
 from kohaku_delta.hub import fill_pins
 
 MAX_LINES = 30  # of a diff
 
 
 @click.command(cls=StageCommand)
-@click.option(
-    "--params",
-    type=click.Path(path_type=Path),
-    default="params.yaml",
-    show_default=True,
-    help="The recipe whose pins are filled in.",
-)
+@click.option("--params", type=FILE, default="params.yaml", help="The recipe whose pins are filled in.")
 @click.option("--yes", is_flag=True, help="Write without asking.")
 def pin(params: Path, yes: bool) -> None:
     """Fill in what the pins of params.yaml leave open: revision, bytes, sha256.

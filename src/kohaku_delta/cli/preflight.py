@@ -7,13 +7,14 @@ import click
 from kohaku_delta import numerics
 from kohaku_delta import params as recipes
 from kohaku_delta.cli.exit_codes import DIFFERENT, EQUAL, ComparisonCommand
+from kohaku_delta.cli.stage_command import FILE
 from kohaku_delta.preflight import build_plan, host_checks, host_facts, parameter_counts
 from kohaku_delta.preflight.build_plan import PlanRow
 from kohaku_delta.preflight.host_checks import CheckResult
 
 
 @click.command(cls=ComparisonCommand)
-@click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True, help="The recipe.")
+@click.option("--params", type=FILE, default="params.yaml", help="The recipe.")
 @click.option(
     "--simulate", metavar="HOST", help='Print the plan for another host: "2x RTX 3090, memory 64 GB, disk 2 TB".'
 )

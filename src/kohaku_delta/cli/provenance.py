@@ -5,11 +5,10 @@ from pathlib import Path
 import click
 
 from kohaku_delta.cli.exit_codes import DIFFERENT, EQUAL, ComparisonCommand
+from kohaku_delta.cli.stage_command import FILE
 from kohaku_delta.errors import UserError
 from kohaku_delta.provenance import bundles, signature, statement
 from kohaku_delta.provenance.artifact import open_artifact
-
-FILE = click.Path(path_type=Path)
 
 
 @click.command(cls=ComparisonCommand)

@@ -5,15 +5,12 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from kohaku_delta import numerics
+from kohaku_delta import numerics, paths
 from kohaku_delta import params as recipes
 from kohaku_delta.cli.exit_codes import DIFFERENT, EQUAL, ComparisonCommand
+from kohaku_delta.cli.stage_command import FILE
 from kohaku_delta.formats import parquet
 from kohaku_delta.verify import replay_training
-
-
-def file_option(name: str, default: str | None = None, help: str | None = None):
-    return click.option(name, type=click.Path(path_type=Path), default=default, show_default=bool(default), help=help)
 
 
 def count_option(name: str, variable: str, minimum: int, default: int | None = None, help: str | None = None):
@@ -25,25 +22,21 @@ def count_option(name: str, variable: str, minimum: int, default: int | None = N
 @count_option("--from", "first", 0, help="The first step to compare, counted from 0 as in the journal.")
 @count_option("--to", "last", 0, help="The last step.")
 @click.option("--loss-only", is_flag=True, help="Compare losses only (forward pass, fp32): needs --lokr, and no GPU.")
-@file_option("--lokr", help="A milestone's LoKr file (--loss-only).")
+@click.option("--lokr", type=FILE, help="A milestone's LoKr file (--loss-only).")
 @click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda"]),
-    default="cpu",
-    show_default=True,
-    help="Where losses are computed (--loss-only).",
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where losses are computed (--loss-only)."
 )
 @count_option("--sample", "sample", 1, 8, help="How many micro-batches of the step (--loss-only).")
 @count_option("--seed", "seed", 0, 0, help="Selects which ones: choose your own (--loss-only).")
-@file_option("--params", "params.yaml", "The recipe.")
-@file_option("--inputs", "build/inputs.json", "The verified inputs (tokenizers, tars).")
-@file_option("--tars", help="The folder of the tars.  [default: that of --inputs]")
-@file_option("--base", "build/delta-base.safetensors", "The checkpoint that the training started from.")
-@file_option("--posts", "build/posts.parquet")
-@file_option("--captions", "build/captions.parquet")
-@file_option("--schedule", "build/schedule.parquet")
-@file_option("--journal", "build/journal.parquet", "The journal to check.")
-@file_option("--work", help="The folder of the saved states.  [default: execution.work]")
+@click.option("--params", type=FILE, default="params.yaml", help="The recipe.")
+@click.option("--inputs", type=FILE, default=paths.INPUTS, help="The verified inputs (tokenizers, tars).")
+@click.option("--tars", type=FILE, help="The folder of the tars.  [default: that of --inputs]")
+@click.option("--base", type=FILE, default=paths.BASE, help="The checkpoint that the training started from.")
+@click.option("--posts", type=FILE, default=paths.POSTS)
+@click.option("--captions", type=FILE, default=paths.CAPTIONS)
+@click.option("--schedule", type=FILE, default=paths.SCHEDULE)
+@click.option("--journal", type=FILE, default=paths.JOURNAL, help="The journal to check.")
+@click.option("--work", type=FILE, help="The folder of the saved states.  [default: execution.work]")
 def replay(
     first: int | None,
     last: int | None,

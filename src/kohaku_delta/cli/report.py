@@ -5,13 +5,13 @@ from pathlib import Path
 import click
 
 from kohaku_delta import atomic_files
-from kohaku_delta.cli.stage_command import StageCommand
+from kohaku_delta.cli.stage_command import FILE, StageCommand
 from kohaku_delta.report import build_summary, html_page
 
 
 @click.command(cls=StageCommand)
-@click.argument("folder", type=click.Path(path_type=Path), default=".")
-@click.option("--out", type=click.Path(path_type=Path), help="The page.  [default: build/report.html of FOLDER]")
+@click.argument("folder", type=FILE, default=".")
+@click.option("--out", type=FILE, help="The page.  [default: build/report.html of FOLDER]")
 def report(folder: Path, out: Path | None) -> None:
     """Write a build as one self-contained page. FOLDER is the recipe's folder, with params.yaml and dvc.lock."""
     build = build_summary.read_build(folder)

@@ -1,6 +1,7 @@
 """The base class of the stages and of most commands: errors become one sentence, and files are sandboxed."""
 
 import errno
+from pathlib import Path
 
 import click
 
@@ -12,13 +13,12 @@ from kohaku_delta.provenance import stage_record
 REMEDIES = {
     errno.ENOSPC: "Free some space and run the stage again.",
     errno.EACCES: "Check the permissions, or give another path by the option. "
-    "A stage may open only what it declares (docs/hermetic.md).",
+    "A stage may open only what it declares (docs/sandbox.md).",
     errno.EROFS: "The file system is read-only: give another path by the option.",
     errno.ENOENT: "Check the path, or run the stage that writes it.",
 }
-
-
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}
+FILE = click.Path(path_type=Path)  # of options that name a file or a folder
 
 
 class StageCommand(click.Command):

@@ -6,30 +6,19 @@ import click
 
 from kohaku_delta import params as recipes
 from kohaku_delta.cli.exit_codes import DIFFERENT, EQUAL, ComparisonCommand
-from kohaku_delta.verify import compare_tensors, release
+from kohaku_delta.cli.stage_command import FILE
+from kohaku_delta.verify import check_release, compare_tensors
 from kohaku_delta.verify.compare_tensors import Comparison
 
 
 @click.command(cls=ComparisonCommand)
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path), required=False)
+@click.argument("a", type=FILE)
+@click.argument("b", type=FILE, required=False)
 @click.option(
     "--published", is_flag=True, help="Compare the sha256 of A with those of the release's files and of its inputs."
 )
-@click.option(
-    "--params",
-    type=click.Path(path_type=Path),
-    default="params.yaml",
-    show_default=True,
-    help="The recipe that has the pins (--published).",
-)
-@click.option(
-    "--worst",
-    type=click.IntRange(min=0),
-    default=10,
-    show_default=True,
-    help="How many of the differing tensors to list.",
-)
+@click.option("--params", type=FILE, default="params.yaml", help="The recipe that has the pins (--published).")
+@click.option("--worst", type=click.IntRange(min=0), default=10, help="How many of the differing tensors to list.")
 def tensors(a: Path, b: Path | None, published: bool, params: Path, worst: int) -> None:
     """Compare two checkpoints, LoKr files or diffusers folders, tensor by tensor.
 
@@ -45,10 +34,10 @@ def tensors(a: Path, b: Path | None, published: bool, params: Path, worst: int) 
 
 
 def _identify(path: Path, params: Path) -> bool:
-    files = release.published_hashes(recipes.load(params))
-    digest = release.file_sha256(path)
+    files = check_release.published_hashes(recipes.load(params))
+    digest = check_release.file_sha256(path)
     click.echo(f"{path}: {path.stat().st_size:,} bytes, sha256 {digest}")
-    matches = release.identify_file(digest, files)
+    matches = check_release.identify_file(digest, files)
     for file in matches:
         note = "" if len(file.sha256) == 64 else f", by the {len(file.sha256)} digits that are known"
         click.echo(f"is {file.name} of {params}{note}")

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kohaku_delta import params
+from kohaku_delta import params, paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import hashing
 from kohaku_delta.formats.hashing import Digest
@@ -72,8 +72,8 @@ class Artifact:
         """Stage → the content of build/code/<stage>.json, of the stages that have one. Raises UserError for a file that
         is no such description.
         """
-        paths = {name: self.folder / import_closure.FOLDER / f"{name}.json" for name in self.stages}
-        return {name: import_closure.load(path) for name, path in paths.items() if path.is_file()}
+        files = {name: self.folder / paths.CODE / f"{name}.json" for name in self.stages}
+        return {name: import_closure.load(path) for name, path in files.items() if path.is_file()}
 
     @cached_property
     def inputs(self) -> list[dict[str, Any]]:
@@ -141,7 +141,7 @@ def _read(name: str, folder: Path) -> Artifact:
     if rebuild.bundle:
         _ = rebuild.tensors  # a list that contradicts itself is refused before anything is judged by it
     for stage, locked in rebuild.lock.items():
-        path = folder / stage_record.FOLDER / stage_record.record_filename(stage, locked.key())
+        path = folder / paths.RECORDS / stage_record.record_filename(stage, locked.key())
         if stage in rebuild.stages and path.is_file():
             try:
                 rebuild.records[stage] = stage_record.read_record(path)

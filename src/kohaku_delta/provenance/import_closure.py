@@ -19,11 +19,11 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from kohaku_delta import strict_model
+from kohaku_delta import paths, strict_model
 from kohaku_delta.errors import UserError
 from kohaku_delta.strict_model import StrictModel
 
-PACKAGE, FOLDER = "kohaku_delta", "build/code"
+PACKAGE = "kohaku_delta"
 MAX_BYTES = 1 << 20  # of a description; that of train has 20 kB
 
 
@@ -189,7 +189,7 @@ def verified_code(script: Path) -> StageCode | None:
     """The build/code/<stage>.json of a stage; None if there is none (the stage `code` itself, or a stage that is run by
     hand before it). Raises UserError if it does not describe the code that runs now.
     """
-    path = Path(FOLDER) / f"{script.stem}.json"
+    path = Path(paths.CODE) / f"{script.stem}.json"
     if not path.is_file():
         return None
     described, current = load(path), file_digests(script)

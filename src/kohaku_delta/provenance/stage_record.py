@@ -21,7 +21,7 @@ import click
 from click.core import ParameterSource
 from pydantic import Field
 
-from kohaku_delta import atomic_files, process_facts, strict_model
+from kohaku_delta import atomic_files, paths, process_facts, strict_model
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import hashing
 from kohaku_delta.provenance import dvc_yaml, environment, import_closure
@@ -30,7 +30,6 @@ from kohaku_delta.provenance.import_closure import StageCode
 from kohaku_delta.strict_model import StrictModel
 from kohaku_delta.yaml_file import read_yaml
 
-FOLDER = "build/records"
 MAX_BYTES = 4 << 20  # bytes of a record; that of train has 40 kB
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Md5 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}(\.dir)?$")]
@@ -90,7 +89,7 @@ def record_key(command: str, inputs: dict[str, str], parameters: dict[str, Any])
 
 
 def record_filename(stage: str, key: str) -> str:
-    """The name of a record's file in FOLDER."""
+    """The name of a record's file in build/records."""
     return f"{stage}-{key}.json"
 
 
@@ -140,8 +139,8 @@ def _begin(context: click.Context) -> _Run | None:
     script = stage_script(context.command)
     if script is None or not Path(dvc_yaml.PIPELINE).is_file() or "TORCHELASTIC_RUN_ID" in os.environ:
         return None
-    paths = [option.name or "" for option in context.command.params if isinstance(option.type, click.Path)]
-    if any(context.get_parameter_source(option) is not ParameterSource.DEFAULT for option in paths):
+    options = [option.name or "" for option in context.command.params if isinstance(option.type, click.Path)]
+    if any(context.get_parameter_source(option) is not ParameterSource.DEFAULT for option in options):
         return None
     try:
         stage = dvc_yaml.stage_declarations(Path()).get(script.stem)
@@ -150,7 +149,7 @@ def _begin(context: click.Context) -> _Run | None:
     if not stage or not all(Path(path).exists() for path in stage.deps):
         return None
     with suppress(OSError):  # reported at the end
-        Path(FOLDER).mkdir(parents=True, exist_ok=True)  # now, because the sandbox is not closed yet
+        Path(paths.RECORDS).mkdir(parents=True, exist_ok=True)  # now, because the sandbox is not closed yet
     code = import_closure.verified_code(script)
     root = script.parents[1]
     revision = environment.revision(root, [root / name for name in code.files] if code else [*map(Path, stage.deps)])
@@ -169,8 +168,8 @@ def _begin(context: click.Context) -> _Run | None:
 
 
 def _end(run: _Run) -> None:
-    """Writes the record. The sandbox is closed: only the stage's inputs, its outputs, its code, params.yaml and FOLDER
-    are open.
+    """Writes the record. The sandbox is closed: only the stage's inputs, its outputs, its code, params.yaml and
+    build/records are open.
     """
     stage, ended, seconds = run.stage, datetime.now(UTC), time.monotonic() - run.clock
     if not all(Path(path).exists() for path in stage.outs):
@@ -212,6 +211,6 @@ def _end(run: _Run) -> None:
         ),
     )
     key = record_key(stage.command, {path: read.md5 for path, read in inputs.items()}, parameters_after)
-    with atomic_files.atomic_write(Path(FOLDER) / record_filename(stage.name, key), "w") as file:
+    with atomic_files.atomic_write(Path(paths.RECORDS) / record_filename(stage.name, key), "w") as file:
         json.dump(record.model_dump(), file, indent=1, sort_keys=True, ensure_ascii=False)
         file.write("\n")

@@ -11,6 +11,7 @@ import posixpath
 from pathlib import Path
 from typing import Any
 
+from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import hashing
 from kohaku_delta.provenance import bundles, dvc_yaml, signature, stage_record
@@ -22,7 +23,7 @@ def build_statement(rebuild: Artifact) -> dict[str, Any]:
     """The statement to sign. Raises UserError if no stage left a record."""
     if not rebuild.records:
         raise UserError(
-            f"{rebuild.name} has no record of any stage in {stage_record.FOLDER}, so nothing is known about how it was "
+            f"{rebuild.name} has no record of any stage in {paths.RECORDS}, so nothing is known about how it was "
             "made. Stages leave records when they run."
         )
     records = {name: rebuild.records[name] for name in rebuild.stages if name in rebuild.records}
@@ -97,8 +98,7 @@ def _builder(records: dict[str, Record]) -> str:
 def _byproducts(rebuild: Artifact) -> list[dict[str, Any]]:
     """The pipeline, the lock, the recipe and the records, with the sha256 of their bytes here."""
     records = sorted(
-        f"{stage_record.FOLDER}/{stage_record.record_filename(name, rebuild.lock[name].key())}"
-        for name in rebuild.records
+        f"{paths.RECORDS}/{stage_record.record_filename(name, rebuild.lock[name].key())}" for name in rebuild.records
     )
     return [
         _resource(path, hashing.digest_path(rebuild.folder / path, md5=False).sha256)

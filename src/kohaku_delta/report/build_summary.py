@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kohaku_delta import params as recipes
-from kohaku_delta import strict_model
+from kohaku_delta import paths, strict_model
 from kohaku_delta.hub import pins
 from kohaku_delta.params import Pin, Recipe
 from kohaku_delta.provenance import dvc_yaml
@@ -16,7 +16,6 @@ from kohaku_delta.report.build_files import Audit, Dataset, HeldOut, Input, Inpu
 from kohaku_delta.report.stage_status import StageStatus
 from kohaku_delta.yaml_file import read_yaml
 
-FOLDER = "build"
 WEIGHTS = {"base": "delta-base.safetensors", "lokr": "delta-lokr.safetensors", "final": "kohaku-xl-delta.safetensors"}
 MISSING = "missing"  # in Build.damaged
 RUN_AGAIN = "Delete it and run `dvc repro`."
@@ -80,13 +79,13 @@ class Build:
     def output(self, name: str) -> LockedPath | None:
         """dvc.lock's entry of build/`name`."""
         return next(
-            (out for stage in self.stages for out in stage.outs.values() if out.path == f"{FOLDER}/{name}"), None
+            (out for stage in self.stages for out in stage.outs.values() if out.path == f"{paths.BUILD}/{name}"), None
         )
 
 
 def read_build(place: Path) -> Build:
     """The build of the recipe in the folder `place` (params.yaml, dvc.yaml, dvc.lock, build/)."""
-    lock, folder, provenance = place / dvc_yaml.LOCK, place / FOLDER, place / PROVENANCE
+    lock, folder, provenance = place / dvc_yaml.LOCK, place / paths.BUILD, place / PROVENANCE
     stages = stage_status.read_stages(place)
     current = recipes.load(place / dvc_yaml.PARAMS)
     locked, disagreeing = stage_status.merged_parameters(stages)

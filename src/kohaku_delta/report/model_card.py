@@ -8,6 +8,7 @@ import json
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.hub import pins
 from kohaku_delta.report import build_summary, markdown, table_rows
@@ -34,7 +35,7 @@ def card_parts(build: Build) -> tuple[str, str]:
     if not final or not dataset or not steps:
         missing = [name for name, found in (("bake", final), ("statistics", dataset), ("train", steps)) if not found]
         raise UserError(
-            f"{build_summary.FOLDER}/ is not finished: there is nothing of {', '.join(missing)}. "
+            f"{paths.BUILD}/ is not finished: there is nothing of {', '.join(missing)}. "
             "Run `dvc repro` first; a card describes a whole build."
         )
     templates = Environment(

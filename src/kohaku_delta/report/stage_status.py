@@ -6,6 +6,7 @@ What the files are now is not looked at here.
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.provenance import dvc_lock, dvc_yaml, stage_record
 from kohaku_delta.provenance.dvc_lock import LockedPath
@@ -39,7 +40,7 @@ def read_stages(folder: Path) -> list[StageStatus]:
                     f"{folder / dvc_yaml.LOCK}: {name} has the output {path}, outside the recipe's folder. "
                     "Run `dvc repro` to write the lock again."
                 )
-        record_path = folder / stage_record.FOLDER / stage_record.record_filename(name, entry.key())
+        record_path = folder / paths.RECORDS / stage_record.record_filename(name, entry.key())
         record = stage_record.read_record(record_path) if record_path.is_file() else None
         if record and {path: output.md5 for path, output in record.outputs.items()} != {
             path: out.md5 for path, out in outs.items()

@@ -23,9 +23,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from kohaku_delta import paths
 from kohaku_delta.params import Recipe, load
-from kohaku_delta.paths import stamps_path
-from kohaku_delta.provenance import dvc_yaml, import_closure, stage_record
+from kohaku_delta.provenance import dvc_yaml, import_closure
 from kohaku_delta.yaml_file import read_yaml
 
 UNFINISHED = re.compile(r"/\.([^/]+)\.\d+\.aside(?=/|$)")  # the names of atomic_files for what is not complete yet
@@ -113,10 +113,12 @@ def policy_for(script: Path, entry: dict[str, Any], context: click.Context) -> S
     allowed += [*inputs, *_tar_indexes(options, inputs)]
     allowed += [*libraries, tempfile.gettempdir(), *filter(None, [sys.pycache_prefix])]
     # what the record of the run is made of, and where it is written
-    allowed += [root / "requirements" / f"{recipe.requirements}.txt", f"{import_closure.FOLDER}/{stage}.json"]
-    allowed.append(stage_record.FOLDER)
+    allowed += [root / "requirements" / f"{recipe.requirements}.txt", f"{paths.CODE}/{stage}.json"]
+    allowed.append(paths.RECORDS)
     if "inputs" in options:
-        allowed.append(stamps_path(options["inputs"]))  # says whether an input must be hashed again, decides no bytes
+        allowed.append(
+            paths.stamps_path(options["inputs"])
+        )  # says whether an input must be hashed again, decides no bytes
     if "work" in options:
         work = options["work"] or Path(recipe.execution.work)
         written.add(work)
@@ -125,7 +127,7 @@ def policy_for(script: Path, entry: dict[str, Any], context: click.Context) -> S
         from huggingface_hub import constants  # where it keeps its token and notes; downloads are verified by sha256
 
         written |= {Path(mirror), Path(constants.HF_HOME)}
-        allowed += [stamps_path(options["out"]), os.path.join(recipe_folder, recipe.supplied)]
+        allowed += [paths.stamps_path(options["out"]), os.path.join(recipe_folder, recipe.supplied)]
         allowed += [mirror, constants.HF_HOME, os.path.expanduser("~/.netrc"), *_local_pins(recipe, recipe_folder)]
 
     watched = _real_paths([root, recipe_folder, mirror, *input_folders, *_home_folders()]) - {"/"}
@@ -140,15 +142,15 @@ def policy_for(script: Path, entry: dict[str, Any], context: click.Context) -> S
     )
 
 
-def _real_paths(paths: Iterable[str | Path]) -> frozenset[str]:
-    return frozenset(_real_path(str(path)) for path in paths)
+def _real_paths(files: Iterable[str | Path]) -> frozenset[str]:
+    return frozenset(_real_path(str(file)) for file in files)
 
 
 def _code(script: Path, deps: list[str]) -> list[str]:
     """The files of the stage's code: those of build/code/<stage>.json, or those of its imports if dvc.yaml does not
     name that file, or it does not exist yet.
     """
-    description = Path(import_closure.FOLDER) / f"{script.stem}.json"
+    description = Path(paths.CODE) / f"{script.stem}.json"
     is_described = str(description) in deps and description.is_file()
     files = import_closure.load(description).files if is_described else import_closure.file_digests(script)
     return [str(script.parents[1] / file) for file in files]
@@ -160,7 +162,7 @@ def _inputs(options: dict[str, Any]) -> tuple[list[str], set[str]]:
         return [], set()
     try:
         entries = json.loads(options["inputs"].read_text(encoding="utf-8"))["inputs"]
-        paths = {
+        listed = {
             name: [
                 os.path.normpath(options["inputs"].parent / file["path"])
                 for file in (entry if isinstance(entry, list) else [entry])
@@ -170,8 +172,8 @@ def _inputs(options: dict[str, Any]) -> tuple[list[str], set[str]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [], set()  # the stage itself reports what is wrong with the file, if it needs it
     names = {option + suffix for option, value in options.items() if value is None for suffix in INPUT_SUFFIXES}
-    files = [file for name in names & paths.keys() for file in paths[name]]
-    return files, {os.path.dirname(file) for listed in paths.values() for file in listed}
+    files = [file for name in names & listed.keys() for file in listed[name]]
+    return files, {os.path.dirname(file) for entry in listed.values() for file in entry}
 
 
 def _tar_indexes(options: dict[str, Any], inputs: list[str]) -> list[Path]:
@@ -199,8 +201,8 @@ def _home_folders() -> set[str]:
 def _local_pins(recipe: Recipe, folder: str) -> list[str]:
     """The files of file:// pins; of a span of files, their folder."""
     pins = [pin for item in recipe.download.inputs.values() for pin in (item if isinstance(item, list) else [item])]
-    paths = [pin.url.removeprefix("file://") for pin in pins if pin.url.startswith("file://")]
-    return [os.path.join(folder, os.path.dirname(path) if "{" in path else path) for path in paths]
+    files = [pin.url.removeprefix("file://") for pin in pins if pin.url.startswith("file://")]
+    return [os.path.join(folder, os.path.dirname(path) if "{" in path else path) for path in files]
 
 
 def _network(stage: str, options: dict[str, Any], recipe: Recipe) -> str:

@@ -14,13 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
 from kohaku_delta.provenance import dvc_yaml
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.provenance.stage_record import Record
 from kohaku_delta.training import journal as journals
-from kohaku_delta.verify import chain, replay_training
+from kohaku_delta.verify import check_chain, replay_training
 from kohaku_delta.verify.findings import format_some
 
 MAX_TEXT = 160  # characters shown of a value
@@ -101,7 +102,7 @@ def _short(value: Any) -> str:
 
 def _differing_files(a: Artifact, b: Artifact, name: str) -> list[Path]:
     """The paths of a file under build/ in both rebuilds, if both have it and it differs; else none."""
-    out = f"build/{name}"
+    out = f"{paths.BUILD}/{name}"
     both = out in a.digests and out in b.digests and a.digests[out] != b.digests[out]
     return [a.folder / out, b.folder / out] if both else []
 
@@ -115,7 +116,7 @@ def _posts(a: Artifact, b: Artifact, name: str, kind: str) -> Iterator[Line]:
     if one.schema != other.schema:
         yield kind, f"{name}.parquet has other columns: {', '.join(one.column_names)} | {', '.join(other.column_names)}"
         return
-    row = chain.first_difference(one, other)
+    row = check_chain.first_difference(one, other)
     if row is None:
         yield kind, f"{name}.parquet holds the same rows in other bytes"
         return
@@ -149,25 +150,26 @@ def _schedule(a: Artifact, b: Artifact) -> Iterator[Line]:
     tables = [parquet.read(path).combine_chunks() for path in _differing_files(a, b, "schedule.parquet")]
     if not tables:
         return
-    row = chain.first_difference(*tables)
+    row = check_chain.first_difference(*tables)
     if row is None:
         yield "micro-batch", "schedule.parquet holds the same rows in other bytes"
         return
     batches = (
-        chain.describe_micro_batch(table, row) if row < len(table) else "the schedule has ended" for table in tables
+        check_chain.describe_micro_batch(table, row) if row < len(table) else "the schedule has ended"
+        for table in tables
     )
     yield "micro-batch", " | ".join(batches)
 
 
 def _steps(a: Artifact, b: Artifact) -> Iterator[Line]:
-    paths = _differing_files(a, b, "journal.parquet")
-    if not paths:
+    differing = _differing_files(a, b, "journal.parquet")
+    if not differing:
         return
-    one, other = (journals.read_journal(path) for path in paths)
+    one, other = (journals.read_journal(path) for path in differing)
     bases = [str(journal.header.get("base"))[:16] for journal in (one, other)]
     if one.header.get("base") != other.header.get("base"):
         yield "step", f"the journals begin with other bases: {bases[0]}… | {bases[1]}…"
-    schedule, lokr = a.output("schedule.parquet"), a.tensors.get(chain.LOKR)
+    schedule, lokr = a.output("schedule.parquet"), a.tensors.get(paths.LOKR)
     micro_batches = parquet.read(schedule, ["step", "lane", "posts"]) if schedule else None
     names = sorted(name for name in lokr.tensors if not name.endswith(".alpha")) if lokr else []
     for step, (ours, theirs) in enumerate(zip_longest(one.rows, other.rows)):

@@ -5,6 +5,7 @@ A record counts as that of the run that dvc.lock describes only if every hash in
 
 from pathlib import Path
 
+from kohaku_delta import paths
 from kohaku_delta.formats import hashing
 from kohaku_delta.provenance import bundles, stage_record, statement
 from kohaku_delta.provenance.artifact import Artifact
@@ -20,7 +21,7 @@ def check_records(rebuild: Artifact) -> Check:
         yield from _record_faults(rebuild, name, record)
     if rebuild.bundle:
         expected = {stage_record.record_filename(name, stage.key()) for name, stage in rebuild.lock.items()}
-        for path in sorted((rebuild.folder / stage_record.FOLDER).glob("*")):
+        for path in sorted((rebuild.folder / paths.RECORDS).glob("*")):
             if path.name not in expected:
                 yield f"{path.name} is the record of another run: dvc.lock has no stage with that key"
     if not rebuild.records:
@@ -38,8 +39,8 @@ def _record_faults(rebuild: Artifact, name: str, record: Record) -> list[str]:
     if record.stage != name or record.command != locked.cmd:
         return [f"{other_run} ran {record.stage}, “{record.command}”"]
     faults = []
-    for verb, recorded, paths in (("read", record.inputs, locked.deps), ("wrote", record.outputs, locked.outs)):
-        listed = {path.path: path for path in paths}
+    for verb, recorded, declared in (("read", record.inputs, locked.deps), ("wrote", record.outputs, locked.outs)):
+        listed = {path.path: path for path in declared}
         for path in sorted(listed.keys() | recorded.keys()):
             if path not in recorded:
                 faults.append(f"the record of {name} does not name {path}")

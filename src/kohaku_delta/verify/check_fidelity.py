@@ -4,10 +4,10 @@ import hashlib
 import re
 from math import inf, prod
 
+from kohaku_delta import paths
 from kohaku_delta.params import Recipe
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.provenance.bundles import Tensor
-from kohaku_delta.verify.chain import LOKR
 from kohaku_delta.verify.findings import Check, Skip, check, format_some
 
 LAYER = re.compile(r"lora_te1_text_model_encoder_layers_(\d{1,3})_")
@@ -54,9 +54,9 @@ def check_quirks(rebuild: Artifact) -> str:
 @check("fidelity/untouched")
 def check_untrained_layer(rebuild: Artifact) -> Check:
     """Text encoder 1's last layer gets no gradient (the output before that layer is used), so all its lokr_w2 are 0."""
-    if LOKR not in rebuild.tensors:
-        raise Skip(f"{LOKR} and its digests do not exist")
-    tensors = rebuild.tensors[LOKR].tensors
+    if paths.LOKR not in rebuild.tensors:
+        raise Skip(f"{paths.LOKR} and its digests do not exist")
+    tensors = rebuild.tensors[paths.LOKR].tensors
     layers = {name: int(match[1]) for name in tensors if (match := LAYER.match(name))}
     is_zero = {
         name: _is_zero(tensor)
@@ -64,7 +64,7 @@ def check_untrained_layer(rebuild: Artifact) -> Check:
         if name.startswith("lora_te1_") and name.endswith(".lokr_w2")
     }
     if not is_zero:
-        raise Skip(f"{LOKR} has no text encoder 1")
+        raise Skip(f"{paths.LOKR} has no text encoder 1")
     last = {name for name, layer in layers.items() if layer == max(layers.values())}
     if trained := [name for name, zero in is_zero.items() if name in last and not zero]:
         yield f"{format_some(trained)} was trained, and gets no gradient"

@@ -10,13 +10,13 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from kohaku_delta import numerics
+from kohaku_delta import numerics, paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import hashing
 from kohaku_delta.provenance.artifact import REPOSITORY, Artifact
 from kohaku_delta.training.journal import Journal
 from kohaku_delta.verify import replay_training
-from kohaku_delta.verify.chain import require_journal
+from kohaku_delta.verify.check_chain import require_journal
 from kohaku_delta.verify.findings import Check, Finding, Skip, check
 from kohaku_delta.verify.replay_training import Files, Step
 
@@ -58,18 +58,18 @@ def replay_stage(rebuild: Artifact, name: str, own: Path) -> Check:
     expected = {file: known[f"build/{file}"] for file in writes.values() if f"build/{file}" in known}
     if not expected:
         raise Skip("nothing says what it wrote")
-    paths = {}
+    found = {}
     for option, file in reads.items():
-        # the paths in inputs.json are relative to its own folder, so it is read where the inputs are
+        # the found in inputs.json are relative to its own folder, so it is read where the inputs are
         folders = [own] if file == "inputs.json" else [rebuild.folder, own]
-        paths[option] = next(
+        found[option] = next(
             (folder / "build" / file for folder in folders if (folder / "build" / file).is_file()), None
         )
-    if missing := [reads[option] for option, path in paths.items() if path is None]:
+    if missing := [reads[option] for option, path in found.items() if path is None]:
         raise Skip(f"{', '.join(missing)} does not exist")
     with tempfile.TemporaryDirectory(prefix="kohaku-delta-") as temporary:
         arguments = [f"--params={(rebuild.folder / 'params.yaml').resolve()}"]
-        arguments += [f"--{option}={path.resolve()}" for option, path in paths.items() if path]
+        arguments += [f"--{option}={path.resolve()}" for option, path in found.items() if path]
         arguments += [f"--{option}={Path(temporary, file)}" for option, file in writes.items()]
         script = REPOSITORY / "stages" / f"{name}.py"
         run = subprocess.run(
@@ -121,9 +121,9 @@ def numerics_differences(rebuild: Artifact) -> list[str]:
 
 def _files(rebuild: Artifact, own: Path) -> Files:
     """What a replay reads: the rebuild's dataset, schedule and journal; inputs and base of the folder `own`."""
-    names = ("posts", "captions", "schedule", "journal")
-    files: Files = {name: rebuild.folder / "build" / f"{name}.parquet" for name in names}
-    files |= {"inputs": own / "build" / "inputs.json", "base": own / "build" / "delta-base.safetensors"}
+    tables = {"posts": paths.POSTS, "captions": paths.CAPTIONS, "schedule": paths.SCHEDULE, "journal": paths.JOURNAL}
+    files: Files = {name: rebuild.folder / path for name, path in tables.items()}
+    files |= {"inputs": own / paths.INPUTS, "base": own / paths.BASE}
     return files | {"tars": None, "tokenizer": None, "tokenizer_2": None}
 
 

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
+from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import safetensors_io
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.training import journal
 from kohaku_delta.training.journal import Journal
-from kohaku_delta.verify.chain import BASE, LOKR, require_journal
+from kohaku_delta.verify.check_chain import require_journal
 from kohaku_delta.verify.findings import Check, Skip, check, format_some
 
-INPUTS = {"base": BASE} | {name: f"build/{name}.parquet" for name in ("posts", "captions", "schedule")}
+INPUTS = {"base": paths.BASE, "posts": paths.POSTS, "captions": paths.CAPTIONS, "schedule": paths.SCHEDULE}
 
 
 @check("lock/work")
@@ -89,9 +90,9 @@ def _state_faults(rebuild: Artifact, folder: Path, step: int, own_journal: Journ
 def check_final_weights(rebuild: Artifact, own_journal: Journal | None) -> Check:
     """The LoKr file holds the weights whose fingerprint is in the journal's last row."""
     own_journal = require_journal(own_journal)
-    path = rebuild.folder / LOKR
+    path = rebuild.folder / paths.LOKR
     if not path.is_file():
-        raise Skip(f"{LOKR} does not exist: its bits are not compared with the journal's last row")
+        raise Skip(f"{paths.LOKR} does not exist: its bits are not compared with the journal's last row")
     import torch
 
     from kohaku_delta.training import checkpointing, tensor_fingerprints
@@ -114,7 +115,7 @@ def check_final_weights(rebuild: Artifact, own_journal: Journal | None) -> Check
         if differing := sorted(
             name for name in rounded.keys() | stored.keys() if rounded.get(name) != stored.get(name)
         ):
-            yield f"{LOKR} is not the last saved state rounded to float16: {format_some(differing)}"
+            yield f"{paths.LOKR} is not the last saved state rounded to float16: {format_some(differing)}"
             return ""
     tensors = {name: torch.from_numpy(array.copy()) for name, array in weights.items()}
     fingerprint = tensor_fingerprints.combine(tensor_fingerprints.fingerprints(tensors))

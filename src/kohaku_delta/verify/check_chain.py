@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
 from kohaku_delta.provenance.artifact import Artifact
@@ -20,7 +21,6 @@ from kohaku_delta.training import schedule, trainer
 from kohaku_delta.training.journal import Journal
 from kohaku_delta.verify.findings import FAIL, PASS, SKIP, Check, Finding, Skip, check
 
-BASE, LOKR = "build/delta-base.safetensors", "build/delta-lokr.safetensors"
 ID = {"post_id": pa.int64()}
 SIZES = ID | {"width": pa.int32(), "height": pa.int32()}
 SCHEDULE = dict(zip(schedule.SCHEMA.names, schedule.SCHEMA.types, strict=True))
@@ -171,22 +171,22 @@ def check_visits(rebuild: Artifact, journal: Journal | None) -> Check:
 def check_base(rebuild: Artifact, journal: Journal | None) -> Check:
     """The journal begins with the content digest of the base."""
     recorded = str(require_journal(journal).header.get("base"))
-    digest = _content_digest(rebuild, BASE)
+    digest = _content_digest(rebuild, paths.BASE)
     if recorded != digest:
-        yield f"the journal begins with the base {recorded[:16]}…; {BASE} has the contents {digest[:16]}…"
-    return f"the journal begins with the contents of {BASE}, {digest[:16]}…"
+        yield f"the journal begins with the base {recorded[:16]}…; {paths.BASE} has the contents {digest[:16]}…"
+    return f"the journal begins with the contents of {paths.BASE}, {digest[:16]}…"
 
 
 @check("chain/lokr")
 def check_lokr(rebuild: Artifact, journal: Journal | None) -> Check:
     """The journal ends with the content digest of the LoKr file."""
     recorded = require_journal(journal).lokr
-    digest = _content_digest(rebuild, LOKR)
+    digest = _content_digest(rebuild, paths.LOKR)
     if recorded is None:
         yield "the journal has no end: it is that of an unfinished training, or was cut short"
     elif recorded != digest:
-        yield f"the journal ends with the LoKr {recorded[:16]}…; {LOKR} has the contents {digest[:16]}…"
-    return f"the journal ends with the contents of {LOKR}, {digest[:16]}…"
+        yield f"the journal ends with the LoKr {recorded[:16]}…; {paths.LOKR} has the contents {digest[:16]}…"
+    return f"the journal ends with the contents of {paths.LOKR}, {digest[:16]}…"
 
 
 def _content_digest(rebuild: Artifact, out: str) -> str:

@@ -6,6 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
+from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import hashing
 from kohaku_delta.hub import pins
@@ -23,9 +24,9 @@ def check_code(rebuild: Artifact) -> Check:
             files = format_some(conflicting)
             yield f"{files} differed between {code.stage} and another stage: run `dvc repro` to its end"
     if not digests:
-        raise Skip(f"{import_closure.FOLDER} does not exist: the stage `code` has not run here")
+        raise Skip(f"{paths.CODE} does not exist: the stage `code` has not run here")
     if outside := [file for file in digests if not file.startswith(("src/", "stages/")) or ".." in file.split("/")]:
-        yield f"{import_closure.FOLDER} names code outside of src/ and stages/: {format_some(outside)}"
+        yield f"{paths.CODE} names code outside of src/ and stages/: {format_some(outside)}"
         return ""
     repository = REPOSITORY if rebuild.bundle else rebuild.folder / rebuild.recipe.root
     present = {file: (repository / file).read_bytes() for file in digests if (repository / file).is_file()}
@@ -44,7 +45,7 @@ def check_code(rebuild: Artifact) -> Check:
     if rebuild.bundle:
         revision = f"commit {commit[:10]}" if commit else "the revision that was run"
         raise Skip(f"{format_some(differing)} differ from the code at hand, and {revision} is not here: check it out")
-    yield f"{format_some(differing)}: not what {import_closure.FOLDER} says was run. `dvc repro` runs what changed"
+    yield f"{format_some(differing)}: not what {paths.CODE} says was run. `dvc repro` runs what changed"
     return ""
 
 
@@ -115,7 +116,7 @@ def check_libraries(rebuild: Artifact) -> Check:
     for code in rebuild.code.values():
         for library, version in code.libraries.items():
             if locked.get(library) != version:
-                yield f"{code.stage}: {import_closure.FOLDER} has another {library} {version.version} than {name}"
+                yield f"{code.stage}: {paths.CODE} has another {library} {version.version} than {name}"
     for stage, record in rebuild.records.items():
         for library, installed in record.libraries.items():
             if installed and (library not in locked or locked[library].version != installed):
@@ -133,8 +134,8 @@ def check_pins(rebuild: Artifact) -> Check:
     """
     if not rebuild.inputs:
         if rebuild.output("inputs.json"):
-            yield "build/inputs.json is not a list of inputs"
-        raise Skip("build/inputs.json does not exist")
+            yield f"{paths.INPUTS} is not a list of inputs"
+        raise Skip(f"{paths.INPUTS} does not exist")
     unused = {"index", "delta_base"} if rebuild.recipe.merge.start == "merge" else {"index", "gamma", "beta"}
     pinned: set[str] = set()
     whole = 0
@@ -181,11 +182,11 @@ def check_data(rebuild: Artifact, hashed: bool) -> Check:
     """The inputs lie where inputs.json says, with the right sizes; with `hashed` their content is compared too."""
     if rebuild.bundle:
         raise Skip("a bundle holds no inputs")
-    paths = [Path(posixpath.normpath(rebuild.folder / "build" / entry["path"])) for entry in rebuild.inputs]
-    present = [(path, entry) for path, entry in zip(paths, rebuild.inputs, strict=True) if path.is_file()]
+    files = [Path(posixpath.normpath(rebuild.folder / paths.BUILD / entry["path"])) for entry in rebuild.inputs]
+    present = [(path, entry) for path, entry in zip(files, rebuild.inputs, strict=True) if path.is_file()]
     if not present:
-        raise Skip("the inputs are not on this machine" if paths else "no build/inputs.json says where the inputs lie")
-    for path in paths:
+        raise Skip("the inputs are not on this machine" if files else f"no {paths.INPUTS} says where the inputs lie")
+    for path in files:
         if not path.is_file():
             yield f"{path} does not exist"
     for path, entry in present:

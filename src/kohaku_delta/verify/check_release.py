@@ -6,6 +6,7 @@ A rebuild passes only if a published figure, hash or tensor is met; if none can 
 from dataclasses import dataclass
 from pathlib import Path
 
+from kohaku_delta import paths
 from kohaku_delta.dataset import published_counts
 from kohaku_delta.dataset.dataset_statistics import bucket_counts
 from kohaku_delta.errors import UserError
@@ -14,10 +15,10 @@ from kohaku_delta.formats.hashing import hash_file
 from kohaku_delta.params import PublishedDataset, PublishedFile, Recipe
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.verify import compare_tensors
-from kohaku_delta.verify.chain import BASE, LOKR, require_output
+from kohaku_delta.verify.check_chain import require_output
 from kohaku_delta.verify.findings import SKIP, Check, Finding, Skip, check, format_some
 
-OUTS = {"base": BASE, "lokr": LOKR, "final": "build/kohaku-xl-delta.safetensors"}
+OUTS = {"base": paths.BASE, "lokr": paths.LOKR, "final": paths.FINAL}
 UNORDERED = "the release summed its gradients in no fixed order on two GPUs, so nobody can compute its bits again"
 WHY_NOT = {
     "base": "the published header is 6,924 bytes longer (notes of its merge tool), so no rebuilt file can have that "

@@ -2,7 +2,7 @@
 bytes, alive as long as the real one would be.
 
 The step is the loop's own (training/training_loop.py) on torch's fake tensors: the release's preset, batch, precision
-and checkpointing, one micro-batch in each lane of one of two cards. torch's CPU build has no fake card, so the
+and checkpointing, one micro-batch in each lane of one of some cards. torch's CPU build has no fake card, so the
 operators are the CPU's; attention uses its flash form, which never stores the scores, like the card's memory-efficient
 one. Not included: workspaces of kernels, fragmentation of the allocator, and CUDA's own 0.5 GiB or so.
 """
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 import synthetic_checkpoints
 from kohaku_delta.params import Recipe
 from kohaku_delta.sdxl import model_loading
-from kohaku_delta.training import gradient_reduction
+from kohaku_delta.training import gradient_reduction, optimizer
 from kohaku_delta.training.batch_builder import Batch
 from kohaku_delta.training.lokr import LokrAdapter
 from kohaku_delta.training.sdxl_model import Sdxl
@@ -123,8 +123,18 @@ def batch(count: int, side: int, tokens: int) -> Batch:
     return Batch(pixels, ids, ids, torch.zeros(count, 6), noise, noise, torch.zeros(count, dtype=torch.int64))
 
 
-def peak_bytes(recipe: Recipe, schedule, ranks: int) -> int:
-    """Bytes at the peak of a step of one of `ranks` cards. `schedule`: any, for the loop; its rows are not read."""
+def gather_copies(gathered: torch.Tensor, part: torch.Tensor) -> None:
+    """Takes the place of the collective, which allocates nothing: both buffers are the caller's."""
+    for buffer in gathered.chunk(len(gathered) // len(part)):
+        buffer.copy_(part)
+
+
+def peak_bytes(recipe: Recipe, schedule, ranks: int) -> dict[str, int]:
+    """Bytes at the peak of each phase of a step of one of `ranks` cards: `weights` (always in use), `lanes` (forward
+    and backward of a micro-batch in each lane), `reduction` (gather, sum and norm), `update`.
+
+    `schedule`: any, for the loop; its rows are not read.
+    """
     with ExitStack() as stack:
         stack.callback(torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.flash_sdp_enabled())
         torch.backends.cuda.enable_flash_sdp(True)
@@ -137,25 +147,26 @@ def peak_bytes(recipe: Recipe, schedule, ranks: int) -> int:
         model, adapter = models(recipe, "cpu", Planned, fill)
         stack.enter_context(fakes)
         stack.enter_context(live)
+        stack.enter_context(mock.patch("torch.distributed.all_gather_single", gather_copies))
         with mock.patch("kohaku_delta.training.optimizer.Lion"):  # it makes tables of numbers
             loop = TrainingLoop(recipe, TrainingContext(model, adapter, None, schedule, {}), None, 0, ranks)
-        held = [torch.empty(weight.numel(), dtype=torch.uint8) for _, weight in loop.trained]  # the optimizer's state
+        state = [torch.empty(weight.numel(), dtype=torch.uint8) for _, weight in loop.trained]  # the optimizer's
+        peaks = {"weights": live.now}
+
+        def phase(name: str) -> None:
+            peaks[name], live.peak = live.peak, live.now
+
+        micro_batch = batch(recipe.schedule.batch_size, recipe.model.side, recipe.train.max_token_length)
         tree = gradient_reduction.PairwiseSum()
         for _ in loop.lanes:
-            tree.add(
-                loop.lane_gradient(
-                    1,
-                    iter([batch(recipe.schedule.batch_size, recipe.model.side, recipe.train.max_token_length)]),
-                    1,
-                    [],
-                )
-            )
-        gradient = tree.sum()
-        if ranks > 1:
-            gathered = gradient_reduction.PairwiseSum()
-            for each in [torch.empty_like(gradient) for _ in range(ranks)]:
-                gathered.add(each)
+            tree.add(loop.lane_gradient(1, iter([micro_batch]), 1, []))
+        phase("lanes")
+        gradient = gradient_reduction.all_reduce_tree(tree.sum(), ranks)
+        for part in gradient.split(optimizer.PIECE):
+            part.double()
+        phase("reduction")
         for _, weight in loop.trained:
             weight.grad = torch.empty_like(weight)
-        del held
-        return live.peak
+        phase("update")
+        del state
+        return peaks

@@ -253,16 +253,14 @@ def main(rounds: int, steps: int, work: Path) -> None:
     torch.manual_seed(0)
     folder = ROOT / "miniature"
     os.chdir(folder)  # as the stages do
-    figures = dict.fromkeys(KEYS) | bench_miniature(params.load(folder / "params.yaml"), folder, rounds, steps)
+    figures = dict.fromkeys(KEYS) | {"planned_peak_gib": {}} | bench_miniature(params.load(folder / "params.yaml"), folder, rounds, steps)
     schedule = parquet.read(folder / "build" / "schedule.parquet")
     release = params.load(ROOT / "params.yaml")
-    for form in FORMS[:2]:
-        planned = memory_plan.peak_bytes(with_lokr_form(release, form), schedule, release.execution.ranks) / 2**30
-        click.echo(
-            f"a full-size step on one of {release.execution.ranks} cards, {form}: "
-            f"{planned:.1f} GiB at its peak (planned)"
-        )
-        figures |= {"planned_peak_gib": round(planned, 2)} if form == "factors" else {}
+    for ranks in (1, 2, 4, 8):
+        planned = memory_plan.peak_bytes(release, schedule, ranks)
+        figures["planned_peak_gib"] |= {str(ranks): round(max(planned.values()) / 2**30, 2)}
+        phases = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in planned.items())
+        click.echo(f"a full-size step on one of {ranks} cards, GiB at its peak (planned): {phases}")
     if torch.cuda.is_available():
         numerics.enforce("cuda")
         figures |= bench_full_size(release, rounds, schedule)

@@ -41,3 +41,20 @@ def test_ranks_own_every_lane_once():
 def test_ranks_that_do_not_divide_the_lanes_are_refused():
     with pytest.raises(UserError, match="3 ranks cannot share 8 lanes"):
         gradient_reduction.lanes_of_rank(8, 0, 3)
+
+
+def test_a_sum_gathered_in_pieces_is_the_sum_of_the_whole_tree(monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    buffers = [torch.randn(1001, generator=generator) * 10.0 ** (index % 5) for index in range(4)]
+    start, pieces = 0, []
+
+    def all_gather(gathered, part):
+        nonlocal start
+        gathered.copy_(torch.cat([buffer[start : start + len(part)] for buffer in buffers]))
+        start += len(part)
+        pieces.append(len(part))
+
+    monkeypatch.setattr(gradient_reduction, "PIECE", 300)
+    monkeypatch.setattr(gradient_reduction.dist, "all_gather_single", all_gather)
+    assert torch.equal(gradient_reduction.all_reduce_tree(buffers[2].clone(), 4), halves(buffers))
+    assert pieces == [300, 300, 300, 101]

@@ -1,5 +1,8 @@
 """Lion8bit against Lion's closed form, the release's rates, and the scaler's rules."""
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 
@@ -134,6 +137,17 @@ def test_clipping_is_that_of_torch():
         ours = gradient.clone()
         assert lion.step(0, ours, optimizer.Scaler(False))[0] == pytest.approx(norm.item(), rel=1e-6)
         assert torch.allclose(ours, theirs.grad, rtol=1e-6)
+
+
+def test_the_norm_is_that_of_the_whole_gradient_however_it_is_cut(monkeypatch):
+    gradient = torch.randn(1001, generator=torch.Generator().manual_seed(6)) * 1e3
+    exact = math.sqrt(sum(Fraction(value) ** 2 for value in gradient.tolist()))
+    whole = optimizer.norm(gradient)
+    assert whole == torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
+    monkeypatch.setattr(optimizer, "PIECE", 100)
+    assert optimizer.norm(gradient) == pytest.approx(exact, rel=1e-15) == pytest.approx(whole, rel=1e-15)
+    gradient[700] = math.nan
+    assert math.isnan(optimizer.norm(gradient))
 
 
 def test_the_scale_is_taken_off_before_the_norm_and_moves_as_torchs_scaler_moves_it():

@@ -20,6 +20,8 @@ from tampering import (
     failed,
     foreign_state,
     journaled,
+    losses_of_nan,
+    no_update,
     other_code,
     other_command,
     other_norm,
@@ -88,6 +90,10 @@ ATTACKS = {
     "the last weights forged, chained anew":
         (journaled(other_weights, True), True, "lock/work", "the state after step 7 does not belong to this journal"),
     "a step forged, chained anew": (journaled(other_norm, True), True, "lock/work", "does not belong to this journal"),
+    "losses of NaN, chained anew":
+        (journaled(losses_of_nan, True), True, "chain/numbers", "has losses that are NaN or infinite"),
+    "an update that moved nothing, chained anew":
+        (journaled(no_update, True), True, "chain/numbers", "left every weight as it was"),
     "a record from another run":
         (record_edited("schedule", record_of_another_run), False, "lock/records",
          "the record of schedule is of another run: it wrote build/schedule.parquet"),

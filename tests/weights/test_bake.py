@@ -216,6 +216,15 @@ def test_the_same_base_in_another_container_is_the_same_base(trained, tmp_path):
     assert ours.written == theirs.written
 
 
+def test_a_base_with_infinity_in_a_tensor_that_no_entry_changes_is_refused(trained, tmp_path):
+    tensors = load_file(trained[0])
+    tensors["first_stage_model.decoder.conv_out.bias"][1] = torch.inf
+    save_file(tensors, tmp_path / "bad.safetensors")
+    with pytest.raises(UserError, match="decoder.conv_out.bias holds NaN or infinity: .*bad.safetensors is damaged"):
+        bake.bake(tmp_path / "bad.safetensors", trained[1], ONE, tmp_path / "out.safetensors", force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
+
+
 def test_no_word_about_the_base_needs_force(trained, tmp_path):
     one = one_entry(tmp_path, trained, {"lora_te2_text_projection.diff": torch.zeros(64, 64)}, metadata={})
     with pytest.raises(UserError, match="does not say which base"):

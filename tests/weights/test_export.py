@@ -112,6 +112,16 @@ def test_a_checkpoint_that_is_not_whole_leaves_nothing(exported, tokenizer, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
 
 
+def test_a_checkpoint_with_nan_is_refused_by_the_tensors_name(exported, tokenizer, tmp_path):
+    tensors = load_file(exported / "model.safetensors")
+    tensors["first_stage_model.decoder.conv_out.bias"][1] = torch.nan
+    save_file(tensors, tmp_path / "bad.safetensors")
+    both = {"tokenizer": tokenizer, "tokenizer_2": tokenizer}
+    with pytest.raises(UserError, match="first_stage_model.decoder.conv_out.bias holds NaN or infinity"):
+        export_diffusers.export(tmp_path / "bad.safetensors", both, tiny_sdxl.MODEL, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
+
+
 def test_a_tokenizer_of_another_model_is_refused(exported, tokenizer, tmp_path):
     words = json.loads(tokenizer[0].read_text()) | {"one more": 1000}
     (tmp_path / "vocab.json").write_text(json.dumps(words))

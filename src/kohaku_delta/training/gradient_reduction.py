@@ -2,7 +2,7 @@
 
 Micro-batches are added in order within a lane, lanes in a balanced binary tree. Rank r of W owns the lanes
 r·L/W … (r+1)·L/W − 1, which is a whole subtree (L and W are powers of two). A rank keeps one buffer per level of its
-subtree, not one per lane.
+subtree, not one per lane. What the other ranks computed is gathered and added in pieces.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from kohaku_delta.errors import UserError
+
+PIECE = 1 << 24  # numbers gathered at a time: 64 MiB from each rank
 
 
 def lanes_of_rank(lanes: int, rank: int, ranks: int) -> range:
@@ -60,13 +62,15 @@ def collective_errors() -> Iterator[None]:
 
 
 def all_reduce_tree(subtree: torch.Tensor, ranks: int) -> torch.Tensor:
-    """The sum of the whole tree on every rank, from each rank's subtree; flat float32."""
+    """The sum of the whole tree on every rank, from each rank's subtree; flat float32, changed in place."""
     if ranks == 1:
         return subtree
-    gathered = [torch.empty_like(subtree) for _ in range(ranks)]
-    with collective_errors():
-        dist.all_gather(gathered, subtree)
-    tree = PairwiseSum()
-    for buffer in gathered:
-        tree.add(buffer)
-    return tree.sum()
+    for part in subtree.split(PIECE):
+        gathered = torch.empty(ranks * len(part), dtype=part.dtype, device=part.device)
+        with collective_errors():
+            dist.all_gather_single(gathered, part)
+        tree = PairwiseSum()
+        for buffer in gathered.chunk(ranks):
+            tree.add(buffer)
+        part.copy_(tree.sum())
+    return subtree

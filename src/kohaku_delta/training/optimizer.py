@@ -10,15 +10,17 @@ bitsandbytes keeps m in 8 bits, in blocks of 256 numbers; tensors under 4,096 el
 """
 
 from importlib.metadata import version
-from math import isfinite
+from math import hypot, isfinite
 
 import torch
 
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import Train
+from kohaku_delta.training import divergence
 
 BROKEN = ((0, 36, 0), (0, 41, 0))  # first and last release with wrong 8-bit optimizers, says the model card
 STATE_KEYS = ("absmax1", "state1")
+PIECE = 1 << 24  # numbers whose norm is computed at a time: a float64 copy of 128 MiB
 
 
 def check_bitsandbytes(installed: str) -> None:
@@ -36,10 +38,15 @@ def learning_rate(updates: int, base: float, warmup_steps: int) -> float:
     return base * min(1.0, updates / warmup_steps) if warmup_steps else base
 
 
-class Scaler:
-    """Dynamic loss scaling for fp16, with the defaults of torch's GradScaler.
+def norm(gradient: torch.Tensor) -> float:
+    """The Euclidean norm of a flat gradient in float64, computed piece by piece in a fixed order."""
+    return hypot(*(torch.linalg.vector_norm(part, dtype=torch.float64).item() for part in gradient.split(PIECE)))
 
-    That class refuses fp16 gradients (the release's trainer patched the check away).
+
+class Scaler:
+    """Dynamic loss scaling for fp16, with the defaults of torch's GradScaler, until divergence.py's limits.
+
+    That class refuses fp16 gradients (the release's trainer patched the check away), and never gives up.
     """
 
     GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000
@@ -47,13 +54,25 @@ class Scaler:
     def __init__(self, enabled: bool):
         self.scale, self.good_steps = (65536.0, 0) if enabled else (1.0, 0)
         self.enabled = enabled
+        self.overflows = 0  # steps in a row that overflowed, up to now
 
     def update(self, finite: bool) -> None:
+        """Adapt the scale to a step's gradient. Raises UserError if it collapsed; nothing is changed then."""
         if not self.enabled:
             return
         if not finite:
+            if self.overflows + 1 >= divergence.LONGEST_OVERFLOW or self.scale * self.BACKOFF < divergence.LOWEST_SCALE:
+                raise UserError(
+                    f"The loss scale collapsed: the gradient is not finite in {self.overflows + 1} steps in a row, in "
+                    f"the last one with a scale of {self.scale:g}. A learning rate that is too high, or a base whose "
+                    "values are too large for fp16, does this; the journal has every step's loss, gradient norm and "
+                    "scale."
+                )
             self.scale, self.good_steps = self.scale * self.BACKOFF, 0
-        elif self.good_steps + 1 == self.INTERVAL:
+            self.overflows += 1
+            return
+        self.overflows = 0
+        if self.good_steps + 1 == self.INTERVAL:
             self.scale, self.good_steps = self.scale * self.GROWTH, 0
         else:
             self.good_steps += 1
@@ -84,20 +103,21 @@ class Lion:
         otherwise.
         """
         gradient /= scaler.scale
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
-        finite = isfinite(norm)
+        size = norm(gradient)
+        finite = isfinite(size)
         rate_unet, rate_text = (
             learning_rate(updates, base, self.parameters.warmup_steps)
             for base in (self.parameters.learning_rate_unet, self.parameters.learning_rate_text)
         )
         if not finite and not scaler.enabled:
             raise UserError(
-                f"The gradient of step {updates} is not finite ({norm}). "  # without a scaler, every step is an update
+                f"The gradient of step {updates} is not finite ({size}). "  # without a scaler, every step is an update
                 "Lower the learning rate, or look at the base and the images of this step."
             )
+        scaler.update(finite)
         if finite:
-            if norm > self.parameters.clip_norm:
-                gradient *= self.parameters.clip_norm / (norm + 1e-6)  # 1e-6 as in torch's clip_grad_norm_
+            if size > self.parameters.clip_norm:
+                gradient *= self.parameters.clip_norm / (size + 1e-6)  # 1e-6 as in torch's clip_grad_norm_
             start = 0
             for _, weight in self.trained:
                 weight.grad = gradient[start : start + weight.numel()].view(weight.shape).to(weight.dtype)
@@ -107,8 +127,7 @@ class Lion:
             self.lion.step()
             for _, weight in self.trained:
                 weight.grad = None
-        scaler.update(finite)
-        return norm, rate_unet, rate_text
+        return size, rate_unet, rate_text
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The optimizer's state: `<weight>.state1` (uint8 or float32) and, for 8-bit states, `<weight>.absmax1`."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 
@@ -23,6 +24,8 @@ from kohaku_delta.training import (
     batch_builder,
     checkpointing,
     distributed_state,
+    divergence,
+    first_non_finite,
     gradient_reduction,
     optimizer,
     tensor_fingerprints,
@@ -49,6 +52,10 @@ class TrainingContext(NamedTuple):
         return int(self.schedule["step"][-1].as_py()) + 1
 
 
+class StepFailed(UserError):
+    """A step that failed on at least one rank; all ranks raise it at the same place, with the weights unchanged."""
+
+
 class TrainingLoop:
     """One rank's training. `run()` yields after every step and leaves the final weights in `adapter`."""
 
@@ -64,6 +71,7 @@ class TrainingLoop:
         self.optimizer = optimizer.Lion(self.trained, recipe.train)
         self.scaler = optimizer.Scaler(recipe.train.precision == "float16")
         self.journal = journals.Journal(context.header)
+        self.updates = 0  # steps that changed the weights: one that overflowed does not advance the warm-up
         self.stop_requested = False  # this rank got a signal
         self.stopping = False  # all ranks stop after this step; a rank's request reaches the others with the losses
 
@@ -85,6 +93,8 @@ class TrainingLoop:
     def load_state(self, step: int, state: TrainingState) -> None:
         self.scaler.scale, self.scaler.good_steps = state.scaler
         self.journal = state.journal
+        norms = [row["gradient_norm"] for row in state.journal.rows]
+        self.updates, self.scaler.overflows = sum(map(isfinite, norms)), divergence.overflows_in_a_row(norms)
         weights = checkpointing.select_prefix(state.tensors, "weights/")
         for name, weight in self.adapter.tensors().items():
             weight.copy_(weights[name])
@@ -102,6 +112,19 @@ class TrainingLoop:
         scaler = (self.scaler.scale, self.scaler.good_steps)
         keep, milestone = execution.keep_states, execution.milestone_every
         checkpointing.save(self.folder, step, tensors, scaler, self.journal, keep, milestone)
+
+    def save_before(self, step: int) -> str:
+        """Save the state before a step that failed, unless it is saved already. Returns a sentence about it."""
+        if not step:
+            return "No step was done before it."
+        if self.rank:
+            return "Rank 0 saves the steps before it."
+        try:
+            if step not in checkpointing.saved_steps(self.folder):
+                self.save(step)
+        except OSError as error:
+            return f"The steps since the last saved one are lost: saving failed ({error.strerror})."
+        return f"The {step} steps before it are saved."
 
     def write_lokr(self, path: Path) -> WriteResult:
         """Write the current weights as a LoKr file."""
@@ -142,38 +165,71 @@ class TrainingLoop:
     def gradient(self, step: int, batches: Iterator[Batch]) -> tuple[torch.Tensor, list[float], list[int]]:
         """The step's gradient (flat, float32, scaled), each micro-batch's loss by place, and each lane's fingerprint.
 
-        `batches` yields those of `rows(step)`. Losses, fingerprints and stop requests are exchanged as one vector of
-        integers, in which only one rank fills each element: their sum is exact in any order.
+        `batches` yields those of `rows(step)`. Losses, fingerprints, stop requests and failures are exchanged as one
+        vector of integers, in which only one rank fills each element: their sum is exact in any order. Raises
+        StepFailed on all ranks if one of them failed before the exchange.
         """
         rows = self.micro_batches(step)
         divisor = self.recipe.schedule.micro_batches if self.recipe.train.last_step_divisor == "full" else len(rows)
         lanes, places = rows["lane"].to_numpy(), rows["place"].to_numpy()
-        # the losses' bits by place, the lanes' fingerprints, the number of ranks that got a signal
-        shared = torch.zeros(len(rows) + self.recipe.schedule.lanes + 1, dtype=torch.int64, device=self.model.device)
+        lane_count = self.recipe.schedule.lanes
+        # the losses' bits by place, the lanes' fingerprints, the ranks that got a signal, the ranks that failed
+        shared = torch.zeros(len(rows) + lane_count + 2 * self.ranks, dtype=torch.int64, device=self.model.device)
+        stops, failures = shared[-2 * self.ranks : -self.ranks], shared[-self.ranks :]
         tree = gradient_reduction.PairwiseSum()
-        for lane in self.lanes:
-            lane_losses: list[torch.Tensor] = []
-            total = self.lane_gradient(int((lanes == lane).sum()), batches, divisor, lane_losses)
-            shared[len(rows) + lane] = tensor_fingerprints.tensor_fingerprint(total)
-            for place, loss in zip(places[lanes == lane].tolist(), lane_losses, strict=True):
-                shared[place] = loss.view(torch.int32)
-            tree.add(total)
-        gradient = gradient_reduction.all_reduce_tree(tree.sum(), self.ranks)
-        shared[-1] = int(self.stop_requested)
+        failure: UserError | None = None
+        try:
+            for lane in self.lanes:
+                lane_losses: list[torch.Tensor] = []
+                total = self.lane_gradient(int((lanes == lane).sum()), batches, divisor, lane_losses)
+                shared[len(rows) + lane] = tensor_fingerprints.tensor_fingerprint(total)
+                for place, loss in zip(places[lanes == lane].tolist(), lane_losses, strict=True):
+                    shared[place] = loss.view(torch.int32)
+                tree.add(total)
+        except UserError as error:
+            failure = error
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            failure = UserError(f"Out of memory in step {step}: {str(error).split('. ')[0]}.")
+        stops[self.rank], failures[self.rank] = int(self.stop_requested), int(failure is not None)
         if self.ranks > 1:
             with gradient_reduction.collective_errors():
                 dist.all_reduce(shared)
-        self.stopping = bool(shared[-1])
+        if failure:
+            raise StepFailed(failure.message) from None
+        if failed := failures.nonzero().flatten().tolist():
+            raise StepFailed(f"Rank {failed[0]} could not finish step {step}; its own message says why.")
+        self.stopping = bool(stops.any())
         losses = shared[: len(rows)].to(torch.int32).view(torch.float32).tolist()
-        return gradient, losses, [value & tensor_fingerprints.MASK for value in shared[len(rows) : -1].tolist()]
+        wrong = divergence.non_finite_places(losses)
+        before = [row["losses"] for row in self.journal.rows[-divergence.NON_FINITE_LOSSES :]]
+        if divergence.losses_diverged([*before, losses]) or (wrong and not self.scaler.enabled):
+            raise StepFailed(self.describe_divergence(step, wrong))
+        gradient = gradient_reduction.all_reduce_tree(tree.sum(), self.ranks)
+        fingerprints = shared[len(rows) : len(rows) + lane_count].tolist()
+        return gradient, losses, [value & tensor_fingerprints.MASK for value in fingerprints]
+
+    def describe_divergence(self, step: int, places: list[int]) -> str:
+        """What to tell about a step whose losses are not finite at these places."""
+        rows = self.micro_batches(step)
+        row = rows.filter(pc.equal(rows["place"], places[0])).to_pylist()[0]
+        batch = self.builder.batch(row["posts"], row["visits"], (row["width"], row["height"]))
+        first = first_non_finite.first_non_finite(self.model, self.adapter, batch)
+        return (
+            f"Step {step}: the loss of {len(places)} of {len(rows)} micro-batches is NaN or infinite, which no smaller "
+            f"loss scale mends. In micro-batch {places[0]} (posts {', '.join(map(str, row['posts']))}) {first}. Check "
+            "the base, and whether its values fit train.precision."
+        )
 
     def step(self, step: int, batches: Iterator[Batch]) -> None:
-        """One update and its journal row. Raises UserError if the ranks' weights differ after it."""
+        """One update and its journal row. Raises StepFailed if nothing was changed, and UserError if the ranks' weights
+        differ after it.
+        """
         gradient, losses, lane_fingerprints = self.gradient(step, batches)
         scale = self.scaler.scale
-        # a step that overflowed does not advance the warm-up
-        updates = sum(isfinite(row["gradient_norm"]) for row in self.journal.rows)
-        norm, rate_unet, rate_text = self.optimizer.step(updates, gradient, self.scaler)
+        try:
+            norm, rate_unet, rate_text = self.optimizer.step(self.updates, gradient, self.scaler)
+        except UserError as error:
+            raise StepFailed(f"Step {step}: {error.message}") from None
         weights = tensor_fingerprints.fingerprints(self.adapter.tensors())
         combined = tensor_fingerprints.combine(weights)
         row = {
@@ -190,6 +246,7 @@ class TrainingLoop:
             "tensors": tensor_fingerprints.short_fingerprints(weights),
         }
         self.journal.append(row)
+        self.updates += isfinite(norm)
         if self.ranks > 1 and (others := distributed_state.mismatching_ranks(combined, self.ranks, self.model.device)):
             raise UserError(
                 f"After step {step} rank {others[0]} has other weights than rank 0: one of the two computes wrong. "
@@ -205,7 +262,16 @@ class TrainingLoop:
         batches = batch_builder.load_batches(self.builder, self.schedule, rows, self.recipe.execution.workers)
         for step in range(done, self.steps):
             started = time.monotonic()
-            self.step(step, batches)
+            try:
+                self.step(step, batches)
+            except UserError as failure:
+                if len(self.journal.rows) > step:  # the weights have changed, and may be wrong
+                    raise
+                saved = self.save_before(step)
+                if self.ranks > 1 and isinstance(failure, StepFailed):  # the first rank that ends, ends the others
+                    with gradient_reduction.collective_errors():
+                        dist.barrier()
+                raise UserError(f"{failure.message} {saved}") from None
             if (step + 1) % self.recipe.execution.save_every == 0 or self.stopping or step + 1 == self.steps:
                 self.save(step + 1)
             losses = self.journal.rows[-1]["losses"]

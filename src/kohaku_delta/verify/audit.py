@@ -64,6 +64,7 @@ def audit(
     yield finding
     yield check_chain.check_trained_parameters(rebuild, journal)
     yield check_chain.check_visits(rebuild, journal)
+    yield check_chain.check_numbers(rebuild, journal)
     yield check_chain.check_base(rebuild, journal)
     yield check_chain.check_lokr(rebuild, journal)
     yield check_training_states.check_final_weights(rebuild, journal)

@@ -1,11 +1,12 @@
-"""The checks chain/dataset, order, journal, trained, visits, base and lokr: what dataset, order and journal say about
-each other, computed from the files themselves instead of from recorded hashes.
+"""The checks chain/dataset, order, journal, trained, visits, numbers, base and lokr: what dataset, order and journal
+say about each other, computed from the files themselves instead of from recorded hashes.
 
 Each file is a function of those before it: the schedule is computed again from posts.parquet, and the digest of every
 step's visits from the schedule; the journal begins with the digest of the base and ends with that of the LoKr file.
 """
 
 import json
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
 from kohaku_delta.provenance.artifact import Artifact
+from kohaku_delta.training import divergence, schedule, trainer
 from kohaku_delta.training import journal as journals
-from kohaku_delta.training import schedule, trainer
 from kohaku_delta.training.journal import Journal
 from kohaku_delta.verify.findings import FAIL, PASS, SKIP, Check, Finding, Skip, check
 
@@ -165,6 +166,34 @@ def check_visits(rebuild: Artifact, journal: Journal | None) -> Check:
             yield f"step {step} of the journal visited other posts than schedule.parquet says"
             return ""
     return f"every one of {steps:,} steps visited the posts of schedule.parquet, in that order"
+
+
+@check("chain/numbers")
+def check_numbers(rebuild: Artifact, journal: Journal | None) -> Check:
+    """Every loss is finite but a few, the loss scale never collapsed, and every update moved the weights."""
+    rows = require_journal(journal).rows
+    losses, wrong, overflows, still = [row["losses"] for row in rows], 0, 0, 0
+    for step, row in enumerate(rows):
+        wrong += len(divergence.non_finite_places(row["losses"]))
+        if divergence.losses_diverged(losses[max(0, step - divergence.NON_FINITE_LOSSES) : step + 1]):
+            yield f"step {step} has losses that are NaN or infinite, too many for a smaller loss scale to mend"
+        updated = isfinite(row["gradient_norm"])
+        overflows = 0 if updated else overflows + 1
+        if overflows >= divergence.LONGEST_OVERFLOW or row["scale"] < divergence.LOWEST_SCALE:
+            yield f"step {step}: the loss scale collapsed to {row['scale']:g} after {overflows} overflows in a row"
+        moved = step > 0 and row["weights"] != rows[step - 1]["weights"]
+        rates = row["learning_rate_unet"] or row["learning_rate_text"]
+        if moved and not updated:
+            yield f"step {step} changed the weights although its gradient overflowed"
+        still += bool(step and updated and rates and not moved)
+    if still:
+        yield f"{still:,} updates with a learning rate above 0 left every weight as it was"
+    skipped = sum(not isfinite(row["gradient_norm"]) for row in rows)
+    count = sum(map(len, losses))
+    return (
+        f"{count - wrong:,} of {count:,} losses are finite, {skipped:,} of {len(rows):,} steps overflowed, "
+        f"loss scale {min(row['scale'] for row in rows):g} or more; every update moved the weights"
+    )
 
 
 @check("chain/base")

@@ -89,10 +89,12 @@ def bake(
         def bake_chunk(chunk: Chunk) -> tuple[str, memoryview, safetensors_io.Buffer]:
             """(tensor, bytes of the base, bytes to write)"""
             name, start, stop, here = chunk
+            dtype, shape = model.specs[name].dtype, model.specs[name].shape
             if not here:
                 raw = model.read_bytes(name, start, stop - start)
+                if not dtypes.finite(np.frombuffer(raw, dtypes.NUMPY[dtype]), dtype):
+                    raise UserError(f"{name} holds NaN or infinity: {base} is damaged. Run the stage that writes it.")
                 return name, raw, raw
-            dtype, shape = model.specs[name].dtype, model.specs[name].shape
             row = prod(shape[1:]) * dtypes.BYTES[dtype]
             raw = model.read_bytes(name, start * row, (stop - start) * row)
             values = dtypes.to_float32(np.frombuffer(raw, dtypes.NUMPY[dtype]), dtype)
@@ -240,7 +242,9 @@ def _output_chunks(
         spec = model.specs[name]
         here = [load_update(model, trained, update) for update in updates.get(name, [])]
         total = spec.shape[0] if here else spec.nbytes
-        step = max(1, numbers * spec.shape[0] // max(spec.count, 1)) if here else numbers * 4
+        step = (
+            max(1, numbers * spec.shape[0] // max(spec.count, 1)) if here else numbers * 8
+        )  # whole numbers of any dtype
         yield from ((name, start, min(start + step, total), here) for start in range(0, total, step))
 
 

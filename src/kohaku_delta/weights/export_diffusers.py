@@ -15,7 +15,7 @@ import numpy as np
 
 from kohaku_delta import atomic_files
 from kohaku_delta.errors import UserError
-from kohaku_delta.formats import safetensors_io
+from kohaku_delta.formats import dtypes, safetensors_io
 from kohaku_delta.formats.safetensors_header import TensorSpec
 from kohaku_delta.formats.safetensors_io import SafetensorsFile
 from kohaku_delta.params import Model
@@ -54,8 +54,8 @@ def export(checkpoint: Path, tokenizers: Mapping[str, tuple[Path, Path]], model:
     """Write the diffusers folder of a checkpoint; return the bytes of its tensors. tokenizers: {"tokenizer":
     (vocab.json, merges.txt), "tokenizer_2": …}.
 
-    Raises UserError for a checkpoint with missing, extra or other-shaped tensors, and for tokenizers with more tokens
-    than the text encoders.
+    Raises UserError for a checkpoint with missing, extra or other-shaped tensors, for NaN and infinity, and for
+    tokenizers with more tokens than the text encoders.
     """
     with safetensors_io.open_file(checkpoint) as file:
         shapes = {name: spec.shape for name, spec in file.specs.items()}
@@ -91,7 +91,14 @@ def _tensors(file: SafetensorsFile, part: str, names: TensorNameMap, place: Path
         specs[name] = TensorSpec(file.specs[entry.key].dtype, shape)
 
     def produce(order: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-        return ((name, to_diffusers(entries[name], file.read(entries[name].key))) for name in order)
+        for name in order:
+            stored = file.read(entries[name].key)
+            if not dtypes.finite(stored, specs[name].dtype):
+                raise UserError(
+                    f"{file.path}: {entries[name].key} holds NaN or infinity; no program can draw with such a model. "
+                    "Run the stage that writes it again."
+                )
+            yield name, to_diffusers(entries[name], stored)
 
     return safetensors_io.write(place, specs, produce, {"format": "pt"}).bytes
 

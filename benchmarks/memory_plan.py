@@ -3,8 +3,9 @@ bytes, alive as long as the real one would be.
 
 The step is the loop's own (training/training_loop.py) on torch's fake tensors: the release's preset, batch, precision
 and checkpointing, one micro-batch in each lane of one of some cards. torch's CPU build has no fake card, so the
-operators are the CPU's; attention uses its flash form, which never stores the scores, like the card's memory-efficient
-one. Not included: workspaces of kernels, fragmentation of the allocator, and CUDA's own 0.5 GiB or so.
+operators are the CPU's, except that norms give float32 as with CUDA's autocast. Attention uses its flash form, which
+never stores the scores, like the card's memory-efficient one. Not included: workspaces of kernels, fragmentation of the
+allocator, and CUDA's own 0.5 GiB or so.
 """
 
 import weakref
@@ -123,6 +124,18 @@ def batch(count: int, side: int, tokens: int) -> Batch:
     return Batch(pixels, ids, ids, torch.zeros(count, 6), noise, noise, torch.zeros(count, dtype=torch.int64))
 
 
+def norm_of_cuda(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The norm in float32 with a float32 output, as CUDA's autocast computes it; the CPU's stays in fp16."""
+
+    def compute(x: torch.Tensor, *arguments, **named) -> torch.Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return norm(x, *arguments, **named)
+        cast = partial(tree_map_only, torch.Tensor, torch.Tensor.float)
+        return norm(x.float(), *cast(arguments), **cast(named))
+
+    return compute
+
+
 def gather_copies(gathered: torch.Tensor, part: torch.Tensor) -> None:
     """Takes the place of the collective, which allocates nothing: both buffers are the caller's."""
     for buffer in gathered.chunk(len(gathered) // len(part)):
@@ -144,6 +157,9 @@ def peak_bytes(recipe: Recipe, schedule, ranks: int) -> dict[str, int]:
             with fakes, live:
                 to_fake_tensors(module)
 
+        for name in ("group_norm", "layer_norm"):
+            patch = mock.patch.object(torch.nn.functional, name, norm_of_cuda(getattr(torch.nn.functional, name)))
+            stack.enter_context(patch)
         model, adapter = models(recipe, "cpu", Planned, fill)
         stack.enter_context(fakes)
         stack.enter_context(live)
@@ -158,8 +174,9 @@ def peak_bytes(recipe: Recipe, schedule, ranks: int) -> dict[str, int]:
 
         micro_batch = batch(recipe.schedule.batch_size, recipe.model.side, recipe.train.max_token_length)
         tree = gradient_reduction.PairwiseSum()
-        for _ in loop.lanes:
-            tree.add(loop.lane_gradient(1, iter([micro_batch]), 1, []))
+        for _ in loop.lanes[1:]:  # of the other lanes only their sums are left when the last one runs
+            tree.add(torch.empty(sum(weight.numel() for _, weight in loop.trained)))
+        tree.add(loop.lane_gradient(1, iter([micro_batch]), 1, []))
         phase("lanes")
         gradient = gradient_reduction.all_reduce_tree(tree.sum(), ranks)
         for part in gradient.split(optimizer.PIECE):

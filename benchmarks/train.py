@@ -253,7 +253,11 @@ def main(rounds: int, steps: int, work: Path) -> None:
     torch.manual_seed(0)
     folder = ROOT / "miniature"
     os.chdir(folder)  # as the stages do
-    figures = dict.fromkeys(KEYS) | {"planned_peak_gib": {}} | bench_miniature(params.load(folder / "params.yaml"), folder, rounds, steps)
+    figures = (
+        dict.fromkeys(KEYS)
+        | {"planned_peak_gib": {}}
+        | bench_miniature(params.load(folder / "params.yaml"), folder, rounds, steps)
+    )
     schedule = parquet.read(folder / "build" / "schedule.parquet")
     release = params.load(ROOT / "params.yaml")
     for ranks in (1, 2, 4, 8):

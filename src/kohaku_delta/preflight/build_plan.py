@@ -75,15 +75,16 @@ def plan_rows(recipe: Recipe, host: Host, seconds: float | None) -> list[PlanRow
     rows += _time_rows(recipe, host.gpus or (), seconds)
     cuda = recipe.train.device == "cuda"
     if cuda:
-        source = f"each of {ranks} GPUs; activations come on top, not measured for this code"
-        rows += _rows("GPU memory, always in use", estimates.gpu_memory_parts(recipe, model), source)
+        spare = format_size(estimates.GPU_SPARE)
+        source = f"each of {ranks} GPUs at a step's peak; not measured on a card. {spare} of spare are asked for"
+        rows += _rows("GPU memory", estimates.gpu_memory_parts(recipe, model), source)
     loaders = f"{ranks} × {recipe.execution.workers} loader processes × {estimates.MICRO_BATCHES_AHEAD} micro-batches"
     return [
         *rows,
         PlanRow(
             "main memory",
             format_size(estimates.host_memory(recipe, model)),
-            f"computed: base, LoKr and tables for each of {ranks} ranks",
+            f"while {ranks} ranks start: base, LoKr in float32 and tables of each, computed",
         ),
         PlanRow(
             "shared memory",

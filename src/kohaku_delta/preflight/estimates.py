@@ -11,7 +11,7 @@ from kohaku_delta.preflight.parameter_counts import ParameterCounts, architectur
 
 GB = 10**9
 # The release, from its model card: 51–51.5 s per step on two RTX 3090.
-RELEASE_GPUS, RELEASE_GPU, RELEASE_GPU_MEMORY = 2, "RTX 3090", 24 * GB
+RELEASE_GPUS, RELEASE_GPU = 2, "RTX 3090"
 RELEASE_SECONDS = 51.25
 RELEASE_SOURCE = "the release, model card: 51–51.5 s per step on two RTX 3090"
 RELEASE_TARS = 2001
@@ -31,6 +31,12 @@ POST_BYTES = 700  # per post in posts and captions: 35 tags (0.25 billion tags o
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 MICRO_BATCHES_AHEAD = 5  # per loader process: those of training/batch_builder.py and the one in use
 NCCL_SHARED = GB  # NVIDIA's NCCL documentation asks for --shm-size=1g in a container
+# Bytes per pixel of a micro-batch, with checkpoints: a full-size step on torch's fake tensors (make bench-train) has at
+# its peak 4.07 GB more than weights, sums and gradient, with any number of ranks, for 4 images of 1024 × 1024.
+ACTIVATIONS, ACTIVATIONS_SOURCE = 970, "970 bytes per pixel and image, planned with fake tensors (docs/performance.md)"
+# What no tensor shows: CUDA's context, the kernels' workspaces, NCCL, fragmentation. An assumption, not measured.
+GPU_SPARE = 4 * GB
+PROCESS = GB // 2  # a rank without its model: 0.43 GB measured (Python, torch, diffusers, transformers)
 SPARE_DISK = 0.02  # share of the disk for what is not counted (logs, indices): an assumption
 
 
@@ -159,17 +165,15 @@ def state_sizes(recipe: Recipe, model: ParameterCounts) -> list[SizeEstimate]:
 
 
 def gradient_buffers(recipe: Recipe, ranks: int) -> int:
-    """Flat fp32 gradients that a rank holds at once: its part of the tree over the lanes, or what it gathers from the
-    other ranks beside its own.
-    """
-    lanes = max(recipe.schedule.lanes // ranks, 1)
-    return max(lanes.bit_length(), ranks + 1 if ranks > 1 else 1)
+    """Flat fp32 gradients that a rank holds at once: its part of the tree over the lanes."""
+    return max(recipe.schedule.lanes // ranks, 1).bit_length()
 
 
 def gpu_memory_parts(recipe: Recipe, model: ParameterCounts) -> list[SizeEstimate]:
-    """What occupies a GPU's memory all the time. Activations come on top: nobody measured them for this code."""
-    train, ranks = recipe.train, recipe.execution.ranks
+    """What a training step allocates on each GPU at its peak."""
+    train, schedule, ranks = recipe.train, recipe.schedule, recipe.execution.ranks
     weights, buffers = ITEM_BYTES[train.weights], gradient_buffers(recipe, ranks)
+    activations = ACTIVATIONS * schedule.batch_size * schedule.area if train.gradient_checkpointing else None
     return [
         SizeEstimate(
             "U-Net, text encoders",
@@ -182,21 +186,23 @@ def gpu_memory_parts(recipe: Recipe, model: ParameterCounts) -> list[SizeEstimat
         SizeEstimate(
             "sums of gradients",
             4 * model.trained * buffers,
-            f"{buffers} of float32: {recipe.schedule.lanes} lanes on {ranks} ranks",
+            f"{buffers} of float32: {schedule.lanes} lanes on {ranks} ranks",
+        ),
+        SizeEstimate(
+            "activations", activations, ACTIVATIONS_SOURCE if activations else "not known without checkpoints"
         ),
     ]
 
 
 def gpu_memory(recipe: Recipe, model: ParameterCounts) -> int:
-    """What is taken as enough GPU memory: that of the release's GPUs, and what more ranks add to the sums."""
-    buffers = gradient_buffers(recipe, recipe.execution.ranks)
-    more = max(0, buffers - gradient_buffers(recipe, RELEASE_GPUS))
-    return RELEASE_GPU_MEMORY + 4 * model.trained * more
+    """What is taken as enough GPU memory."""
+    return total(gpu_memory_parts(recipe, model)) + GPU_SPARE
 
 
 def host_memory(recipe: Recipe, model: ParameterCounts) -> int:
-    """Main memory while the ranks start: each reads the base and the tables before the GPU takes them."""
-    per_rank = checkpoint_bytes(recipe, model) + lokr_bytes(model) + POST_BYTES * (posts(recipe) or 0)
+    """Main memory while the ranks start: each holds the base, a float32 LoKr and the tables, until the GPU has them."""
+    vae = (4 - ITEM_BYTES[recipe.merge.output_dtype]) * model.vae
+    per_rank = checkpoint_bytes(recipe, model) + vae + 4 * model.lokr + POST_BYTES * (posts(recipe) or 0) + PROCESS
     return recipe.execution.ranks * per_rank
 
 

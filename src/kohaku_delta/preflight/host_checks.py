@@ -161,14 +161,13 @@ def check_gpu_memory(host: Host, recipe: Recipe) -> CheckResult | None:
     if not host.gpus or host.model is None:
         return None
     needed, smallest = estimates.gpu_memory(recipe, host.model), min(gpu.memory for gpu in host.gpus)
-    always = estimates.total(estimates.gpu_memory_parts(recipe, host.model))
+    planned = estimates.total(estimates.gpu_memory_parts(recipe, host.model))
     what = (
-        f"{format_size(smallest)} per GPU; {format_size(needed)} is taken as enough (the release's GPUs), "
-        f"{format_size(always)} of it is always in use"
+        f"{format_size(smallest)} per GPU, {format_size(planned)} planned for a step, {format_size(needed)} with spare"
     )
-    remedy = "use larger GPUs"
-    if smallest > always:
-        remedy += "; what activations need was not measured, so less may do: try the train stage by hand"
+    remedy = "use larger GPUs, or more of them (lanes are shared)"
+    if smallest > planned:
+        remedy += "; the spare is an assumption, so less may do: try the train stage by hand"
     return CheckResult("GPU memory", smallest >= needed, what, remedy)
 
 

@@ -111,7 +111,7 @@ class Lion:
         )
         if not finite and not scaler.enabled:
             raise UserError(
-                f"The gradient of step {updates} is not finite ({size}). "  # without a scaler, every step is an update
+                f"The gradient is not finite ({size}). "
                 "Lower the learning rate, or look at the base and the images of this step."
             )
         scaler.update(finite)

@@ -5,9 +5,9 @@ One step: each rank runs its lanes' micro-batches in order → one flat gradient
 clip → Lion8bit → journal row.
 """
 
-import signal
 import time
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from kohaku_delta.training import (
     distributed_state,
     gradient_reduction,
     optimizer,
+    rank_processes,
     tensor_fingerprints,
 )
 from kohaku_delta.training import journal as journals
@@ -197,18 +198,46 @@ class TrainingLoop:
             )
 
     def run(self) -> Iterator[tuple[int, float, float]]:
-        """Yield (steps done, mean loss, seconds) after each step. SIGTERM and SIGINT stop it after a step, saved."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: setattr(self, "stop_requested", True))
+        """Yield (steps done, mean loss, seconds) after each step. SIGTERM, SIGINT and SIGHUP stop it after a step,
+        saved. If it fails, or the caller does, the last finished step is saved.
+        """
+        rank_processes.watch_signals(
+            self.request_stop, (lambda: None) if self.ranks > 1 else rank_processes.stop_at_once
+        )
         done = self.resume_latest()
+        scaler = (self.scaler.scale, self.scaler.good_steps)
         rows = [row for step in range(done, self.steps) for row in self.rows(step)]
-        batches = batch_builder.load_batches(self.builder, self.schedule, rows, self.recipe.execution.workers)
-        for step in range(done, self.steps):
-            started = time.monotonic()
-            self.step(step, batches)
-            if (step + 1) % self.recipe.execution.save_every == 0 or self.stopping or step + 1 == self.steps:
-                self.save(step + 1)
-            losses = self.journal.rows[-1]["losses"]
-            yield step + 1, sum(losses) / len(losses), time.monotonic() - started
-            if self.stopping:
-                return
+        workers = self.recipe.execution.workers
+        with closing(batch_builder.load_batches(self.builder, self.schedule, rows, workers)) as batches:
+            try:
+                for step in range(done, self.steps):
+                    started = time.monotonic()
+                    self.step(step, batches)
+                    done, scaler = step + 1, (self.scaler.scale, self.scaler.good_steps)
+                    if done % self.recipe.execution.save_every == 0 or self.stopping or done == self.steps:
+                        self.save(done)
+                    losses = self.journal.rows[-1]["losses"]
+                    yield done, sum(losses) / len(losses), time.monotonic() - started
+                    if self.stopping:
+                        return
+            except BaseException:
+                with suppress(OSError):  # the error that is under way says more
+                    self.save_finished_step(done, scaler)
+                raise
+
+    def request_stop(self, signal_name: str) -> None:
+        if self.ranks == 1:  # of several, the launcher says it
+            rank_processes.say(rank_processes.STOPPING)
+        self.stop_requested = True
+
+    def save_finished_step(self, done: int, scaler: tuple[float, int]) -> None:
+        """After a failure, save the state after `done` steps if it was not saved and no update has begun to change it.
+        `scaler`: its scale and good steps then.
+        """
+        if self.rank or not done or done in checkpointing.saved_steps(self.folder):
+            return
+        state = {f"weights/{name}": tensor for name, tensor in self.adapter.tensors().items()}
+        state |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.tensors().items()}
+        if len(self.journal.rows) == done and not checkpointing.fingerprint_mismatch(state, self.journal):
+            self.scaler.scale, self.scaler.good_steps = scaler
+            self.save(done)

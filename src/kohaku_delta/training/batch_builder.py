@@ -7,7 +7,7 @@ DataLoader does this in worker processes ahead of the device; their number chang
 import os
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import active_children
@@ -159,7 +159,9 @@ def _share(batch: Batch) -> Batch:
     return batch
 
 
-def load_batches(builder: BatchBuilder, schedule: pa.Table, rows: list[int], workers: int) -> Iterator[Batch]:
+def load_batches(
+    builder: BatchBuilder, schedule: pa.Table, rows: list[int], workers: int
+) -> Generator[Batch, None, None]:
     """Yield the micro-batch of each of these rows of the schedule, in this order.
 
     `workers`: processes that load ahead; 0 loads in this process. The loader gets its own generator, so that torch's
@@ -181,10 +183,14 @@ def load_batches(builder: BatchBuilder, schedule: pa.Table, rows: list[int], wor
     batches = iter(loader)
     started = set(active_children()) - before
     waiting = False
+
+    def child_died(*_) -> None:
+        if waiting:
+            _error_if_any_worker_fails()
+
     if started:
-        # torch's handler raises wherever this process is when a worker dies: in a step, or while it saves a state.
-        # This one does so only while the next batch is waited for.
-        signal.signal(signal.SIGCHLD, lambda *_: waiting and _error_if_any_worker_fails())
+        # torch's handler raises wherever this process is when a worker dies: in a step, or while it saves a state
+        signal.signal(signal.SIGCHLD, child_died)
     try:
         for _ in rows:
             try:
@@ -192,8 +198,9 @@ def load_batches(builder: BatchBuilder, schedule: pa.Table, rows: list[int], wor
                 _error_if_any_worker_fails()
                 batch = next(batches)
             except (RuntimeError, EOFError, ConnectionError) as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0].strip(" .")
                 raise UserError(
-                    f"The loader's workers failed ({str(error).splitlines()[0].strip(' .')}). The usual reason is that "
+                    f"The loader's workers failed ({reason}). The usual reason is that "
                     f"the machine ran out of memory, or /dev/shm of room. Give it more, or {FEWER_WORKERS}"
                 ) from None
             finally:

@@ -142,12 +142,15 @@ class Failure(NamedTuple):
 
     def describe(self) -> str:
         if self.message:
-            return f"Rank {self.rank}: {self.message}"
-        if self.code < 0:
-            name = signal.Signals(-self.code).name
-            hint = " The usual reason is that the machine ran out of memory." if name == "SIGKILL" else ""
-            return f"Rank {self.rank} was killed by {name}.{hint}"
-        return f"Rank {self.rank} ended with exit code {self.code}; its error is printed above."
+            cause = f": {self.message}"
+        elif self.code >= 0:
+            cause = f" ended with exit code {self.code}; its error is printed above."
+        elif self.code == -signal.SIGKILL:
+            cause = " was killed by SIGKILL. The usual reason is that the machine ran out of memory."
+        else:
+            cause = f" was killed by {signal.Signals(-self.code).name}."
+        kept = "" if "steps are kept" in cause else "; saved steps are kept"
+        return f"Rank {self.rank}{cause} The others were stopped{kept}."
 
 
 def launch_ranks(count: int, arguments: list[str]) -> None:
@@ -177,18 +180,13 @@ def launch_ranks(count: int, arguments: list[str]) -> None:
         for each in ranks:
             each.process.kill()
         del store
-    first = min(failures, key=lambda failure: failure.is_consequence, default=None)
     if "again" in requests:
         raise UserError(ABANDONED)
-    if first and not first.is_consequence:
-        stopped_itself = first.rank == 0 and requests
-        raise UserError(
-            first.message if stopped_itself else f"{first.describe()} The others were stopped; saved steps are kept."
-        )
-    if requests:
+    first = min(failures, key=lambda failure: failure.is_consequence, default=None)
+    if requests and (first is None or first.is_consequence):
         raise UserError(f"Stopped by {requests[0]}. Saved steps are kept; run the stage again to go on.")
     if first:
-        raise UserError(f"{first.describe()} The others were stopped; saved steps are kept.")
+        raise UserError(first.message if requests and first.rank == 0 and first.message else first.describe())
 
 
 def _start(rank: int, count: int, port: int, arguments: list[str]) -> Rank:
@@ -238,13 +236,15 @@ def _wait(ranks: list[Rank], requests: list[str]) -> list[Failure]:
             del running[rank]
             if code in (0, STOPPED):
                 continue
-            ended_by_us = (-signal.SIGKILL,) if killed else ()
+            consequences = [LOST]
             if requests or failures:
-                ended_by_us += (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGINT)
+                consequences += [-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGINT]
+            if killed:
+                consequences.append(-signal.SIGKILL)
             message = ""
             with suppress(BlockingIOError):
                 message = os.read(errors, MESSAGE).decode(errors="replace")
-            failures.append(Failure(rank, code, message, code in (LOST, *ended_by_us)))
+            failures.append(Failure(rank, code, message, code in consequences))
             if not killed:
                 deadline = min(deadline, now + GRACE)
                 _signal(running, signal.SIGTERM)

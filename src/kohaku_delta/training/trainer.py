@@ -222,9 +222,9 @@ def readable_errors(work: Path, rank: int) -> Iterator[None]:
         raise
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"The GPU's memory is full ({str(error).split('. ')[0]}). Saved steps are kept. End other programs that use "
-            "the card, or go on with one that has more memory. A smaller schedule.batch_size fits too, but is another "
-            "training with other bits."
+            f"The GPU's memory is full ({str(error).split('. ')[0]}). Saved steps are kept. End other programs that "
+            "use the card, or go on with one that has more memory. A smaller schedule.batch_size fits too, but is "
+            "another training with other bits."
         ) from None
     except Exception as error:
         if "can't allocate memory" in str(error) or "Insufficient memory" in str(error):  # torch; OpenCV

@@ -6,7 +6,7 @@ clip → Lion8bit → journal row.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from math import isfinite
 from pathlib import Path
@@ -197,7 +197,7 @@ class TrainingLoop:
                 "Check the GPUs, and run the stage again."
             )
 
-    def run(self) -> Iterator[tuple[int, float, float]]:
+    def run(self) -> Generator[tuple[int, float, float], None, None]:
         """Yield (steps done, mean loss, seconds) after each step. SIGTERM, SIGINT and SIGHUP stop it after a step,
         saved. If it fails, or the caller does, the last finished step is saved.
         """

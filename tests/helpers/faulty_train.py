@@ -1,6 +1,9 @@
-"""The stage train with one fault: FAULT=name,rank,where,step; where: trainer or worker. A script, as the stage is."""
+"""The stage train with one fault, a script as the stage is: FAULT=name,rank,where,call. It comes in the trainer's step
+number `call`, or in a worker's micro-batch number `call`.
+"""
 
 import importlib.util
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -17,7 +20,7 @@ import torch  # noqa: E402
 from kohaku_delta.errors import UserError  # noqa: E402
 from kohaku_delta.training import batch_builder, rank_processes, training_loop  # noqa: E402
 
-NAME, RANK, WHERE, STEP = os.environ["FAULT"].split(",")
+NAME, RANK, WHERE, CALL = os.environ["FAULT"].split(",")
 RAISED = {
     "picture": UserError("Post 7 in data-0000.tar cannot be decoded."),
     "exception": KeyError("a fault of the program"),
@@ -35,24 +38,23 @@ def fail() -> None:
     raise RAISED[NAME]
 
 
-def faulty(function, step_of):
-    """The function, failing in its call for STEP or a later one."""
+def faulty(function):
+    """The function, failing in its call number CALL, counted from 0, and in later ones."""
+    calls = itertools.count()
 
-    def call(self, *arguments):
-        if step_of(self, *arguments) >= int(STEP):
+    def call(*arguments):
+        if next(calls) >= int(CALL):
             fail()
-        return function(self, *arguments)
+        return function(*arguments)
 
     return call
 
 
 if os.environ.get("RANK", "0") == RANK:
     if WHERE == "trainer":
-        training_loop.TrainingLoop.gradient = faulty(training_loop.TrainingLoop.gradient, lambda loop, step, _: step)
-    else:  # a micro-batch's first visit; a step of tiny_training has eight visits
-        batch_builder.BatchBuilder.batch = faulty(
-            batch_builder.BatchBuilder.batch, lambda builder, posts, visits, bucket: visits[0] // 8
-        )
+        training_loop.TrainingLoop.gradient = faulty(training_loop.TrainingLoop.gradient)
+    else:
+        batch_builder.BatchBuilder.batch = faulty(batch_builder.BatchBuilder.batch)
 
 specification = importlib.util.spec_from_file_location("train_stage", ROOT / "stages" / "train.py")
 stage = importlib.util.module_from_spec(specification)

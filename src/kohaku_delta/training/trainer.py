@@ -233,7 +233,7 @@ def readable_errors(work: Path, rank: int) -> Iterator[None]:
         with suppress(OSError):
             path.write_text(traceback.format_exc(), encoding="utf-8")
         raise UserError(
-            f"The trainer failed with {type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]} "
+            f"The trainer failed ({''.join(traceback.format_exception_only(error)).splitlines()[0]}). "
             f"Saved steps are kept; the traceback is in {path}."
         ) from None
 

@@ -4,6 +4,7 @@ schedule row → posts (tar, offset, size) and captions → pixels, token ids, s
 DataLoader does this in worker processes ahead of the device; their number changes no byte of a batch.
 """
 
+import atexit
 import os
 import signal
 import traceback
@@ -11,6 +12,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +190,7 @@ def load_batches(
         if waiting:
             _error_if_any_worker_fails()
 
+    atexit.register(_kill, started)  # before multiprocessing waits for them, if the caller fails and closes nothing
     if started:
         # torch's handler raises wherever this process is when a worker dies: in a step, or while it saves a state
         signal.signal(signal.SIGCHLD, child_died)
@@ -209,8 +212,12 @@ def load_batches(
                 raise batch
             yield batch
     finally:
-        for worker in started:
-            worker.kill()
+        _kill(started)
+
+
+def _kill(processes: set[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _prepare_worker(trainer: int, worker: int) -> None:

@@ -4,13 +4,16 @@ import ctypes
 import errno
 import fcntl
 import os
+import pty
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -244,6 +247,32 @@ def test_a_signal_to_all_processes_ends_after_the_step_saved(trained, tmp_path, 
     output = end(process, folder)
     (saved,) = steps(folder)
     assert_error(output, f"Stopped after step {saved} of ", "Run the stage again")
+    assert tiny_training.run(folder).returncode == 0
+    assert tiny_training.outs(folder) == tiny_training.outs(trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_closed_terminal_ends_after_the_step_saved(trained, tmp_path, ranks):
+    folder = copy_inputs(trained, tmp_path)
+    set_execution(folder, workers=2, save_every=100)
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        tiny_training.command(ranks),
+        cwd=folder,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    while process.poll() is None and not list(folder.glob("work/*/log.csv")):
+        if select.select([ours], [], [], 0.02)[0]:
+            os.read(ours, 1 << 16)
+    os.close(ours)
+    end(process, folder)
+    assert len(steps(folder)) == 1
     assert tiny_training.run(folder).returncode == 0
     assert tiny_training.outs(folder) == tiny_training.outs(trained)
 

@@ -71,9 +71,12 @@ def start(folder, ranks):
     return process
 
 
-def workers_of(rank: int) -> list[int]:
-    """The process ids of a rank's workers: its children."""
-    return [int(word) for word in Path(f"/proc/{rank}/task/{rank}/children").read_text().split()]
+def children(process: int) -> list[int]:
+    """The process ids of a process's children: a launcher's ranks, a rank's workers."""
+    try:
+        return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:  # it has just ended
+        return []
 
 
 def end(process, folder) -> str:
@@ -88,6 +91,10 @@ def end(process, folder) -> str:
 
 def steps(folder) -> list[int]:
     return sorted(int(each.name.removeprefix("step-")) for each in folder.glob("work/*/step-*"))
+
+
+def steps_logged(folder) -> int:
+    return sum(path.read_text().count("\n") - 1 for path in folder.glob("work/*/log.csv"))
 
 
 def processes(folder) -> dict[int, int]:
@@ -283,9 +290,8 @@ def test_a_second_ctrl_c_ends_everything_at_once_and_says_what_is_lost(trained, 
     folder = copy_inputs(trained, tmp_path)
     set_execution(folder, workers=workers)
     process = start(folder, ranks)
-    ids = {rank: number for number, rank in processes(folder).items() if rank > 0}
     if ranks > 1:
-        os.kill(ids[1], signal.SIGSTOP)  # no step ends any more
+        os.kill(children(process.pid)[1], signal.SIGSTOP)  # no step ends any more
         time.sleep(3)
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(0.3)
@@ -304,8 +310,8 @@ def test_a_killed_worker_ends_everything_with_the_last_step_saved(trained, tmp_p
     folder = copy_inputs(trained, tmp_path)
     set_execution(folder, workers=workers, save_every=100)
     process = start(folder, ranks)
-    trainers = [number for number, rank in processes(folder).items() if ranks == 1 or rank >= 0]
-    os.kill(workers_of(max(trainers))[0], signal.SIGKILL)
+    trainer = process.pid if ranks == 1 else children(process.pid)[1]
+    os.kill(children(trainer)[0], signal.SIGKILL)
     output = end(process, folder)
     assert_error(output, "killed by signal: Killed", "ran out of memory", "fewer execution.workers")
     assert output.count("Error") == 1 and len(steps(folder)) == 1
@@ -327,7 +333,7 @@ def test_a_rank_that_fails_ends_one_that_cannot_hear_of_it(trained, tmp_path):
 def test_a_rank_that_pauses_for_ten_seconds_changes_nothing(trained, tmp_path):
     folder = copy_inputs(trained, tmp_path)
     process = start(folder, 2)
-    paused = max(number for number, rank in processes(folder).items() if rank == 1)
+    paused = children(process.pid)[1]
     os.kill(paused, signal.SIGSTOP)
     time.sleep(10)
     os.kill(paused, signal.SIGCONT)
@@ -340,7 +346,7 @@ def test_stopped_workers_do_not_keep_a_trainer_that_is_told_to_end(trained, tmp_
     folder = copy_inputs(trained, tmp_path)
     set_execution(folder, workers=2)
     process = start(folder, 1)
-    for worker in workers_of(process.pid):
+    for worker in children(process.pid):
         os.kill(worker, signal.SIGSTOP)
     for _ in range(2):
         time.sleep(1)
@@ -501,14 +507,18 @@ def test_sigkill_of_any_process_at_random_instants_changes_nothing(trained, tmp_
             tiny_training.command(ranks), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
         kind, choice = numbers.choice(["launcher", "rank", "worker"]), numbers.random()
-        time.sleep(numbers.uniform(0, 30))
-        found = processes(folder)
-        trainers = [number for number, rank in found.items() if ranks == 1 or rank >= 0]
-        workers = [number for number in trainers if number != process.pid and not workers_of(number)]
-        victims = {"launcher": [process.pid], "rank": trainers, "worker": workers}[kind] or [process.pid]
+        before = steps_logged(folder)
+        if numbers.random() < 0.7:  # in a step; otherwise while it starts
+            while process.poll() is None and steps_logged(folder) == before:
+                time.sleep(0.02)
+        time.sleep(numbers.uniform(0, 8))
+        trainers = [process.pid] if ranks == 1 else children(process.pid)
+        workers = [worker for trainer in trainers for worker in children(trainer)]
+        victims = {"launcher": [], "rank": trainers, "worker": workers}[kind] or [process.pid]
         if process.poll() is None:
             os.kill(victims[int(choice * len(victims))], signal.SIGKILL)
             kills += 1
+            print(f"{kind} of {ranks} ranks, {len(workers)} workers, after step {steps_logged(folder)}")
         _, output = process.communicate(timeout=4 * SOON)
         assert "Traceback" not in output, output
         deadline = time.monotonic() + 4 * SOON  # ranks without their launcher finish a step

@@ -85,8 +85,9 @@ def leave_terminal() -> None:
     """The terminal is closed: from now on what is printed goes nowhere, instead of failing the training."""
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
-        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
-            os.dup2(null, descriptor)
+        with suppress(OSError):  # it may be closed already
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(null, descriptor)
 
 
 def say(line: str) -> None:

@@ -231,6 +231,7 @@ def readable_errors(work: Path, rank: int) -> Iterator[None]:
             raise UserError(NO_MEMORY) from None
         path = work / f"traceback-rank{rank}.txt"
         with suppress(OSError):
+            work.mkdir(parents=True, exist_ok=True)  # only rank 0 makes it
             path.write_text(traceback.format_exc(), encoding="utf-8")
         raise UserError(
             f"The trainer failed ({''.join(traceback.format_exception_only(error)).splitlines()[0]}). "

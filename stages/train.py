@@ -15,6 +15,7 @@ from kohaku_delta import numerics, paths
 from kohaku_delta import params as recipes
 from kohaku_delta.cli.stage_command import FILE, StageCommand, print_summary
 from kohaku_delta.errors import UserError
+from kohaku_delta.training import rank_processes
 
 
 @click.command(cls=StageCommand)
@@ -42,11 +43,9 @@ def main(params: Path, ranks: int | None, work: Path | None, **files) -> None:
     ranks = ranks or recipe.execution.ranks
     numerics.prepare()
     # these import torch, which must find the numerics fixed
-    from kohaku_delta.training import gradient_reduction, rank_processes, trainer
+    from kohaku_delta.training import gradient_reduction, trainer
 
-    if rank_processes.is_rank():
-        rank_processes.die_with_parent()
-    else:
+    if not rank_processes.is_rank():
         gradient_reduction.lanes_of_rank(recipe.schedule.lanes, 0, ranks)
         for name in ("base", "posts", "captions", "schedule"):
             if not files[name].is_file():
@@ -66,4 +65,4 @@ def main(params: Path, ranks: int | None, work: Path | None, **files) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    rank_processes.run(main)

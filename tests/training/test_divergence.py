@@ -59,7 +59,7 @@ def test_a_training_that_diverges_after_some_steps_keeps_the_last_good_one(tmp_p
     done = tiny_training.run(folder)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     (last,) = steps(folder)
-    assert f"Step {last}: " in done.stderr and f"The {last} steps before it are saved" in done.stderr
+    assert f"Step {last}: " in done.stderr
     again = tiny_training.run(folder)
     assert again.returncode == 1 and f"Step {last}: " in again.stderr and steps(folder) == [last]
 

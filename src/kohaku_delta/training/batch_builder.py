@@ -4,24 +4,33 @@ schedule row → posts (tar, offset, size) and captions → pixels, token ids, s
 DataLoader does this in worker processes ahead of the device; their number changes no byte of a batch.
 """
 
+import atexit
+import os
 import signal
-from collections.abc import Iterator
+import traceback
+from collections.abc import Generator
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch._C import _error_if_any_worker_fails
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from kohaku_delta.danbooru import image, tars
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import Train
 from kohaku_delta.sdxl.tokenizer import ClipTokenizer
-from kohaku_delta.training import buckets, conditioning, sample_rng
+from kohaku_delta.training import buckets, conditioning, rank_processes, sample_rng
 
 LATENT_CHANNELS = 4
 AHEAD = 4  # micro-batches that each worker process keeps ready
+LONGEST_WAIT = 600  # seconds for a micro-batch: a network file system may pause for long
+FEWER_WORKERS = "set fewer execution.workers, which changes no bits, and run this again. Saved steps are kept."
 
 
 @dataclass
@@ -121,25 +130,45 @@ class BatchBuilder:
 
 
 class ScheduleDataset(Dataset):
-    """The schedule's micro-batches. A UserError is returned: a worker would wrap a raised one in a traceback."""
+    """The schedule's micro-batches. Errors are returned: a worker would wrap a raised one in a traceback."""
 
     def __init__(self, builder: BatchBuilder, schedule: pa.Table):
         self.builder, self.schedule = builder, schedule
 
-    def __getitem__(self, row: int) -> Batch | UserError:
+    def __getitem__(self, row: int) -> Batch | Exception:
         micro_batch = self.schedule.slice(row, 1).to_pylist()[0]
         bucket = (micro_batch["width"], micro_batch["height"])
         try:
-            return self.builder.batch(micro_batch["posts"], micro_batch["visits"], bucket)
+            batch = self.builder.batch(micro_batch["posts"], micro_batch["visits"], bucket)
+            return batch if get_worker_info() is None else _share(batch)
         except UserError as error:
+            return error
+        except Exception as error:
+            error.add_note(traceback.format_exc())  # a traceback itself cannot be sent to another process
             return error
 
 
-def load_batches(builder: BatchBuilder, schedule: pa.Table, rows: list[int], workers: int) -> Iterator[Batch]:
+def _share(batch: Batch) -> Batch:
+    """Move a batch to shared memory here: the queue's own thread would only drop one that finds no room."""
+    try:
+        for tensor in vars(batch).values():
+            tensor.share_memory_()
+    except RuntimeError as error:
+        raise UserError(
+            f"A loader worker found no shared memory for a batch ({str(error).splitlines()[0]}). "
+            f"Make /dev/shm larger (a container's: --shm-size), or {FEWER_WORKERS}"
+        ) from None
+    return batch
+
+
+def load_batches(
+    builder: BatchBuilder, schedule: pa.Table, rows: list[int], workers: int
+) -> Generator[Batch, None, None]:
     """Yield the micro-batch of each of these rows of the schedule, in this order.
 
     `workers`: processes that load ahead; 0 loads in this process. The loader gets its own generator, so that torch's
-    global one stays untouched.
+    global one stays untouched. Close the iterator to end the workers. Raises UserError if a worker was killed, or gives
+    nothing for LONGEST_WAIT seconds.
     """
     loader = DataLoader(
         ScheduleDataset(builder, schedule),
@@ -148,16 +177,51 @@ def load_batches(builder: BatchBuilder, schedule: pa.Table, rows: list[int], wor
         num_workers=workers,
         generator=torch.Generator(),
         prefetch_factor=AHEAD if workers else None,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=partial(_prepare_worker, os.getpid()),
         multiprocessing_context="fork" if workers else None,
+        timeout=LONGEST_WAIT if workers else 0,
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    before = set(active_children())
+    batches = iter(loader)
+    started = set(active_children()) - before
+    waiting = False
+
+    def child_died(*_) -> None:
+        if waiting:
+            _error_if_any_worker_fails()
+
+    atexit.register(_kill, started)  # before multiprocessing waits for them, if the caller fails and closes nothing
+    if started:
+        # torch's handler raises wherever this process is when a worker dies: in a step, or while it saves a state
+        signal.signal(signal.SIGCHLD, child_died)
+    try:
+        for _ in rows:
+            try:
+                waiting = True
+                _error_if_any_worker_fails()
+                batch = next(batches)
+            except (RuntimeError, EOFError, ConnectionError) as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0].strip(" .")
+                raise UserError(
+                    f"The loader's workers failed ({reason}). The usual reason is that "
+                    f"the machine ran out of memory, or /dev/shm of room. Give it more, or {FEWER_WORKERS}"
+                ) from None
+            finally:
+                waiting = False
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+    finally:
+        _kill(started)
 
 
-def _ignore_signals(worker: int) -> None:
-    """Workers end with their trainer: a signal that asks the trainer to stop must not end them during a step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _kill(processes: set[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
+
+
+def _prepare_worker(trainer: int, worker: int) -> None:
+    """A worker ends with its trainer: a signal that asks the trainer to stop must not end it during a step."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    rank_processes.die_with_parent(signal.SIGKILL, trainer)

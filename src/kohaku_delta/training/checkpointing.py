@@ -6,6 +6,7 @@ is the digest of everything that the run depends on, which depends.json lists. T
 is loaded only if its tensors have the fingerprints in its journal.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -83,7 +84,7 @@ def run_folder(work: Path, depends: dict[str, str], steps: int, rank: int) -> Pa
 
 @contextmanager
 def locked(folder: Path, rank: int) -> Iterator[None]:
-    """Rank 0 locks the work folder. Raises UserError if another training has locked it."""
+    """Rank 0 locks the work folder. Raises UserError if another training has locked it, or if it cannot be locked."""
     if rank:
         yield
         return
@@ -94,6 +95,14 @@ def locked(folder: Path, rank: int) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(
                 f"Another training uses {folder}. Wait for it, stop it, or name another folder with --work."
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            raise UserError(
+                f"{folder} is on a file system that cannot lock files ({error.strerror}), so that a second training "
+                "in it would not be noticed. Name a folder on a local disk with --work (or execution.work in "
+                "params.yaml), or mount the file system with locks (Lustre: -o flock; NFS: without nolock)."
             ) from None
         yield
 

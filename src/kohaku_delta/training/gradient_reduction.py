@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from kohaku_delta.errors import UserError
+from kohaku_delta.training.rank_processes import LostRanksError
 
 PIECE = 1 << 24  # numbers gathered at a time: 64 MiB from each rank
 
@@ -50,14 +51,15 @@ class PairwiseSum:
 
 @contextmanager
 def collective_errors() -> Iterator[None]:
-    """Turns the failure of a collective, because another rank is gone, into a UserError."""
+    """Turns the failure of a collective, because another rank is gone, into a LostRanksError."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # gloo raises nothing more specific
-        raise UserError(
-            f"Rank {dist.get_rank()} lost the others ({str(error).split('. ')[0]}). Saved steps are kept."
+        raise LostRanksError(
+            f"Rank {dist.get_rank()} lost the others ({str(error).split('. ')[0]}). Saved steps are kept; run the "
+            "stage again to go on."
         ) from None
 
 

@@ -4,8 +4,12 @@ Fix the numerics → build model and adapter from the base → load the newest s
 Time, throughput and memory per step go to `log.csv` in the run's work folder; nothing depends on it.
 """
 
+import errno
 import os
 import resource
+import traceback
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +35,10 @@ if TYPE_CHECKING:  # these import torch, which must find the numerics fixed
 
 CURVES = "step,loss,gradient_norm,learning_rate_unet,learning_rate_text\n"
 LOG = "step,seconds,images_per_second,peak_mib,ranks\n"
+NO_MEMORY = (
+    "The machine's memory is full. Saved steps are kept. End other programs, give it more memory, or set fewer "
+    "execution.workers, which changes no bits; then run the stage again."
+)
 Tokenizers = tuple[ClipTokenizer, ClipTokenizer]
 
 
@@ -168,7 +176,7 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
     numerics.enforce(device)
     import torch.distributed as dist
 
-    from kohaku_delta.training import checkpointing, gradient_reduction
+    from kohaku_delta.training import checkpointing, gradient_reduction, rank_processes
     from kohaku_delta.training.training_loop import TrainingLoop
 
     gradient_reduction.lanes_of_rank(recipe.schedule.lanes, rank, ranks)
@@ -176,7 +184,7 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
         select_gpu(rank)
     tokenizer_files, tokenizers = load_tokenizers(files)
     tars = tar_paths(files)
-    with checkpointing.locked(work, rank):
+    with checkpointing.locked(work, rank), readable_errors(work, rank):
         context = build_context(recipe, files, tokenizers, tars, device)
         depends = run_dependencies(recipe, files, tokenizer_files, list(tars.values()))
         folder = checkpointing.run_folder(work, depends, context.steps, rank)
@@ -188,7 +196,7 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
             dist.destroy_process_group()
         if loop.stopping and done < loop.steps:
             if rank:
-                raise SystemExit(1)
+                raise SystemExit(rank_processes.STOPPED)
             raise UserError(
                 f"Stopped after step {done} of {loop.steps}, and saved. Run the stage again to go on from there."
             )
@@ -196,6 +204,39 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
             return None
         tar_paths(files)  # compare the tars again: they may have been changed during the weeks of a training
         return write_outputs(loop, files)
+
+
+@contextmanager
+def readable_errors(work: Path, rank: int) -> Iterator[None]:
+    """Turns errors of torch and of Python, for example that memory has ended, into sentences.
+
+    The traceback of one that nobody expected is written to the work folder.
+    """
+    import torch
+
+    try:
+        yield
+    except (UserError, MemoryError, OSError) as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            raise UserError(NO_MEMORY) from None
+        raise
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"The GPU's memory is full ({str(error).split('. ')[0]}). Saved steps are kept. End other programs that "
+            "use the card, or go on with one that has more memory. A smaller schedule.batch_size fits too, but is "
+            "another training with other bits."
+        ) from None
+    except Exception as error:
+        if "can't allocate memory" in str(error) or "Insufficient memory" in str(error):  # torch; OpenCV
+            raise UserError(NO_MEMORY) from None
+        path = work / f"traceback-rank{rank}.txt"
+        with suppress(OSError):
+            work.mkdir(parents=True, exist_ok=True)  # only rank 0 makes it
+            path.write_text(traceback.format_exc(), encoding="utf-8")
+        raise UserError(
+            f"The trainer failed ({''.join(traceback.format_exception_only(error)).splitlines()[0]}). "
+            f"Saved steps are kept; the traceback is in {path}."
+        ) from None
 
 
 def select_gpu(rank: int) -> None:
@@ -217,6 +258,9 @@ def connect_ranks(depends: dict[str, str], rank: int, ranks: int, device: str) -
 
     from kohaku_delta.training import distributed_state
 
+    # The end of a lost rank, or a collective of ten minutes, is raised here, where the state can still be saved;
+    # without this NCCL's watchdog aborts the process.
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
     try:
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=10))
     except RuntimeError as error:
@@ -231,8 +275,11 @@ def run_steps(loop: "TrainingLoop") -> int:
     """Run the loop to its end, or until a signal. Returns the number of steps done. Rank 0 shows and logs progress."""
     images = np.add.reduceat(pc.list_value_length(loop.schedule["visits"]).to_numpy(), loop.starts[:-1])
     done = 0
-    with tqdm(total=loop.steps, desc="train", unit="step", disable=True if loop.rank else None) as bar:
-        for done, loss, seconds in loop.run():
+    with (
+        tqdm(total=loop.steps, desc="train", unit="step", disable=True if loop.rank else None) as bar,
+        closing(loop.run()) as steps,
+    ):
+        for done, loss, seconds in steps:
             bar.update(done - bar.n)
             if loop.rank == 0:
                 speed = images[done - 1] / seconds

@@ -5,9 +5,9 @@ One step: each rank runs its lanes' micro-batches in order → one flat gradient
 clip → Lion8bit → journal row.
 """
 
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing, suppress
 from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +28,7 @@ from kohaku_delta.training import (
     first_non_finite,
     gradient_reduction,
     optimizer,
+    rank_processes,
     tensor_fingerprints,
 )
 from kohaku_delta.training import journal as journals
@@ -52,10 +53,6 @@ class TrainingContext(NamedTuple):
         return int(self.schedule["step"][-1].as_py()) + 1
 
 
-class StepFailed(UserError):
-    """A step that failed on at least one rank; all ranks raise it at the same place, with the weights unchanged."""
-
-
 class TrainingLoop:
     """One rank's training. `run()` yields after every step and leaves the final weights in `adapter`."""
 
@@ -73,6 +70,7 @@ class TrainingLoop:
         self.journal = journals.Journal(context.header)
         self.updates = 0  # steps that changed the weights: one that overflowed does not advance the warm-up
         self.stop_requested = False  # this rank got a signal
+        self.failed_together = False  # all ranks know that a step failed, and leave it at the same place
         self.stopping = False  # all ranks stop after this step; a rank's request reaches the others with the losses
 
     def resume_from(self, step: int) -> None:
@@ -112,19 +110,6 @@ class TrainingLoop:
         scaler = (self.scaler.scale, self.scaler.good_steps)
         keep, milestone = execution.keep_states, execution.milestone_every
         checkpointing.save(self.folder, step, tensors, scaler, self.journal, keep, milestone)
-
-    def save_before(self, step: int) -> str:
-        """Save the state before a step that failed, unless it is saved already. Returns a sentence about it."""
-        if not step:
-            return "No step was done before it."
-        if self.rank:
-            return "Rank 0 saves the steps before it."
-        try:
-            if step not in checkpointing.saved_steps(self.folder):
-                self.save(step)
-        except OSError as error:
-            return f"The steps since the last saved one are lost: saving failed ({error.strerror})."
-        return f"The {step} steps before it are saved."
 
     def write_lokr(self, path: Path) -> WriteResult:
         """Write the current weights as a LoKr file."""
@@ -166,8 +151,8 @@ class TrainingLoop:
         """The step's gradient (flat, float32, scaled), each micro-batch's loss by place, and each lane's fingerprint.
 
         `batches` yields those of `rows(step)`. Losses, fingerprints, stop requests and failures are exchanged as one
-        vector of integers, in which only one rank fills each element: their sum is exact in any order. Raises
-        StepFailed on all ranks if one of them failed before the exchange.
+        vector of integers, in which only one rank fills each element: their sum is exact in any order. If a rank failed
+        before the exchange, it raises its error, and the others a UserError.
         """
         rows = self.micro_batches(step)
         divisor = self.recipe.schedule.micro_batches if self.recipe.train.last_step_divisor == "full" else len(rows)
@@ -177,7 +162,7 @@ class TrainingLoop:
         shared = torch.zeros(len(rows) + lane_count + 2 * self.ranks, dtype=torch.int64, device=self.model.device)
         stops, failures = shared[-2 * self.ranks : -self.ranks], shared[-self.ranks :]
         tree = gradient_reduction.PairwiseSum()
-        failure: UserError | None = None
+        failure: Exception | None = None
         try:
             for lane in self.lanes:
                 lane_losses: list[torch.Tensor] = []
@@ -186,24 +171,23 @@ class TrainingLoop:
                 for place, loss in zip(places[lanes == lane].tolist(), lane_losses, strict=True):
                     shared[place] = loss.view(torch.int32)
                 tree.add(total)
-        except UserError as error:
+        except Exception as error:  # also memory that has ended
             failure = error
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            failure = UserError(f"Out of memory in step {step}: {str(error).split('. ')[0]}.")
         stops[self.rank], failures[self.rank] = int(self.stop_requested), int(failure is not None)
         if self.ranks > 1:
             with gradient_reduction.collective_errors():
                 dist.all_reduce(shared)
-        if failure:
-            raise StepFailed(failure.message) from None
-        if failed := failures.nonzero().flatten().tolist():
-            raise StepFailed(f"Rank {failed[0]} could not finish step {step}; its own message says why.")
+        failed = failures.nonzero().flatten().tolist()
+        self.failed_together = bool(failed)
+        if failed:
+            raise failure or rank_processes.LostRanksError(f"Rank {failed[0]} failed in step {step}; it says why.")
         self.stopping = bool(stops.any())
         losses = shared[: len(rows)].to(torch.int32).view(torch.float32).tolist()
         wrong = divergence.non_finite_places(losses)
         before = [row["losses"] for row in self.journal.rows[-divergence.NON_FINITE_LOSSES :]]
         if divergence.losses_diverged([*before, losses]) or (wrong and not self.scaler.enabled):
-            raise StepFailed(self.describe_divergence(step, wrong))
+            self.failed_together = True
+            raise UserError(self.describe_divergence(step, wrong))
         gradient = gradient_reduction.all_reduce_tree(tree.sum(), self.ranks)
         fingerprints = shared[len(rows) : len(rows) + lane_count].tolist()
         return gradient, losses, [value & tensor_fingerprints.MASK for value in fingerprints]
@@ -221,15 +205,16 @@ class TrainingLoop:
         )
 
     def step(self, step: int, batches: Iterator[Batch]) -> None:
-        """One update and its journal row. Raises StepFailed if nothing was changed, and UserError if the ranks' weights
-        differ after it.
+        """One update and its journal row. Raises UserError if its numbers went wrong, with the weights unchanged, or if
+        the ranks' weights differ after it.
         """
         gradient, losses, lane_fingerprints = self.gradient(step, batches)
         scale = self.scaler.scale
         try:
             norm, rate_unet, rate_text = self.optimizer.step(self.updates, gradient, self.scaler)
         except UserError as error:
-            raise StepFailed(f"Step {step}: {error.message}") from None
+            self.failed_together = True  # every rank has the same gradient
+            raise UserError(f"Step {step}: {error.message}") from None
         weights = tensor_fingerprints.fingerprints(self.adapter.tensors())
         combined = tensor_fingerprints.combine(weights)
         row = {
@@ -253,28 +238,50 @@ class TrainingLoop:
                 "Check the GPUs, and run the stage again."
             )
 
-    def run(self) -> Iterator[tuple[int, float, float]]:
-        """Yield (steps done, mean loss, seconds) after each step. SIGTERM and SIGINT stop it after a step, saved."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: setattr(self, "stop_requested", True))
+    def run(self) -> Generator[tuple[int, float, float], None, None]:
+        """Yield (steps done, mean loss, seconds) after each step. SIGTERM, SIGINT and SIGHUP stop it after a step,
+        saved. If it fails, or the caller does, the last finished step is saved.
+        """
+        rank_processes.watch_signals(
+            self.request_stop, (lambda: None) if self.ranks > 1 else rank_processes.stop_at_once
+        )
         done = self.resume_latest()
+        scaler = (self.scaler.scale, self.scaler.good_steps)
         rows = [row for step in range(done, self.steps) for row in self.rows(step)]
-        batches = batch_builder.load_batches(self.builder, self.schedule, rows, self.recipe.execution.workers)
-        for step in range(done, self.steps):
-            started = time.monotonic()
+        workers = self.recipe.execution.workers
+        with closing(batch_builder.load_batches(self.builder, self.schedule, rows, workers)) as batches:
             try:
-                self.step(step, batches)
-            except UserError as failure:
-                if len(self.journal.rows) > step:  # the weights have changed, and may be wrong
-                    raise
-                saved = self.save_before(step)
-                if self.ranks > 1 and isinstance(failure, StepFailed):  # the first rank that ends, ends the others
+                for step in range(done, self.steps):
+                    started = time.monotonic()
+                    self.step(step, batches)
+                    done, scaler = step + 1, (self.scaler.scale, self.scaler.good_steps)
+                    if done % self.recipe.execution.save_every == 0 or self.stopping or done == self.steps:
+                        self.save(done)
+                    losses = self.journal.rows[-1]["losses"]
+                    yield done, sum(losses) / len(losses), time.monotonic() - started
+                    if self.stopping:
+                        return
+            except BaseException:
+                with suppress(OSError):  # the error that is under way says more
+                    self.save_finished_step(done, scaler)
+                if self.failed_together and self.ranks > 1:  # the first rank that ends would end rank 0 as it saves
                     with gradient_reduction.collective_errors():
                         dist.barrier()
-                raise UserError(f"{failure.message} {saved}") from None
-            if (step + 1) % self.recipe.execution.save_every == 0 or self.stopping or step + 1 == self.steps:
-                self.save(step + 1)
-            losses = self.journal.rows[-1]["losses"]
-            yield step + 1, sum(losses) / len(losses), time.monotonic() - started
-            if self.stopping:
-                return
+                raise
+
+    def request_stop(self, signal_name: str) -> None:
+        if self.ranks == 1:  # of several, the launcher says it
+            rank_processes.say(rank_processes.STOPPING)
+        self.stop_requested = True
+
+    def save_finished_step(self, done: int, scaler: tuple[float, int]) -> None:
+        """After a failure, save the state after `done` steps if it was not saved and no update has begun to change it.
+        `scaler`: its scale and good steps then.
+        """
+        if self.rank or not done or done in checkpointing.saved_steps(self.folder):
+            return
+        state = {f"weights/{name}": tensor for name, tensor in self.adapter.tensors().items()}
+        state |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.tensors().items()}
+        if len(self.journal.rows) == done and not checkpointing.fingerprint_mismatch(state, self.journal):
+            self.scaler.scale, self.scaler.good_steps = scaler
+            self.save(done)

@@ -265,7 +265,7 @@ class TrainingLoop:
                 with suppress(OSError):  # the error that is under way says more
                     self.save_finished_step(done, scaler)
                 if self.failed_together and self.ranks > 1:  # the first rank that ends would end rank 0 as it saves
-                    with gradient_reduction.collective_errors():
+                    with suppress(UserError), gradient_reduction.collective_errors():
                         dist.barrier()
                 raise
 

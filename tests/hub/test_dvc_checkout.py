@@ -88,7 +88,9 @@ def test_a_stage_is_run_from_the_code_that_the_recipe_names(tmp_path):
 def test_a_stage_that_does_not_exist_is_refused_with_those_that_do(monkeypatch):
     monkeypatch.chdir(ROOT / "miniature")
     done = CliRunner().invoke(main, ["stage", "bakery"])
-    assert done.exit_code == 1 and "../stages/bakery.py is not there. The stages are bake, caption, code" in done.output
+    assert (
+        done.exit_code == 1 and "../stages/bakery.py does not exist. The stages are bake, caption, code" in done.output
+    )
     monkeypatch.chdir(ROOT / "docs")
     done = CliRunner().invoke(main, ["stage", "bake"])
-    assert done.exit_code == 1 and "params.yaml is not there. Name a recipe's folder" in done.output
+    assert done.exit_code == 1 and "params.yaml does not exist. Name a recipe's folder" in done.output

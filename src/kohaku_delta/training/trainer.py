@@ -63,7 +63,7 @@ def run_dependencies(recipe: Recipe, files: dict[str, Path], texts: list[Path], 
             if files["tars"]
             else inputs_manifest.sha256s(files["inputs"], "tars")
         ),
-        "numerics": str(sorted(numerics.describe(recipe.train.device).items())),
+        **{f"numerics {name}": value for name, value in numerics.describe(recipe.train.device).items()},
     }
 
 
@@ -168,7 +168,7 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
     numerics.enforce(device)
     import torch.distributed as dist
 
-    from kohaku_delta.training import checkpointing, gradient_reduction
+    from kohaku_delta.training import checkpointing, gradient_reduction, run_folders
     from kohaku_delta.training.training_loop import TrainingLoop
 
     gradient_reduction.lanes_of_rank(recipe.schedule.lanes, rank, ranks)
@@ -176,10 +176,13 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
         select_gpu(rank)
     tokenizer_files, tokenizers = load_tokenizers(files)
     tars = tar_paths(files)
-    with checkpointing.locked(work, rank):
+    depends = run_dependencies(recipe, files, tokenizer_files, list(tars.values()))
+    steps = int(parquet.read(files["schedule"], ["step"])["step"][-1].as_py()) + 1
+    folder = run_folders.run_folder(work, depends, steps, rank)
+    with checkpointing.locked(folder, rank):
+        if rank == 0:
+            atomic_files.clear_left_overs(folder)
         context = build_context(recipe, files, tokenizers, tars, device)
-        depends = run_dependencies(recipe, files, tokenizer_files, list(tars.values()))
-        folder = checkpointing.run_folder(work, depends, context.steps, rank)
         if ranks > 1:
             connect_ranks(depends, rank, ranks, device)
         loop = TrainingLoop(recipe, context, folder, rank, ranks)
@@ -233,6 +236,8 @@ def run_steps(loop: "TrainingLoop") -> int:
     done = 0
     with tqdm(total=loop.steps, desc="train", unit="step", disable=True if loop.rank else None) as bar:
         for done, loss, seconds in loop.run():
+            if not bar.n:  # the steps done before this run say nothing about the time left
+                bar.initial = bar.n = bar.last_print_n = done - 1
             bar.update(done - bar.n)
             if loop.rank == 0:
                 speed = images[done - 1] / seconds

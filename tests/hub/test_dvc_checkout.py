@@ -65,6 +65,16 @@ def test_what_is_there_is_left_as_it_is(folders):
     )
 
 
+def test_the_trainings_states_lie_in_the_repository_and_outlive_the_checkout(folders):
+    repository, temporary = folders
+    dvc_checkout.link_inputs(temporary / "miniature" / "params.yaml")
+    assert not os.path.lexists(temporary / "miniature" / "work"), "of other stages than train"
+    dvc_checkout.link_inputs(temporary / "miniature" / "params.yaml", with_work=True)
+    (temporary / "miniature" / "work" / "state").write_text("step 20")
+    shutil.rmtree(temporary)
+    assert (repository / "miniature" / "work" / "state").read_text() == "step 20"
+
+
 def test_nothing_is_linked_in_the_repository_itself_nor_without_dvc(folders, monkeypatch):
     repository, temporary = folders
     shutil.rmtree(repository / "data")

@@ -1,5 +1,5 @@
-"""The last line of `make repro`: the final model, its sha256, and whether the hashes in dvc.lock are still the committed
-ones: of all outputs, or of the code alone.
+"""The last line of `make repro`: the final model, its sha256, and whether dvc.lock still has the committed hashes: of
+all files, or of all outputs and not of the code.
 """
 
 import hashlib

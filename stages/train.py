@@ -50,7 +50,7 @@ def main(params: Path, ranks: int | None, work: Path | None, **files) -> None:
         for name in ("base", "posts", "captions", "schedule"):
             if not files[name].is_file():
                 raise UserError(
-                    f"{files[name]} is not there. Run the stage that writes it (`dvc repro`), or name the file with "
+                    f"{files[name]} does not exist. Run the stage that writes it (`dvc repro`), or name the file with "
                     f"--{name}."
                 )
         # an input that must be hashed again is hashed once, here, and not by every rank

@@ -120,7 +120,7 @@ def test_a_strangers_recipe_cannot_fill_the_memory_or_control_the_terminal(tmp_p
 
 
 def test_a_missing_recipe_is_refused(tmp_path):
-    with pytest.raises(UserError, match="not there"):
+    with pytest.raises(UserError, match="does not exist"):
         load(tmp_path / "params.yaml")
 
 

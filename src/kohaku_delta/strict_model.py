@@ -59,7 +59,7 @@ def describe_errors(source: Path | str, error: ValidationError, content: Any, re
             values[key] = details["input"]
             expected.setdefault(key, []).append(_expected(kind, context, details["msg"]))
     wrong = [f"{key} is {values[key]!r:.80}; it must be {' or '.join(kinds)}." for key, kinds in expected.items()]
-    lines = [f"{source}: {_printable(sentence)}" for sentence in (wrong + sentences)[:MAX_SENTENCES]]
+    lines = [f"{source}: {printable(sentence)}" for sentence in (wrong + sentences)[:MAX_SENTENCES]]
     return "\n".join(lines) + (f" {remedy}" if remedy else "")
 
 
@@ -85,7 +85,8 @@ def _expected(kind: str, context: dict, message: str) -> str:
     )
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Text from a file, escaped and cut, so that it cannot control a terminal."""
     text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     return text if len(text) <= MAX_SENTENCE else f"{text[:MAX_SENTENCE]} …"
 

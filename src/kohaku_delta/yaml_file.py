@@ -45,7 +45,7 @@ def read_yaml(path: Path) -> Any:
         return _parse(content.decode("utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{path} is not there. Name a recipe's folder (with dvc.yaml, params.yaml and dvc.lock) or a bundle; "
+            f"{path} does not exist. Name a recipe's folder (with dvc.yaml, params.yaml and dvc.lock) or a bundle; "
             "run a stage in a recipe's folder, or with --params."
         ) from None
     except (YAMLError, ValueError, RecursionError) as error:

@@ -243,7 +243,7 @@ def test_long_metadata_is_read_and_a_header_that_would_fill_the_memory_is_not(tm
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    for path, reason in ((tmp_path / "nowhere", "is not there"), (tmp_path, "is a folder")):
+    for path, reason in ((tmp_path / "nowhere", "does not exist"), (tmp_path, "is a folder")):
         with pytest.raises(UserError, match=reason), safetensors_io.open_file(path):
             pass
 

@@ -23,7 +23,7 @@ def _ip(*arguments: str) -> None:
 def two():
     """The names of two namespaces. Raises OSError if this host does not permit them."""
     if not shutil.which("ip"):
-        raise OSError("the command `ip` is not there (iproute2)")
+        raise OSError("the command `ip` is missing (iproute2)")
     names = [f"kohaku-{os.getpid()}-{number}" for number in (0, 1)]
     try:
         for name in names:

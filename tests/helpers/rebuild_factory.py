@@ -24,7 +24,7 @@ from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import captions
 from kohaku_delta.formats import parquet, safetensors_io
 from kohaku_delta.provenance import import_closure
-from kohaku_delta.training import checkpointing, journal, schedule, tensor_fingerprints, trainer
+from kohaku_delta.training import checkpointing, journal, run_folders, schedule, tensor_fingerprints, trainer
 from kohaku_delta.weights import lokr_format
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,7 +159,7 @@ def _train(folder: Path, recipe, rows: pa.Table, base: str) -> None:
         )
     }
     steps = int(rows["step"][-1].as_py()) + 1
-    work = checkpointing.run_folder(folder / "work", depends, steps, 0)
+    work = run_folders.run_folder(folder / "work", depends, steps, 0)
     for step in range(steps):
         batches = [row for row in rows.to_pylist() if row["step"] == step]
         for number, name in enumerate(names):

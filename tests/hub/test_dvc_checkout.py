@@ -65,6 +65,16 @@ def test_what_is_there_is_left_as_it_is(folders):
     )
 
 
+def test_the_trainings_states_lie_in_the_repository_and_outlive_the_checkout(folders):
+    repository, temporary = folders
+    dvc_checkout.link_inputs(temporary / "miniature" / "params.yaml")
+    assert not os.path.lexists(temporary / "miniature" / "work"), "of other stages than train"
+    dvc_checkout.link_inputs(temporary / "miniature" / "params.yaml", with_work=True)
+    (temporary / "miniature" / "work" / "state").write_text("step 20")
+    shutil.rmtree(temporary)
+    assert (repository / "miniature" / "work" / "state").read_text() == "step 20"
+
+
 def test_nothing_is_linked_in_the_repository_itself_nor_without_dvc(folders, monkeypatch):
     repository, temporary = folders
     shutil.rmtree(repository / "data")
@@ -88,7 +98,9 @@ def test_a_stage_is_run_from_the_code_that_the_recipe_names(tmp_path):
 def test_a_stage_that_does_not_exist_is_refused_with_those_that_do(monkeypatch):
     monkeypatch.chdir(ROOT / "miniature")
     done = CliRunner().invoke(main, ["stage", "bakery"])
-    assert done.exit_code == 1 and "../stages/bakery.py is not there. The stages are bake, caption, code" in done.output
+    assert (
+        done.exit_code == 1 and "../stages/bakery.py does not exist. The stages are bake, caption, code" in done.output
+    )
     monkeypatch.chdir(ROOT / "docs")
     done = CliRunner().invoke(main, ["stage", "bake"])
-    assert done.exit_code == 1 and "params.yaml is not there. Name a recipe's folder" in done.output
+    assert done.exit_code == 1 and "params.yaml does not exist. Name a recipe's folder" in done.output

@@ -374,7 +374,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name, content, words):
 
 def test_a_folder_without_a_recipe_is_refused(tmp_path):
     done = run("report", tmp_path)
-    assert done.exit_code == 1 and "params.yaml is not there. Name a recipe's folder" in done.output
+    assert done.exit_code == 1 and "params.yaml does not exist. Name a recipe's folder" in done.output
 
 
 def test_a_very_wide_picture_is_scaled_down_deterministically(tmp_path, page):

@@ -63,5 +63,5 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(UserError, match="are not a CLIP tokenizer"):
         ClipTokenizer(tmp_path / "vocab.json", tmp_path / "merges.txt")
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         ClipTokenizer(tmp_path / "none.json", tmp_path / "merges.txt")

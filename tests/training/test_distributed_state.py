@@ -5,11 +5,11 @@ import os
 import subprocess
 import sys
 
-import torch
+import pytest
 
-from kohaku_delta.training import checkpointing, journal, tensor_fingerprints
+from kohaku_delta.training import checkpointing, tensor_fingerprints
+from tiny_states import HEADER, damage, save
 
-HEADER = {"base": "b", "parameters": {"train.seed": 1}}
 RANK = """
 import json, sys
 import torch.distributed as dist
@@ -31,30 +31,6 @@ except UserError as refusal:
     print("refused:", refusal.message)
 dist.destroy_process_group()
 """
-
-
-def save(folder, steps):
-    """Save a state of two weights after `steps` steps; returns its tensors."""
-    tensors = {
-        "weights/a": torch.full((5000,), steps, dtype=torch.float16),
-        "weights/b": torch.arange(7.0),
-        "optimizer/a.state1": torch.full((5000,), 3, dtype=torch.uint8),
-    }
-    rows = journal.Journal(HEADER)
-    for step in range(steps):
-        current = tensors | {"weights/a": torch.full((5000,), step + 1, dtype=torch.float16)}
-        weights = tensor_fingerprints.fingerprints(checkpointing.select_prefix(current, "weights/"))
-        optimizer = tensor_fingerprints.fingerprints(checkpointing.select_prefix(current, "optimizer/"))
-        rows.append(
-            {
-                "step": step, "visits": "v", "losses": [0.1], "lanes": [2**64 - 1], "gradient_norm": 1.0,
-                "learning_rate_unet": 0.0, "learning_rate_text": 0.0, "scale": 8.0,
-                "weights": tensor_fingerprints.combine(weights), "optimizer": tensor_fingerprints.combine(optimizer),
-                "tensors": tensor_fingerprints.short_fingerprints(weights),
-            }
-        )  # fmt: skip
-    checkpointing.save(folder, steps, tensors, (65536.0, 17), rows, 9, 1000)
-    return tensors
 
 
 def run_ranks(code, *arguments):
@@ -89,16 +65,41 @@ def test_the_newest_state_of_any_machine_reaches_all_bit_for_bit(tmp_path):
     assert first.endswith(" b")
 
 
-def test_a_damaged_newest_state_stops_every_rank_and_is_named_on_its_machine(tmp_path):
-    save(tmp_path / "0", 2)
-    save(tmp_path / "1", 3)
-    file = checkpointing.state_path(tmp_path / "1", 3) / checkpointing.STATE
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+@pytest.mark.parametrize("newest", [0, 1])
+def test_a_damaged_newest_state_is_kept_by_its_machine_and_all_ranks_go_on_from_the_newest_sound_one(tmp_path, newest):
+    other, own = tmp_path / str(1 - newest), tmp_path / str(newest)
+    save(other, 1)
+    tensors = save(own, 2)
+    for steps in (3, 4):
+        save(own, steps)
+        damage(own, steps)
     first, second = load_on_both(tmp_path)
-    assert first == "refused: Rank 1 has a state after step 2 that cannot be loaded; it says why, on its own machine."
-    assert second.startswith(f"refused: {file} is not what training saved") and "Delete" in second
+    combined = tensor_fingerprints.combine(tensor_fingerprints.fingerprints(tensors))
+    assert first == second and first.startswith(f"2 {sorted(tensors)} {combined} ")
+    assert sorted(path.name for path in own.iterdir()) == [
+        "step-00000002",
+        "step-00000003.damaged",
+        "step-00000004.damaged",
+    ]
+
+
+def test_ranks_of_one_machine_set_a_damaged_state_aside_once(tmp_path):
+    (tmp_path / "1").symlink_to(tmp_path / "0")
+    for steps in (1, 2):
+        save(tmp_path / "0", steps)
+    damage(tmp_path / "0", 2)
+    first, second = load_on_both(tmp_path)
+    assert first == second and first.startswith("1 ")
+    assert sorted(path.name for path in (tmp_path / "0").iterdir()) == ["step-00000001", "step-00000002.damaged"]
+
+
+def test_if_every_state_is_damaged_all_ranks_stop_and_nothing_is_renamed(tmp_path):
+    save(tmp_path / "1", 3)
+    damage(tmp_path / "1", 3)
+    first, second = load_on_both(tmp_path)
+    assert first == "refused: No saved state of any machine can be used; rank 1 says why."
+    assert second.startswith(f"refused: No saved state in {tmp_path / '1'} can be used: ")
+    assert checkpointing.saved_steps(tmp_path / "1") == [3]
 
 
 def test_a_rank_with_other_inputs_names_them(tmp_path):

@@ -276,7 +276,7 @@ def test_what_cannot_be_compared_is_a_sentence_and_exit_code_2(checkpoint, folde
         safetensors_io.save(tmp_path / "odd" / "unet" / f"{variant}.safetensors", {"x": np.zeros(1, np.float32)})
     cases = {
         (checkpoint, tmp_path / "lokr.safetensors"): "have no tensor in common",
-        (checkpoint, tmp_path / "nowhere"): "is not there",
+        (checkpoint, tmp_path / "nowhere"): "does not exist",
         (checkpoint, tmp_path / "bad.safetensors"): "is cut short",
         (folder, tmp_path / "empty"): "is a folder without unet",
         (folder, tmp_path / "lokr.safetensors"): "not an SDXL checkpoint",

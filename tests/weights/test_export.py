@@ -132,7 +132,7 @@ def test_a_tokenizer_of_another_model_is_refused(exported, tokenizer, tmp_path):
             tiny_sdxl.MODEL,
             tmp_path / "out",
         )
-    with pytest.raises(UserError, match="nowhere.json is not there"):
+    with pytest.raises(UserError, match="nowhere.json does not exist"):
         export_diffusers.export(
             exported / "model.safetensors",
             {"tokenizer": (tmp_path / "nowhere.json", tokenizer[1]), "tokenizer_2": tokenizer},

@@ -20,6 +20,7 @@ COMMANDS = [
     "provenance",
     "replay",
     "report",
+    "set-aside",
     "stage",
     "tensors",
 ]
@@ -32,7 +33,10 @@ class CommandGroup(click.Group):
         return COMMANDS
 
     def get_command(self, context, name: str) -> click.Command | None:
-        return getattr(importlib.import_module(f"kohaku_delta.cli.{name}"), name) if name in COMMANDS else None
+        if name not in COMMANDS:
+            return None
+        module = name.replace("-", "_")
+        return getattr(importlib.import_module(f"kohaku_delta.cli.{module}"), module)
 
     def invoke(self, context: click.Context):
         """Turns Ctrl-C into one sentence."""

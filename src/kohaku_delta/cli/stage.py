@@ -20,6 +20,6 @@ def stage(name: str, options: tuple[str, ...]) -> None:
     if not script.is_file():
         names = ", ".join(sorted(path.stem for path in folder.glob("*.py")))
         remedy = f"The stages are {names}." if names else f"Check `root` in params.yaml: {folder} has no stages."
-        raise UserError(f"{script} is not there. {remedy}")
+        raise UserError(f"{script} does not exist. {remedy}")
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, str(script), *options])

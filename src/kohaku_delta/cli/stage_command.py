@@ -31,7 +31,7 @@ class StageCommand(click.Command):
     def invoke(self, context: click.Context):
         try:
             if context.params.get("params"):
-                dvc_checkout.link_inputs(context.params["params"])
+                dvc_checkout.link_inputs(context.params["params"], with_work="work" in context.params)
             with stage_record.recorded(context), sandbox.confined(self, context):
                 return super().invoke(context)
         except OSError as error:

@@ -80,9 +80,7 @@ def _digest_folder(path: Path, md5: bool) -> Digest:
         if EXCLUDED.search(name) or (file.is_dir() and not file.is_symlink()):
             continue
         if file.is_symlink() or not file.is_file():
-            raise UserError(
-                f"{file} is a link or not a regular file, which no stage writes. Delete {path} and run its stage again."
-            )
+            raise UserError(f"{file} is a link or not a regular file, which no stage writes. Run its stage again.")
         found[name] = _digest_file(file, md5)
     listing = json.dumps([{"md5": each.md5, "relpath": name} for name, each in found.items()], sort_keys=True)
     files = {name: each.sha256 for name, each in found.items()}

@@ -76,15 +76,13 @@ def read(path, columns: list[str] | None = None) -> pa.Table:
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"{path} is not there. It is written by an earlier stage: run `dvc repro`, or name the file by its option."
+            f"{path} does not exist. An earlier stage writes it: run `dvc repro`, or name the file by its option."
         )
     sys.audit("open", os.fspath(path), "r", os.O_RDONLY)  # Arrow opens it in C, which the sandbox cannot see
     try:
         present = pq.read_schema(path).names
     except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path} is not a parquet file that can be read ({error}). Delete it and run its stage again."
-        ) from None
+        raise UserError(f"{path} is not a parquet file that can be read ({error}). Run its stage again.") from None
     missing = [name for name in columns or [] if name not in present]
     if missing:
         raise UserError(
@@ -93,6 +91,4 @@ def read(path, columns: list[str] | None = None) -> pa.Table:
     try:
         return pq.read_table(path, columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path} is damaged: {str(error).splitlines()[0]}. Delete it and run its stage again."
-        ) from None
+        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}. Run its stage again.") from None

@@ -109,7 +109,7 @@ def _read_json(descriptor: int, size: int) -> tuple[dict[str, Any], int]:
         raise _Malformed(f"its header claims {length} bytes; at most {MAX_HEADER} are read")
     text = os.pread(descriptor, length, 8)
     if len(text) != length or text[:1] != b"{":
-        raise _Malformed("its header is not there or does not begin with {: it is not safetensors")
+        raise _Malformed("its header is missing or does not begin with {: it is not safetensors")
     if length > MAX_STRUCTURE and len(STRINGS.sub(b"", text)) > MAX_STRUCTURE:
         raise _Malformed(f"its header has more than {MAX_STRUCTURE} bytes outside of texts")
     try:

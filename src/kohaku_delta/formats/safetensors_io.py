@@ -93,7 +93,7 @@ def open_file(path: Path | str) -> Iterator[SafetensorsFile]:
     try:
         reader = direct_io.Reader(path)
     except FileNotFoundError:
-        raise UserError(f"{path} is not there. Check the path, or run the stage that writes it.") from None
+        raise UserError(f"{path} does not exist. Check the path, or run the stage that writes it.") from None
     try:
         yield SafetensorsFile(path, reader)
     finally:

@@ -99,10 +99,12 @@ def enforce(device: str = "cpu") -> None:
 
 
 def describe(device: str) -> dict[str, str]:
-    """What decides the bits besides inputs, parameters and code; part of the run's key and of the stages' records."""
+    """What decides the bits besides inputs, parameters and code; part of the run's key and of the stages' records. Not
+    the patch release of Python: the libraries compute.
+    """
     import torch
 
-    facts = {"python": platform.python_version(), "torch": torch.__version__, "device": device, **ENVIRONMENT}
+    facts = {"python": "{}.{}".format(*PYTHON), "torch": torch.__version__, "device": device, **ENVIRONMENT}
     if device == "cuda":
         card = torch.cuda.get_device_properties(0)
         facts |= {

@@ -51,7 +51,7 @@ class Host:
     """Sizes in bytes. `locked`: versions in the lock; `model`: its sizes, None if unknown.
 
     `driver`: "" if none answers; `numerics`, `bitsandbytes`, `database`: "" if all is well, else what is wrong;
-    `architectures`: what torch was built for ("sm_86"); `missing_inputs`: pinned file:// inputs that are not there.
+    `architectures`: what torch was built for ("sm_86"); `missing_inputs`: pinned file:// inputs that do not exist.
     """
 
     locked: dict[str, str]

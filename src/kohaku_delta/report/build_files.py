@@ -108,7 +108,7 @@ def read_json(path: Path, kind: Any, remedy: str) -> Any:
 
 def read_curves(path: Path) -> dict[str, list[float]] | None:
     """curves.csv as column → value per step; None if there is no such file."""
-    remedy = "Delete it and run the train stage again."
+    remedy = "Run the train stage again."
     text = _text(path, remedy)
     if text is None:
         return None
@@ -126,7 +126,7 @@ def read_buckets(path: Path, schedule: Schedule) -> list[list[int]] | None:
     except FileNotFoundError:
         return None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not text. Delete it and run the schedule stage again.") from None
+        raise UserError(f"{path} is not text. Run the schedule stage again.") from None
 
 
 def _text(path: Path, remedy: str) -> str | None:

@@ -18,7 +18,7 @@ from kohaku_delta.yaml_file import read_yaml
 
 WEIGHTS = {"base": "delta-base.safetensors", "lokr": "delta-lokr.safetensors", "final": "kohaku-xl-delta.safetensors"}
 MISSING = "missing"  # in Build.damaged
-RUN_AGAIN = "Delete it and run `dvc repro`."
+RUN_AGAIN = "Run `dvc repro`."
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def read_build(place: Path) -> Build:
     recipe = _validate_recipe(read_yaml(place / dvc_yaml.PARAMS) | locked, lock)
     inputs = build_files.read_json(folder / "inputs.json", Inputs, RUN_AGAIN)
     lock_sha256 = hashlib.sha256(lock.read_bytes()).hexdigest()
-    audit = build_files.read_json(folder / "audit.json", Audit, "Delete it and run `kohaku-delta audit --json` again.")
+    audit = build_files.read_json(folder / "audit.json", Audit, "Run `kohaku-delta audit --json` again.")
     outs = [out for stage in stages for out in stage.outs.values()]
     return Build(
         recipe=recipe,

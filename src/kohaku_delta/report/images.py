@@ -109,7 +109,7 @@ def _from_file(path: Path, alt: str, caption: str) -> EmbeddedImage | None:
         return None
     content = path.read_bytes() if path.stat().st_size <= MAX_BYTES else b""
     if not content.startswith(MAGIC) or len(content) < 24:
-        raise UserError(f"{path} is not a PNG of at most {MAX_BYTES >> 20} MiB. Delete it and run its stage again.")
+        raise UserError(f"{path} is not a PNG of at most {MAX_BYTES >> 20} MiB. Run its stage again.")
     if _size(content)[0] > MAX_WIDTH:
         return _shrink(path, content, alt, caption)
     return _embed(path.stem, content, alt, caption)
@@ -133,7 +133,7 @@ def _shrink(path: Path, content: bytes, alt: str, caption: str) -> EmbeddedImage
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             rgb = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be decoded ({error}). Delete it and run its stage again.") from None
+        raise UserError(f"{path} cannot be decoded ({error}). Run its stage again.") from None
     size = MAX_WIDTH, max(1, round(rgb.height * MAX_WIDTH / rgb.width))
     file = io.BytesIO()
     rgb.resize(size, Image.Resampling.LANCZOS).save(file, "webp", quality=86, method=4)

@@ -49,7 +49,7 @@ class ClipTokenizer:
         for path in (vocab, merges):
             if not Path(path).is_file():
                 raise UserError(
-                    f"{path} is not there; the tokenizer needs vocab.json and merges.txt. Run the download stage."
+                    f"{path} does not exist; the tokenizer needs vocab.json and merges.txt. Run the download stage."
                 )
             sys.audit("open", os.fspath(path), "r", os.O_RDONLY)  # the library opens it in Rust, unseen by the sandbox
         try:

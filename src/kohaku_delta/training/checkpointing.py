@@ -1,24 +1,27 @@
 """Training checkpoints: each is complete, belongs to one run, and resumes that run to the same bytes; no other run
 loads it.
 
-`work/<key>/step-00000020/` holds state.safetensors (weights, 8-bit optimizer state, scaler) and journal.parquet. <key>
-is the digest of everything that the run depends on, which depends.json lists. The folder appears by one rename. A state
-is loaded only if its tensors have the fingerprints in its journal.
+`work/<key>/step-00000020/` holds state.safetensors (weights, 8-bit optimizer state, scaler) and journal.parquet;
+run_folders.py says what <key> is. The folder appears by one rename. A state is loaded only if its tensors have the
+fingerprints in its journal; one that does not is kept as `step-00000020.damaged`, and the one before is used.
 """
 
 import errno
 import fcntl
-import hashlib
-import json
+import itertools
+import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from kohaku_delta import atomic_files
 from kohaku_delta.errors import UserError
@@ -57,29 +60,6 @@ def differing_keys(a: dict, b: dict) -> list[str]:
 def format_differing(names: list[str]) -> str:
     """`a, b differ`, with five names at most."""
     return f"{', '.join(names[:5])} {'differs' if len(names) == 1 else 'differ'}"
-
-
-def run_folder(work: Path, depends: dict[str, str], steps: int, rank: int) -> Path:
-    """The folder of the run that depends on these named digests.
-
-    Raises UserError if it is new and `work` holds an unfinished training of another run.
-    """
-    folder = work / hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
-    if rank or (folder / DEPENDS).is_file():
-        return folder
-    for other in sorted(work.glob(f"*/{DEPENDS}")):
-        unfinished = json.loads(other.read_text(encoding="utf-8"))
-        done = max(saved_steps(other.parent), default=0)
-        if done and done < unfinished["steps"]:
-            raise UserError(
-                f"{other.parent} holds an unfinished training, {done} of {unfinished['steps']} steps, which this run "
-                f"cannot go on with: {format_differing(differing_keys(depends, unfinished['depends']))}. "
-                "Restore that to go on; to start again, delete the folder, or name another one with --work."
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_files.atomic_write(folder / DEPENDS, "w") as file:
-        json.dump({"steps": steps, "depends": depends}, file, indent=1, sort_keys=True)
-    return folder
 
 
 @contextmanager
@@ -142,21 +122,58 @@ def save(
 def load(folder: Path, step: int, header: dict) -> TrainingState:
     """Load and verify the state after `step` steps. Raises UserError if it is another run's or was changed."""
     path = state_path(folder, step)
-    remedy = f"Delete {path}: training then goes on from the state before it."
     rows = journal.read_journal(path / JOURNAL)
     if rows.header != header or len(rows.rows) != step:
-        raise UserError(f"{path / JOURNAL} belongs to another run. {remedy}")
+        raise UserError(f"{path / JOURNAL} belongs to another run.")
     with safetensors_io.open_file(path / STATE) as file:
         arrays = {name: file.read(name) for name in file.specs}
     if "scaler" not in arrays or arrays["scaler"].shape != (2,):
-        raise UserError(f"{path / STATE} holds no scaler: it is not what training saved. {remedy}")
+        raise UserError(f"{path / STATE} holds no scaler: it is not what training saved.")
     scale, good_steps = arrays.pop("scaler").tolist()
+    if not (isfinite(scale) and float(good_steps).is_integer()):
+        raise UserError(f"{path / STATE} holds a scaler of {scale}, {good_steps}: it is not what training saved.")
     tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
     if fault := fingerprint_mismatch(tensors, rows):
-        raise UserError(
-            f"{path / STATE} is not what training saved: after step {step - 1} {fault} had other bits. {remedy}"
-        )
+        raise UserError(f"{path / STATE} is not what training saved: after step {step - 1} {fault} had other bits.")
     return TrainingState(tensors, (scale, int(good_steps)), rows)
+
+
+def load_newest_state(folder: Path, header: dict) -> tuple[int, TrainingState | None]:
+    """(steps, the newest state that is sound); (0, None) if there is no state. Newer ones that are damaged are set
+    aside. Raises UserError if all are damaged.
+    """
+    faults: dict[int, str] = {}
+    for step in reversed(saved_steps(folder)):
+        try:
+            state = load(folder, step, header)
+        except UserError as error:
+            faults[step] = error.message
+        else:
+            set_damaged_aside(folder, faults)
+            return step, state
+    if faults:
+        raise UserError(no_sound_state(folder, faults))
+    return 0, None
+
+
+def set_damaged_aside(folder: Path, faults: dict[int, str]) -> None:
+    """Rename the states after these numbers of steps, and say what is wrong with each."""
+    for step, fault in faults.items():
+        path = state_path(folder, step)
+        damaged = (path.with_name(f"{path.name}.damaged{'' if n == 1 else f'-{n}'}") for n in itertools.count(1))
+        target = next(name for name in damaged if not os.path.lexists(name))
+        with suppress(FileNotFoundError):  # another rank of this machine has renamed it
+            os.rename(path, target)
+            tqdm.write(f"train: {fault} It is kept as {target}; an older state is used instead.", file=sys.stderr)
+
+
+def no_sound_state(folder: Path, faults: dict[int, str]) -> str:
+    """The message when every state is damaged: nothing is renamed, and step 0 is not begun without being asked."""
+    return (
+        f"No saved state in {folder} can be used: {next(iter(faults.values()))} Check the disk and its connection, or "
+        "copy a state from another machine or a backup into the folder. To begin at step 0 again, name another folder "
+        "with --work (or execution.work in params.yaml)."
+    )
 
 
 def fingerprint_mismatch(tensors: dict[str, torch.Tensor], rows: Journal) -> str | None:

@@ -2,7 +2,8 @@
 with an error.
 
 Machines need not share a folder. The newest state that any of them has is sent to all: a state is a function of the
-inputs, so it does not matter who saved it. It is sent as a safetensors file in memory; nothing is pickled.
+inputs, so it does not matter who saved it, nor from which state training goes on: a damaged one costs the steps since
+the newest sound one, on all ranks alike. A state is sent as a safetensors file in memory; nothing is pickled.
 """
 
 import json
@@ -63,21 +64,33 @@ def require_same_run(depends: dict[str, str], ranks: int, device: str) -> None:
 
 
 def load_newest_state(folder: Path, header: dict, ranks: int, device: str) -> tuple[int, TrainingState | None]:
-    """(steps, the newest state that any rank finds in its machine's `folder`, verified); (0, None) if there is none."""
-    steps = all_gather_int(max(checkpointing.saved_steps(folder), default=0), ranks, device)
-    done = max(steps)
-    if not done:
-        return 0, None
-    source, state, fault = steps.index(done), None, None
-    if dist.get_rank() == source:
-        try:
-            state = checkpointing.load(folder, done, header)
-        except UserError as error:
-            fault = error
-    if any(all_gather_int(int(fault is not None), ranks, device)):
-        raise fault or UserError(
-            f"Rank {source} has a state after step {done - 1} that cannot be loaded; it says why, on its own machine."
-        )
+    """(steps, the newest sound state that any rank finds in its machine's `folder`); (0, None) if there is no state.
+
+    A rank whose state is damaged sets it aside on its machine, and all ranks agree again on the newest of the others.
+    """
+    faults: dict[int, str] = {}  # of this rank
+    while True:
+        own = (step for step in checkpointing.saved_steps(folder) if step not in faults)
+        steps = all_gather_int(max(own, default=0), ranks, device)
+        done = max(steps)
+        if not done:
+            damaged = all_gather_int(len(faults), ranks, device)
+            if faults:
+                raise UserError(checkpointing.no_sound_state(folder, faults))
+            if any(damaged):
+                raise UserError(
+                    f"No saved state of any machine can be used; rank {damaged.index(max(damaged))} says why."
+                )
+            return 0, None
+        source, state = steps.index(done), None
+        if dist.get_rank() == source:
+            try:
+                state = checkpointing.load(folder, done, header)
+            except UserError as error:
+                faults[done] = error.message
+        if any(all_gather_int(int(state is not None), ranks, device)):
+            break
+    checkpointing.set_damaged_aside(folder, faults)
     received = broadcast_bytes(_serialize(state) if state else b"", source, device)
     if state:
         return done, state

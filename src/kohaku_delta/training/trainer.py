@@ -71,7 +71,7 @@ def run_dependencies(recipe: Recipe, files: dict[str, Path], texts: list[Path], 
             if files["tars"]
             else inputs_manifest.sha256s(files["inputs"], "tars")
         ),
-        "numerics": str(sorted(numerics.describe(recipe.train.device).items())),
+        **{f"numerics {name}": value for name, value in numerics.describe(recipe.train.device).items()},
     }
 
 
@@ -176,7 +176,7 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
     numerics.enforce(device)
     import torch.distributed as dist
 
-    from kohaku_delta.training import checkpointing, gradient_reduction, rank_processes
+    from kohaku_delta.training import checkpointing, gradient_reduction, rank_processes, run_folders
     from kohaku_delta.training.training_loop import TrainingLoop
 
     gradient_reduction.lanes_of_rank(recipe.schedule.lanes, rank, ranks)
@@ -184,10 +184,13 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
         select_gpu(rank)
     tokenizer_files, tokenizers = load_tokenizers(files)
     tars = tar_paths(files)
-    with checkpointing.locked(work, rank), readable_errors(work, rank):
+    depends = run_dependencies(recipe, files, tokenizer_files, list(tars.values()))
+    steps = int(parquet.read(files["schedule"], ["step"])["step"][-1].as_py()) + 1
+    folder = run_folders.run_folder(work, depends, steps, rank)
+    with checkpointing.locked(folder, rank), readable_errors(work, rank):
+        if rank == 0:
+            atomic_files.clear_left_overs(folder)
         context = build_context(recipe, files, tokenizers, tars, device)
-        depends = run_dependencies(recipe, files, tokenizer_files, list(tars.values()))
-        folder = checkpointing.run_folder(work, depends, context.steps, rank)
         if ranks > 1:
             connect_ranks(depends, rank, ranks, device)
         loop = TrainingLoop(recipe, context, folder, rank, ranks)
@@ -280,6 +283,8 @@ def run_steps(loop: "TrainingLoop") -> int:
         closing(loop.run()) as steps,
     ):
         for done, loss, seconds in steps:
+            if not bar.n:  # the steps done before this run say nothing about the time left
+                bar.initial = bar.n = bar.last_print_n = done - 1
             bar.update(done - bar.n)
             if loop.rank == 0:
                 speed = images[done - 1] / seconds

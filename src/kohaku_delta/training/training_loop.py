@@ -78,12 +78,12 @@ class TrainingLoop:
         self.load_state(step, checkpointing.load(self.folder, step, self.journal.header))
 
     def resume_latest(self) -> int:
-        """Load the newest state that any rank's machine has. Returns its number of steps; 0 if there is none."""
-        header, state = self.journal.header, None
+        """Load the newest sound state that any rank's machine has. Returns its number of steps; 0 if there is none."""
+        header = self.journal.header
         if self.ranks > 1:
             done, state = distributed_state.load_newest_state(self.folder, header, self.ranks, self.model.device)
-        elif done := max(checkpointing.saved_steps(self.folder), default=0):
-            state = checkpointing.load(self.folder, done, header)
+        else:
+            done, state = checkpointing.load_newest_state(self.folder, header)
         if state:
             self.load_state(done, state)
         return done

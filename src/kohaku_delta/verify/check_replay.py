@@ -115,7 +115,9 @@ def numerics_differences(rebuild: Artifact) -> list[str]:
     except UserError:
         return ["device"]
     record = rebuild.records.get("train")
-    recorded = (record.numerics or {}) if record else {}
+    recorded = dict(record.numerics or {}) if record else {}
+    if "python" in recorded:  # records of earlier versions name its patch release
+        recorded["python"] = ".".join(recorded["python"].split(".")[:2])
     return sorted(key for key, value in recorded.items() if here.get(key) != value)
 
 

@@ -6,8 +6,6 @@ the last state connects both bit by bit. If the weights were float16 all along, 
 torch is imported inside functions: the audit of a bundle, which has no states, does without it.
 """
 
-import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -34,19 +32,18 @@ def check_saved_states(rebuild: Artifact, own_journal: Journal | None) -> Check:
     if rebuild.bundle:
         raise Skip("a bundle holds no states")
     own_journal = require_journal(own_journal)
-    from kohaku_delta.training import checkpointing
+    from kohaku_delta.training import checkpointing, run_folders
 
     foreign, count = [], 0
     for depends in sorted(work.glob(f"*/{checkpointing.DEPENDS}")):
         folder = depends.parent
         try:
-            digests = json.loads(depends.read_text(encoding="utf-8"))["depends"]
-            key = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
-            differing = _differing_inputs(rebuild, digests)
-        except (ValueError, TypeError, KeyError, AttributeError):
+            digests = run_folders.read_dependencies(folder).depends
+        except (UserError, OSError):
             yield f"{folder.name}: its {checkpointing.DEPENDS} cannot be read"
             continue
-        if key != folder.name:
+        differing = _differing_inputs(rebuild, digests)
+        if run_folders.run_key(digests) != folder.name.removesuffix(run_folders.SET_ASIDE):
             yield (
                 f"{folder.name}: its name does not follow from its {checkpointing.DEPENDS}: "
                 "it is of another run, or was edited"

@@ -219,7 +219,7 @@ def host_differences(a: Artifact, b: Artifact) -> list[str]:
 def _host_facts(record: Record) -> dict[str, str | None]:
     revision = record.revision
     commit = revision.commit[:10] + (", changed" if revision.dirty else "") if revision else None
-    return {"container": record.container, "commit": commit} | record.host | (record.numerics or {}) | record.libraries
+    return {"container": record.container, "commit": commit} | (record.numerics or {}) | record.host | record.libraries
 
 
 def stages_in_one_only(a: Artifact, b: Artifact) -> list[str]:

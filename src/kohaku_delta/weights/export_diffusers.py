@@ -129,7 +129,7 @@ def _special_tokens(folder: str, vocabulary: Path, words: int) -> dict[str, int]
         return {"bos_token_id": known[BEGIN], "eos_token_id": known[END], "pad_token_id": known[PADS[folder]]}
     except FileNotFoundError:
         raise UserError(
-            f"{vocabulary} is not there. Run the download stage, or name the tokenizer's folder by its option."
+            f"{vocabulary} does not exist. Run the download stage, or name the tokenizer's folder by its option."
         ) from None
     except (ValueError, TypeError, KeyError):
         raise UserError(
@@ -142,7 +142,7 @@ def _tokenizer(folder: Path, files: tuple[Path, Path], pad: str) -> None:
     for source, name in zip(files, ("vocab.json", "merges.txt"), strict=True):
         if not Path(source).is_file():
             raise UserError(
-                f"{source} is not there. Run the download stage, or name the tokenizer's folder by its option."
+                f"{source} does not exist. Run the download stage, or name the tokenizer's folder by its option."
             )
         (folder / name).write_bytes(Path(source).read_bytes())
     tokens = {"bos_token": BEGIN, "eos_token": END, "pad_token": pad, "unk_token": END}

@@ -62,3 +62,15 @@ def test_cuda_that_is_not_there_is_refused():
         CUDA_VISIBLE_DEVICES="",
     )
     assert done.returncode and "no CUDA device" in done.stderr
+
+
+def test_a_patch_release_of_python_is_no_other_contract_and_a_minor_one_is():
+    code = """
+import platform, sys; sys.path.insert(0, 'src')
+platform.python_version = lambda: '3.11.99'
+from kohaku_delta import numerics; numerics.enforce(); print(numerics.describe('cpu')['python'])
+sys.version_info = (3, 12, 0)
+numerics.prepare()
+"""
+    done = run(code)
+    assert done.stdout == "3.11\n" and "locked for 3.11" in done.stderr

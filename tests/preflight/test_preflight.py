@@ -463,3 +463,18 @@ def test_a_range_that_takes_all_of_an_unknown_database_is_not_planned_as_no_post
     recipe = MINIATURE.model_copy(update={"published": None})
     found = estimates.build_sizes(recipe, parameter_counts.count_parameters(recipe, ROOT / "miniature"))[-1]
     assert found.bytes is None and "counts the posts" in found.source
+
+
+def test_the_states_of_finished_runs_and_of_those_set_aside_make_no_room_for_the_next(tmp_path):
+    for name, saved in (("a" * 16, 58), ("b" * 16, 40), ("c" * 16 + ".set-aside", 12), ("lost+found", 12)):
+        state = tmp_path / name / f"step-{saved:08d}"
+        state.mkdir(parents=True)
+        (state / "state.safetensors").write_bytes(bytes(1000 + saved))
+        (tmp_path / name / "depends.json").write_text('{"steps": 58, "depends": {}}')
+    (tmp_path / ("d" * 16)).mkdir()
+    (tmp_path / ("d" * 16) / "depends.json").write_text("[" * 100_000)
+    unfinished = host_facts._unfinished_runs(tmp_path)
+    assert unfinished == [tmp_path / ("b" * 16)]
+    present = host_facts._disk_folder(tmp_path, unfinished).present
+    assert present == 1040 + len('{"steps": 58, "depends": {}}')
+    assert host_facts._disk_folder(tmp_path / "missing", []).present == 0

@@ -126,14 +126,28 @@ def mounted(folder, options) -> bool:
     )
 
 
-def test_a_second_trainer_in_one_work_folder_is_refused_in_one_line(tmp_path):
+def is_locked(path) -> bool:
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_a_second_trainer_of_one_run_is_refused_in_one_line(tmp_path):
     folder = tiny_training.write(tmp_path / "training", 8)
-    (folder / "work").mkdir()
-    with open(folder / "work" / "lock", "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    first = subprocess.Popen(tiny_training.command(1), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while first.poll() is None and not any(map(is_locked, folder.glob("work/*/lock"))):
+        time.sleep(0.02)
+    first.send_signal(signal.SIGSTOP)
+    try:
         done = tiny_training.run(folder)
+    finally:
+        first.kill()
+        first.wait()
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert_error(done.stderr, "Another training uses work", "--work")
+    assert_error(done.stderr, "Another training uses work/", "--work")
 
 
 def drop_root() -> None:
@@ -147,7 +161,7 @@ def test_a_work_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path):
     (folder / "work").chmod(0o555)
     done = subprocess.run(tiny_training.command(1), cwd=folder, capture_output=True, text=True, preexec_fn=drop_root)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert_error(done.stderr, "work/lock", "another path")
+    assert_error(done.stderr, "Permission denied", "at work/", "another path")
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import tiny_training
+from kohaku_delta import numerics
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
 from kohaku_delta.training import journal, tensor_fingerprints
@@ -225,7 +227,7 @@ def test_an_unfinished_training_of_other_parameters_is_not_mixed_up_and_not_lost
     assert (
         done.returncode == 1
         and f"unfinished training, {steps - 1} of {steps} steps" in done.stderr
-        and "train.tag_dropout differs" in done.stderr
+        and "train.tag_dropout: 0.1 → 0.2" in done.stderr
     ), done.stderr
     (folder / "params.yaml").write_text(params)
     assert tiny_training.run(folder).returncode == 0
@@ -309,6 +311,16 @@ def test_on_foreign_hardware_the_sample_is_of_losses_and_says_that_it_is_weaker(
     )
     shutil.rmtree(copied(trained, tmp_path) / "work")
     assert sampled(tmp_path / "elsewhere", 2).status == "SKIP"
+
+
+def test_a_record_made_with_another_patch_release_of_python_is_of_the_same_hardware():
+    def differences(python: str) -> list[str]:
+        record = SimpleNamespace(numerics=numerics.describe("cpu") | {"python": python})
+        recipe = SimpleNamespace(train=SimpleNamespace(device="cpu"))
+        return replay_checks.numerics_differences(SimpleNamespace(recipe=recipe, records={"train": record}))
+
+    numerics.enforce()
+    assert differences("3.11.2") == differences("3.11") == [] and differences("3.12.1") == ["python"]
 
 
 def test_the_seed_decides_which_steps_are_sampled_and_each_is_as_likely_as_another():

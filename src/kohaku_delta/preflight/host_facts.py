@@ -10,11 +10,13 @@ import platform
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
+from kohaku_delta import strict_model
 from kohaku_delta.danbooru import schema
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.errors import UserError
@@ -22,8 +24,10 @@ from kohaku_delta.params import Pin, Recipe
 from kohaku_delta.preflight import estimates
 from kohaku_delta.preflight.parameter_counts import ParameterCounts
 from kohaku_delta.provenance import import_closure
+from kohaku_delta.strict_model import PartialModel
 
 PROBE_TIMEOUT = 300  # seconds; importing torch and diffusers from a cold disk is slow
+MAX_DEPENDS = 1 << 20  # bytes of a run's depends.json; the release's has 20 kB
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def inspect_host(recipe: Recipe, params: Path) -> Host:
             "mirror": _disk_folder(folder / recipe.download.mirror),
             "build": _disk_folder(folder / "build"),
             "cache": _disk_folder(root / ".dvc" / "cache"),
-            "work": _disk_folder(folder / recipe.execution.work),
+            "work": _disk_folder(folder / recipe.execution.work, _unfinished_runs(folder / recipe.execution.work)),
         },
         missing_inputs=_missing_inputs(recipe, folder),
         database=database_error(recipe, folder),
@@ -149,12 +153,33 @@ def _memory() -> int:
     return min(machine, int(text)) if text.isdigit() else machine
 
 
-def _disk_folder(path: Path) -> DiskFolder:
+def _disk_folder(path: Path, parts: list[Path] | None = None) -> DiskFolder:
+    """The file system of a folder, and the bytes that are present in it, or in `parts` of it."""
     existing = path.resolve()
     while not existing.exists():
         existing = existing.parent
-    present = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
+    files = (file for part in ([path] if parts is None else parts) if part.is_dir() for file in part.rglob("*"))
+    present = sum(file.lstat().st_size for file in files if file.is_file())
     return DiskFolder(str(path), existing.stat().st_dev, shutil.disk_usage(existing).free, present)
+
+
+class _Dependencies(PartialModel):
+    """What is read of a run's depends.json."""
+
+    steps: int
+
+
+def _unfinished_runs(work: Path) -> list[Path]:
+    """The folders of the runs that are neither finished nor set aside: training may go on with one of them."""
+    runs = []
+    for path in sorted(work.glob(f"{'[0-9a-f]' * 16}/depends.json")):
+        if not path.is_file():
+            continue
+        with suppress(UserError, OSError):
+            steps = strict_model.read_json(path, _Dependencies, MAX_DEPENDS).steps
+            if not (path.parent / f"step-{steps:08d}").is_dir():
+                runs.append(path.parent)
+    return runs
 
 
 def _local_path(pin: Pin, folder: Path) -> Path | None:

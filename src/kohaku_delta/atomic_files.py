@@ -58,3 +58,19 @@ def atomic_dir(path):
         _flush_folder(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def scratch_dir(path):
+    """The Path of an empty folder beside `path` for a with block, deleted at its end. What a process that was killed
+    left there is deleted when the next one begins.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.parent / f".{path.name}.0.aside"  # a fixed name, in the form that the sandbox knows
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

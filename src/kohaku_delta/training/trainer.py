@@ -35,19 +35,19 @@ Tokenizers = tuple[ClipTokenizer, ClipTokenizer]
 
 
 def result_parameters(recipe: Recipe) -> dict:
-    """The parameters that decide the result: {section.key: value}, with values as YAML has them."""
+    """The parameters that decide the weights and the journal: {section.key: value}, with values as YAML has them."""
     sections = {
         "schedule": recipe.schedule.model_dump(),
         "lokr": recipe.lokr.model_dump(),
         "model": recipe.model.model_dump(),
-        "train": recipe.train.model_dump(),
+        "train": recipe.train.model_dump(exclude={"milestone_every"}),
         "caption": {"separator": recipe.caption.separator},
     }
     return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
 
 
 def run_dependencies(recipe: Recipe, files: dict[str, Path], texts: list[Path], tars: list[Path]) -> dict[str, str]:
-    """Everything that decides the result, by name: files, code, parameters, numerics, libraries.
+    """Everything that decides the outputs, by name: files, code, parameters, numerics, libraries.
 
     Of tars given by hand (--tars), their names and sizes. `texts`: the tokenizers' files.
     """
@@ -57,6 +57,7 @@ def run_dependencies(recipe: Recipe, files: dict[str, Path], texts: list[Path], 
         **{name: hash_file(files[name]) for name in ("base", "posts", "captions", "schedule")},
         **checkpointing.loaded_code_digests(recipe.requirements),
         **{name: str(value) for name, value in result_parameters(recipe).items()},
+        "train.milestone_every": str(recipe.train.milestone_every),
         "tokenizers": str([hash_file(path) for path in texts]),
         "tars": str(
             [(path.name, path.stat().st_size) for path in tars]
@@ -243,8 +244,10 @@ def run_steps(loop: "TrainingLoop") -> int:
 
 
 def write_outputs(loop: "TrainingLoop", files: dict[str, Path]) -> str:
-    """Write LoKr, journal (sealed with the LoKr's digest) and curves. Returns the stage's summary line."""
-    lokr = loop.write_lokr(files["out"])
+    """Write milestones, LoKr, journal (sealed with the LoKr's digest) and curves. Returns the stage's summary line."""
+    with atomic_files.atomic_dir(files["milestones"]) as folder:
+        loop.copy_milestones(folder)
+    lokr = loop.write_lokr(files["out"], loop.adapter.tensors(), loop.steps)
     loop.journal.lokr = lokr.digest
     loop.journal.write(files["journal"])
     rows = loop.journal.rows

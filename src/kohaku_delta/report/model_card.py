@@ -126,7 +126,7 @@ def _snippet(build: Build) -> str:
 
 def _checks(build: Build, steps: int) -> str:
     """Commands for the recipe's folder; the replay starts at the last milestone, whose state is kept."""
-    every = build.recipe.execution.milestone_every
+    every = build.recipe.train.milestone_every
     first = (steps - 1) // every * every
     return "\n".join(
         [

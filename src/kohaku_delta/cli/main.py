@@ -22,6 +22,7 @@ COMMANDS = [
     "report",
     "stage",
     "tensors",
+    "watch",
 ]
 
 

@@ -52,6 +52,7 @@ def card_parts(build: Build) -> tuple[str, str]:
         images=f"{dataset.trained:,}",
         final_size=format_size(final.size),
         training=table_rows.training(build),
+        milestones=table_rows.milestones(build),
         quality=table_rows.quality_tags(build),
         years=table_rows.date_tags(build),
         inputs=_inputs(build),

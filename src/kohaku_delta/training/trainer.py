@@ -1,7 +1,8 @@
 """Runs one rank of the training, from the declared files to the LoKr file. Rank 0 alone writes, after the last step.
 
 Fix the numerics → build model and adapter from the base → load the newest state → steps → LoKr, journal, curves.
-Time, throughput and memory per step go to `log.csv` in the run's work folder; nothing depends on it.
+Time, throughput and memory per step go to `log.csv` in the run's work folder, and to TensorBoard if
+`execution.tensorboard` says so; nothing depends on them.
 """
 
 import os
@@ -22,6 +23,7 @@ from kohaku_delta.formats.hashing import hash_file
 from kohaku_delta.hub import inputs_manifest
 from kohaku_delta.params import Recipe
 from kohaku_delta.sdxl.tokenizer import ClipTokenizer
+from kohaku_delta.training import event_log
 
 if TYPE_CHECKING:  # these import torch, which must find the numerics fixed
     import torch
@@ -232,6 +234,7 @@ def run_steps(loop: "TrainingLoop") -> int:
     """Run the loop to its end, or until a signal. Returns the number of steps done. Rank 0 shows and logs progress."""
     images = np.add.reduceat(pc.list_value_length(loop.schedule["visits"]).to_numpy(), loop.starts[:-1])
     done = 0
+    events = event_log.EventLog(loop.folder / "tensorboard") if loop.recipe.execution.tensorboard else None
     with tqdm(total=loop.steps, desc="train", unit="step", disable=True if loop.rank else None) as bar:
         for done, loss, seconds in loop.run():
             bar.update(done - bar.n)
@@ -240,6 +243,8 @@ def run_steps(loop: "TrainingLoop") -> int:
                 bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.2f}")
                 peak = peak_memory_mib(loop.model.device)
                 append_log(loop.folder / "log.csv", f"{done - 1},{seconds:.3f},{speed:.3f},{peak},{loop.ranks}\n")
+                if events:
+                    events.write(loop.journal.rows, speed, peak)
     return done
 
 

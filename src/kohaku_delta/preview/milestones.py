@@ -83,7 +83,7 @@ def write_grid(path: Path, prompts: list[str], measured: Mapping[int, Measuremen
         pictures[name] = [_shrink(picture) for picture in drawn]
         labels += [f"{name}: {losses['sdxl']:.4f}"] if losses else []
     width = max(CELL, next(iter(pictures.values()))[0].shape[1])
-    columns = max(1, SHEET // (len(pictures) * width))
+    columns = max(1, min(len(prompts), SHEET // (len(pictures) * width)))
     title = f"held-out loss: {', '.join([labels[0], labels[-1]])}" if labels else "no held-out loss"
     with atomic_files.atomic_write(path) as file:
         file.write(image_grid.draw_grid(prompts, pictures, {}, columns, title))

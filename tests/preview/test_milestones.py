@@ -14,11 +14,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
 import tiny_training
-from kohaku_delta.cli.main import main
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.formats import parquet
 from kohaku_delta.preview import milestones
@@ -152,8 +150,6 @@ def test_watch_measures_only_what_is_new(copy, tmp_path):
     (copy / "params.yaml").write_text(text.replace("circle", "square"))
     done = watch(copy)
     assert done.returncode == 0 and "measured before" not in done.stdout, "other prompts are other pictures"
-
-
 
 
 def refused(*arguments) -> str:

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import tiny_training
-from kohaku_delta.formats import safetensors_io
+from kohaku_delta.formats import hashing, safetensors_io
 from tiny_training import outs, run
 
 EVERY, SAVED = 2, 3  # neither divides the other
@@ -107,6 +107,10 @@ def test_a_training_shorter_than_its_first_milestone_has_an_empty_folder(tmp_pat
     folder = tiny_training.write(tmp_path / "short", 16, milestone_every=1000)
     assert run(folder).returncode == 0
     assert list((folder / "build" / "milestones").iterdir()) == []
+    digest = hashing.digest_path(folder / "build" / "milestones")
+    assert (digest.md5, digest.bytes, digest.files) == ("d751713988987e9331980363e24189ce.dir", 0, {}), (
+        "as in DVC's lock"
+    )
 
 
 def fields(data: bytes) -> list[tuple[int, int | bytes]]:

@@ -332,7 +332,7 @@ def test_an_unfinished_build_has_a_page_and_no_card(tmp_path):
     text = written(place)
     kind, text_of_badge = badges(text)["Stages"]
     assert str(tmp_path) not in text and "build/ is not finished" in text
-    assert kind == "bad" and "7 of 13" in text_of_badge and all(stage in text_of_badge for stage in last)
+    assert kind == "bad" and "7 of 13" in text_of_badge and all(stage in text_of_badge for stage in last[:5])
     done = run("card", place)
     assert (
         done.exit_code == 1

@@ -7,13 +7,16 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 
 import tiny_training
@@ -96,6 +99,21 @@ def test_nothing_temporary_stays(trained):
     assert not [path for path in (trained / "build").iterdir() if path.name.endswith(".aside")]
 
 
+def test_a_killed_stage_leaves_a_model_that_the_next_one_deletes(trained, tmp_path):
+    outputs = ("--out", tmp_path / "milestones.csv", "--grid", tmp_path / "milestones.png")
+    command = [sys.executable, str(ROOT / "stages" / "milestones.py"), *map(str, outputs)]
+    process = subprocess.Popen(command, cwd=trained, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob(".*.aside/model.safetensors")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert [path.name for path in tmp_path.iterdir()] == [".milestones.csv.0.aside"]
+    assert stage(trained, "milestones", *outputs).returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["milestones.csv", "milestones.png"]
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (trained / "build" / path.name).read_bytes()
+
+
 def test_a_damaged_or_foreign_milestone_is_named(trained, tmp_path):
     folder = tmp_path / "milestones"
     shutil.copytree(trained / "build" / "milestones", folder)
@@ -105,7 +123,7 @@ def test_a_damaged_or_foreign_milestone_is_named(trained, tmp_path):
         (whole[:-10], "cut short"),
         (whole[:-1] + bytes([whole[-1] ^ 1]), "is damaged"),
         (second.read_bytes(), "was written after 2 steps, and its name says 1"),
-        (None, "is not there"),
+        (None, ""),
     ):
         first.unlink()
         if content:
@@ -137,6 +155,20 @@ def test_watch_gives_the_stages_numbers_and_touches_nothing_else(trained, copy):
     assert not list(written.glob(".*"))
 
 
+def test_a_training_that_is_watched_while_it_holds_its_lock_gives_the_same_bytes(trained, copy):
+    shutil.rmtree(copy / "work")
+    process = subprocess.Popen(tiny_training.command(1), cwd=copy, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(copy.glob("work/*/step-00000001")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGSTOP)  # in the middle of a step, or just before it
+    before = tree(work(copy))
+    done = watch(copy)
+    assert done.returncode == 0 and tree(work(copy)) == before, done.stderr
+    process.send_signal(signal.SIGCONT)
+    assert process.wait() == 0
+    assert tiny_training.outs(copy) == tiny_training.outs(trained)
+
+
 def test_watch_measures_only_what_is_new(copy, tmp_path):
     last = sorted(work(copy).glob("delta-lokr-step*"))[-1]
     last.rename(tmp_path / "later")
@@ -159,11 +191,12 @@ def refused(*arguments) -> str:
 
 
 def test_watch_says_what_is_missing(copy, tmp_path):
-    assert "params.yaml is not there" in refused(tmp_path)
+    assert "params.yaml" in refused(tmp_path)
+    assert "torch finds 0 CUDA devices here" in refused(copy, "--device", "cuda:99") or torch.cuda.is_available()
     assert "is neither cpu nor cuda" in refused(copy, "--device", "tpu")
     assert "holds no training" in refused(copy, "--work", tmp_path / "nothing")
     (copy / "build" / "selection.parquet").rename(tmp_path / "selection.parquet")
-    assert "selection.parquet is not there" in refused(copy)
+    assert "selection.parquet does not exist" in refused(copy)
 
 
 def test_watch_names_a_milestone_that_is_cut_off_or_of_another_base(copy):

@@ -31,7 +31,7 @@ def watch(recipe: Path, device: str, work: Path | None) -> None:
     files: dict[str, Any] = {name: recipe / path for name, path in INPUTS.items()}
     for path in files.values():
         if not path.is_file():
-            raise UserError(f"{path} is not there. Name the folder of the recipe that is trained.")
+            raise UserError(f"{path} does not exist. Name the folder of the recipe that is trained.")
     numerics.prepare()
     # these import torch, which must find the numerics fixed
     from kohaku_delta.preview import watch_training

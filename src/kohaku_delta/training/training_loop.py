@@ -120,10 +120,10 @@ class TrainingLoop:
             if not _is_milestone(path, base, step):
                 if not checkpointing.state_path(self.folder, step).is_dir():
                     raise UserError(
-                        f"{path} and the saved state after {step} steps are missing. The training is finished and "
-                        "saved: put one of the two back (from the machine of rank 0 at that time) and run the stage "
-                        f"again. If both are lost, move the later states out of {self.folder}: the steps up to "
-                        "this milestone are then computed again."
+                        f"{path} is missing or damaged, and there is no saved state after {step} steps to write it "
+                        "from. The training itself is finished and saved: put file or state back (from the machine of "
+                        "rank 0 at that time) and run the stage again. If both are lost, move the later states out of "
+                        f"{self.folder}: the steps up to this milestone are then computed again."
                     )
                 state = checkpointing.load(self.folder, step, self.journal.header)
                 self.write_lokr(path, checkpointing.select_prefix(state.tensors, "weights/"), step)

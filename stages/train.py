@@ -1,5 +1,5 @@
-"""train: the LoKr. Reads base, posts, captions, schedule, tars; writes delta-lokr.safetensors, journal.parquet and
-curves.csv. The training state is in work/.
+"""train: the LoKr. Reads base, posts, captions, schedule, tars; writes delta-lokr.safetensors, milestones/,
+journal.parquet and curves.csv. The training state is in work/.
 """
 
 import os
@@ -35,6 +35,7 @@ from kohaku_delta.training import rank_processes
 )
 @click.option("--work", type=FILE, help="Folder of the training state.  [default: execution.work]")
 @click.option("--out", type=FILE, default=paths.LOKR, help="The LoKr file.")
+@click.option("--milestones", type=FILE, default=paths.MILESTONES, help="Folder of a LoKr every train.milestone_every.")
 @click.option("--journal", type=FILE, default=paths.JOURNAL, help="One row per step.")
 @click.option("--curves", type=FILE, default=paths.CURVES, help="Loss, gradient norm and learning rates, for plots.")
 def main(params: Path, ranks: int | None, work: Path | None, **files) -> None:

@@ -150,6 +150,6 @@ def test_the_release_trains_with_the_numbers_of_its_model_card():
     assert (train.noise_offset, train.min_snr_gamma, recipe.model.vae_scaling_factor) == (0.05, 5.0, 0.13025)
     assert (
         train.seed == schedule.seed == recipe.lokr.seed == 1337
-        and recipe.execution.milestone_every == 2000
+        and recipe.train.milestone_every == 2000
         and train.gradient_checkpointing
     )

@@ -110,3 +110,19 @@ def clear_left_overs(folder: Path) -> None:
     """Remove what killed processes left unfinished in a folder that no other process writes to."""
     for path in folder.glob(".*.aside"):
         _remove(path)
+
+
+@contextmanager
+def scratch_dir(path):
+    """The Path of an empty folder beside `path` for a with block, deleted at its end. What a process that was killed
+    left there is deleted when the next one begins.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.parent / f".{path.name}.00.aside"  # a fixed name, in the form that the sandbox knows
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

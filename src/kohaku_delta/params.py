@@ -203,6 +203,7 @@ class Train(StrictModel):
     timestep_freq_shift: Literal[0, 1]
     text_projection: Literal["sdxl", "transposed"]
     gradient_checkpointing: bool
+    milestone_every: Positive
 
 
 class Execution(StrictModel):
@@ -212,8 +213,8 @@ class Execution(StrictModel):
     workers: Count
     save_every: Positive
     keep_states: Positive
-    milestone_every: Positive
     work: str
+    tensorboard: bool
 
 
 class Bake(StrictModel):

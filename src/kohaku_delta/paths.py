@@ -20,15 +20,23 @@ BASE = "build/delta-base.safetensors"  # merge
 SCHEDULE = "build/schedule.parquet"  # schedule
 BUCKETS = "build/bucket.txt"  # schedule, as published
 LOKR = "build/delta-lokr.safetensors"  # train
+MILESTONES = "build/milestones"  # train: folder of a LoKr every train.milestone_every steps
 JOURNAL = "build/journal.parquet"  # train
 CURVES = "build/curves.csv"  # train
 FINAL = "build/kohaku-xl-delta.safetensors"  # bake: the release's checkpoint
 DIFFUSERS = "build/diffusers"  # export: folder
 PREVIEW = "build/preview.png"  # preview
 HELD_OUT = "build/held-out.json"  # preview: loss on posts that were not trained on
+MILESTONES_CSV = "build/milestones.csv"  # milestones: held-out loss of base, milestones and final model
+MILESTONES_PNG = "build/milestones.png"  # milestones: the preview's prompts as each of them draws them
 
 CODE = "build/code"  # code: a description of each stage's code, <stage>.json
 RECORDS = "build/records"  # every stage: a record of its run; no DVC output
+
+
+def milestone_name(step: int) -> str:
+    """The file of the LoKr after `step` steps, in build/milestones and in the run's work folder."""
+    return f"delta-lokr-step{step:08d}.safetensors"
 
 
 def stamps_path(inputs: Path) -> Path:

@@ -64,6 +64,7 @@ def write(folder: Path) -> Path:
     (folder / "mirror" / "data-0004.tar").write_bytes(b"pictures" * 64)
     content = loaded(ROOT / "miniature" / "params.yaml")
     content["root"], content["supplied"] = os.path.relpath(ROOT, folder), "mirror"
+    content["train"]["milestone_every"] = STEPS_BETWEEN_STATES
     content["schedule"] |= {"epochs": 1, "batch_size": 2, "micro_batches": 2, "lanes": 2}
     content["download"] |= {
         "mirror": "mirror",
@@ -119,6 +120,8 @@ def write(folder: Path) -> Path:
         "held-out.json",
         "curves.csv",
         "preview.png",
+        "milestones.csv",
+        "milestones.png",
     ):
         (build / name).write_text(f"{name}\n")
     for name in ("diffusers/unet/model.safetensors", "diffusers/model_index.json", "statistics/years.png"):
@@ -174,6 +177,10 @@ def _train(folder: Path, recipe, rows: pa.Table, base: str) -> None:
             "optimizer": tensor_fingerprints.combine({}), "tensors": tensor_fingerprints.short_fingerprints(found),
         }  # fmt: skip
         honest.append(row)
+        if (step + 1) % STEPS_BETWEEN_STATES == 0:
+            milestone = folder / "build" / "milestones" / f"delta-lokr-step{step + 1:08d}.safetensors"
+            arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+            lokr_format.write_lokr(milestone, arrays, recipe, base)
         if (step + 1) % STEPS_BETWEEN_STATES == 0 or step + 1 == steps:
             checkpointing.save(
                 work,

@@ -105,6 +105,24 @@ def ulp(name):
     return attack
 
 
+MILESTONE = "milestones/delta-lokr-step00000004.safetensors"
+
+
+def other_alpha(folder):
+    path = folder / "build" / MILESTONE
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith(".alpha"))
+    with safetensors_io.open_file(path) as file:
+        metadata = dict(file.metadata)
+    safetensors_io.save(path, tensors | {name: np.float16(1)}, metadata)
+
+
+def later_milestone(folder):
+    """The milestone of step 8 under the name of that of step 4."""
+    path = folder / "build" / MILESTONE
+    path.write_bytes(path.with_name(path.name.replace("4.", "8.")).read_bytes())
+
+
 def journaled(change, chained):
     """The journal with changed rows: as a text editor would leave it, or with a new chain between the honest beginning
     and end.

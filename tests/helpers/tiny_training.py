@@ -42,6 +42,7 @@ def write(folder: Path, posts: int, sections: dict[str, dict] | None = None, **t
         "mirror": "mirror",
         "images": "all",
         "inputs": {
+            "database": {"url": f"file://{ROOT}/data/danbooru2023.db", "bytes": None, "sha256": None},
             "tars": [
                 {"url": f"file://{path}", "bytes": None, "sha256": None}
                 for path in sorted((ROOT / "data" / "images").glob("*.tar"))
@@ -94,7 +95,9 @@ def run(folder: Path, ranks: int = 1) -> subprocess.CompletedProcess:
 
 
 def outs(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / "build" / name).read_bytes() for name in OUTS}
+    """Name → bytes of every file that the stage wrote."""
+    milestones = sorted((folder / "build" / "milestones").iterdir())
+    return {path.name: path.read_bytes() for path in [*(folder / "build" / name for name in OUTS), *milestones]}
 
 
 def journal(folder: Path) -> pa.Table:

@@ -10,6 +10,7 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[2]
 yaml = YAML(typ="safe", pure=True)
+READERS = ["select", "filter", "caption", "merge", "schedule", "train", "bake", "export", "preview", "milestones"]
 
 
 def stage(folder, name, *options):
@@ -60,17 +61,13 @@ def test_a_missing_tar_is_refused(recipe, tmp_path):
     refused(stage(tmp_path, "download"), tmp_path, "data-0004.tar does not exist")
 
 
-@pytest.mark.parametrize(
-    "name", ["download", "select", "filter", "caption", "merge", "schedule", "train", "bake", "export", "preview"]
-)
+@pytest.mark.parametrize("name", ["download", *READERS])
 def test_every_stage_names_a_wrong_key_and_what_it_should_be(recipe, tmp_path, name):
     recipe(lambda content: content["execution"].update(save_every="often"))
     refused(stage(tmp_path, name), tmp_path, "execution.save_every is 'often'", "whole number")
 
 
-@pytest.mark.parametrize(
-    "name", ["select", "filter", "caption", "merge", "schedule", "train", "bake", "export", "preview"]
-)
+@pytest.mark.parametrize("name", READERS)
 def test_every_stage_names_a_missing_output_of_an_earlier_one(recipe, tmp_path, name):
     done = stage(tmp_path, name)
     refused(done, tmp_path, "build/", "does not exist")

@@ -258,6 +258,8 @@ def test_what_is_fetched_and_kept_adds_up(release):
     each = 2 * 384_645_360 + release.optimizer
     assert 384_534_384 < release.optimizer < 1.03 * 384_645_360  # a byte each, and 4 bytes a block of 256
     assert estimates.state_bytes(RELEASE, release) == each
+    lokrs = next(size for size in estimates.build_sizes(RELEASE, release) if "LoKr files" in size.what)
+    assert lokrs.bytes == 14 * 769_290_720, "build/milestones has one per milestone"
     assert (
         14 * (each + 769_290_720) + 3 * each
         < estimates.total(estimates.state_sizes(RELEASE, release))
@@ -373,7 +375,7 @@ def test_the_plan_names_a_source_for_every_figure_and_measures_nothing_by_itself
     assert all(row.source for row in known.values())
     assert known["time per step"].figure == "51.25 s" and "model card" in known["time per step"].source
     assert known["training"].figure == "17.0 days"
-    assert known["steps"].figure == "28,638" and known["disk in all"].figure == "1.71 TB"
+    assert known["steps"].figure == "28,638" and known["disk in all"].figure == "1.74 TB"
     assert other["time per step"].figure == "not measured" and "training" not in other
     assert measured["training"].figure == "6.6 days"
     assert measured["time per step"].source.startswith("--seconds-per-step")

@@ -275,7 +275,7 @@ def test_training_brings_the_pictures_closer_to_their_drawings():
 def test_without_a_post_to_measure_on_the_reason_is_given(tmp_path, held_out, selected, reason):
     from danbooru_factory import picture, write_database, write_tar
     from kohaku_delta.danbooru.database import Database
-    from kohaku_delta.preview import base_and_final
+    from kohaku_delta.preview import checkpoint_measurement
 
     ids = list(range(1000, 31_000, 1000))
     database = Database(
@@ -283,5 +283,7 @@ def test_without_a_post_to_measure_on_the_reason_is_given(tmp_path, held_out, se
     )
     tar = write_tar(tmp_path / "data-0000.tar", [("7000000.webp", picture())])
     recipe = RECIPE.model_copy(update={"preview": PREVIEW.model_copy(update={"held_out": held_out})})
-    posts, why = base_and_final.held_out_posts(recipe, database, {0: tar}, np.array(ids if selected == "all" else []))
+    posts, why = checkpoint_measurement.held_out_posts(
+        recipe, database, {0: tar}, np.array(ids if selected == "all" else [])
+    )
     assert posts.num_rows == 0 and why == reason

@@ -84,6 +84,7 @@ def test_a_bundle_is_audited_like_its_folder_and_its_bytes_do_not_depend_on_the_
         "lock/weights",
         "lock/data",
         "chain/weights",
+        "chain/milestones",
         "lock/work",
         "release/release",
         "replay/steps",
@@ -167,7 +168,7 @@ def test_a_wrong_key_is_refused_and_an_unnamed_one_believes_nothing(bundle, keys
     )
     assert audit(bundle)[1]["lock/provenance"] == ("SKIP", "signed, but without --key nothing in it is believed")
     code, message = ask("provenance", bundle, "--verify", keys / "ours.pub")
-    assert code == 0 and "verified: 12 stages" in message
+    assert code == 0 and "verified: 13 stages" in message
     assert ask("provenance", bundle, "--verify", keys / "ours")[0] == 2, "a private key is no public one"
     code, message = ask("provenance", bundle, "--key", keys / "ours")
     assert code == 2 and "Sign it when you pack it" in message

@@ -83,7 +83,7 @@ def test_a_formatting_run_of_every_file_changes_no_stage(copy):
 
 def test_a_number_in_the_optimizer_changes_the_stages_that_train_with_it(copy):
     optimizer = copy / "src" / "kohaku_delta" / "training" / "optimizer.py"
-    assert changed(copy, lambda: replace(optimizer, "0.5, 2000", "0.5, 2001")) == {"train", "preview"} & {
+    assert changed(copy, lambda: replace(optimizer, "0.5, 2000", "0.5, 2001")) == {"train", "preview", "milestones"} & {
         stage
         for stage in STAGES
         if "src/kohaku_delta/training/optimizer.py" in json.loads(described(ROOT)[stage])["files"]
@@ -94,7 +94,13 @@ def test_a_new_pytest_changes_no_stage_and_a_new_torch_those_that_compute_with_i
     lock = copy / "requirements" / "cpu.txt"
     assert changed(copy, lambda: replace(lock, "pytest==", "pytest==1")) == set()
     using = changed(copy, lambda: replace(lock, "torch==2.13.0+cpu", "torch==2.13.1+cpu"))
-    assert {"train", "export", "preview"} <= using and not {"select", "filter", "caption", "schedule", "merge"} & using
+    assert {"train", "export", "preview", "milestones"} <= using and not {
+        "select",
+        "filter",
+        "caption",
+        "schedule",
+        "merge",
+    } & using
 
 
 def test_a_hash_of_a_library_counts(copy):

@@ -156,7 +156,7 @@ def test_images_have_alternative_texts_and_tables_have_headings(page):
     parsed = Page(page)
     assert dict(parsed.all("html")[0][0]) == {"lang": "en"} and "width=device-width" in page
     pictures = parsed.all("img")
-    assert len(pictures) == 1 + len(build_factory.PICTURES) + 1 + 3, "preview, plots, pipeline, curves"
+    assert len(pictures) == 1 + len(build_factory.PICTURES) + 1 + 4 + 1, "preview, plots, pipeline, curves, milestones"
     assert all(
         len(attributes["alt"]) > 20 and int(attributes["width"]) and int(attributes["height"])
         for attributes, _ in pictures
@@ -303,9 +303,22 @@ def test_changes_and_losses_since_the_build_are_shown(tmp_path):
     assert "training 1337" in text and "training 7" not in text, "what is shown is what the stages ran with"
 
 
+def test_the_page_and_the_card_have_the_held_out_loss_of_every_milestone(tmp_path):
+    place = build_factory.make(tmp_path)
+    text = written(place)
+    (curve,) = [attributes["alt"] for attributes, _ in Page(text).all("img") if "Held-out loss" in attributes["alt"]]
+    assert "over 3 models, steps 0 to 5" in curve and "starts at 0.5 and ends at 0.25" in curve
+    assert run("card", place).exit_code == 0
+    assert "by steps: 0: 0.5000; 2: 0.3750; 5: 0.2500." in (place / "build" / "README.md").read_text()
+    empty = "step,held_out_loss,held_out_loss_training\n0,,\n5,,\n"
+    place = build_factory.make(tmp_path / "none", texts={"milestones.csv": empty})
+    assert "Held-out loss over" not in written(place) and run("card", place).exit_code == 0
+    assert "on the way" not in (place / "build" / "README.md").read_text()
+
+
 def test_an_unfinished_build_has_a_page_and_no_card(tmp_path):
     place = build_factory.make(tmp_path)
-    last = ("train", "bake", "export", "statistics", "preview")
+    last = ("train", "bake", "export", "statistics", "preview", "milestones")
     build_factory.lock(place, build_factory.recipe(), leave_out=last)
     for name in (
         "curves.csv",
@@ -319,7 +332,7 @@ def test_an_unfinished_build_has_a_page_and_no_card(tmp_path):
     text = written(place)
     kind, text_of_badge = badges(text)["Stages"]
     assert str(tmp_path) not in text and "build/ is not finished" in text
-    assert kind == "bad" and "7 of 12" in text_of_badge and all(stage in text_of_badge for stage in last)
+    assert kind == "bad" and "7 of 13" in text_of_badge and all(stage in text_of_badge for stage in last[:5])
     done = run("card", place)
     assert (
         done.exit_code == 1
@@ -356,6 +369,8 @@ def test_an_unfinished_build_has_a_page_and_no_card(tmp_path):
         ("build/held-out.json", '{"posts": 0}', "held-out.json"),
         ("build/inputs.json", '{"inputs": {"a": {"url": "x", "bytes": 1, "sha256": "no"}}}', "inputs.json"),
         ("build/curves.csv", "step,loss\n0,none\n", "curves.csv"),
+        ("build/milestones.csv", "step,held_out_loss,held_out_loss_training\n0,low,low\n", "milestones.csv"),
+        ("build/milestones.png", "GIF89a", "milestones.png is not a PNG"),
         ("build/bucket.txt", "bucket one\n", "bucket.txt"),
         ("build/preview.png", "GIF89a", "preview.png is not a PNG"),
         ("build/audit.json", '{"findings": []}', "audit.json: findings"),

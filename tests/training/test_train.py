@@ -29,7 +29,7 @@ def copy_inputs(trained, tmp_path):
     shutil.copytree(
         trained[0],
         tmp_path / "elsewhere",
-        ignore=lambda folder, names: [name for name in names if name in tiny_training.OUTS or name == "work"],
+        ignore=lambda folder, names: [name for name in names if name in (*tiny_training.OUTS, "milestones", "work")],
     )
     return tmp_path / "elsewhere"
 

@@ -11,6 +11,7 @@ import pytest
 import rebuild_factory
 from kohaku_delta.verify import check_replay
 from tampering import (
+    MILESTONE,
     ask,
     audit,
     caption,
@@ -20,8 +21,10 @@ from tampering import (
     failed,
     foreign_state,
     journaled,
+    later_milestone,
     losses_of_nan,
     no_update,
+    other_alpha,
     other_code,
     other_command,
     other_norm,
@@ -76,6 +79,14 @@ ATTACKS = {
         (ulp("kohaku-xl-delta.safetensors"), False, "lock/outs", "build/kohaku-xl-delta.safetensors (of bake) has md5"),
     "the LoKr changed by an ulp, everything hashed anew":
         (ulp("delta-lokr.safetensors"), True, "chain/lokr", "the journal ends with the LoKr"),
+    "a milestone changed by an ulp, everything hashed anew":
+        (ulp(MILESTONE), True, "chain/milestones", "is not the state saved after 4 steps rounded to float16"),
+    "a milestone whose alpha is another, everything hashed anew":
+        (other_alpha, True, "chain/milestones", ".alpha is not lokr.alpha"),
+    "a milestone of another step, everything hashed anew":
+        (later_milestone, True, "chain/milestones", "is not the state saved after 4 steps"),
+    "a milestone left out, everything hashed anew":
+        (lambda folder: (folder / "build" / MILESTONE).unlink(), True, "chain/milestones", "does not exist"),
     "the base changed by an ulp, everything hashed anew":
         (ulp("delta-base.safetensors"), True, "chain/base", "the journal begins with the base"),
     "a step cut out of the journal":

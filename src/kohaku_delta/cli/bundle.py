@@ -72,7 +72,9 @@ def _gather(rebuild: Artifact, to: Path) -> dict[str, int]:
     left_out = {}
     for out, digest in rebuild.digests.items():
         files = [out] if digest.files is None else [f"{out}/{name}" for name in digest.files]
-        if any(_is_left_out(rebuild.folder / path) for path in files):
+        if not files or any(
+            _is_left_out(rebuild.folder / path) for path in files
+        ):  # a tar of files has no empty folder
             left_out[out] = digest.bytes
         else:
             for path in files:

@@ -23,6 +23,7 @@ COMMANDS = [
     "set-aside",
     "stage",
     "tensors",
+    "watch",
 ]
 
 

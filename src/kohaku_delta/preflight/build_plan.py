@@ -68,6 +68,7 @@ def plan_rows(recipe: Recipe, host: Host, seconds: float | None) -> list[PlanRow
     built = estimates.build_sizes(recipe, model)
     copy = "unless the file system shares blocks (reflink)"
     built.append(SizeEstimate("a second copy in DVC's cache", estimates.total(built), copy))
+    built += estimates.temporary_sizes(recipe, model)
     states = estimates.state_sizes(recipe, model)
     rows += _rows("build and cache", built, "what the stages write")
     rows += _rows("work", states, "training states at their largest")
@@ -120,6 +121,8 @@ def _time_rows(recipe: Recipe, gpus: tuple[Gpu, ...], seconds: float | None) -> 
     if kept := estimates.milestones(recipe):
         source = f"steps {kept[0]:,} to {kept[-1]:,}, each with its LoKr file"
         rows.append(PlanRow("states kept for good", f"{len(kept)}", source))
+        source = f"the stage milestones draws and measures with {len(kept) + 2} models, the preview with 2"
+        rows.append(PlanRow("time of the measurements", "not measured", source))
     used = f"{ranks} of {len(gpus)} GPUs"
     source, note = "--seconds-per-step", ""
     release = (ranks, gpus[0].name) == (estimates.RELEASE_GPUS, estimates.RELEASE_GPU)

@@ -107,7 +107,7 @@ def journal_row_bytes(recipe: Recipe, model: ParameterCounts) -> int:
 
 def milestones(recipe: Recipe) -> list[int]:
     """The steps whose states and LoKr files are kept for good."""
-    every = recipe.execution.milestone_every
+    every = recipe.train.milestone_every
     return list(range(every, (steps(recipe) or 0) + 1, every))
 
 
@@ -134,6 +134,20 @@ def download_sizes(recipe: Recipe, model: ParameterCounts | None) -> list[SizeEs
     return estimates
 
 
+def milestone_lokrs(recipe: Recipe, model: ParameterCounts) -> SizeEstimate:
+    """The milestones' LoKr files: in work/, in build/milestones, and in DVC's cache."""
+    count, size = len(milestones(recipe)), lokr_bytes(model)
+    if steps(recipe) is None:
+        return SizeEstimate("milestones' LoKr files", None, "the schedule stage counts the steps")
+    return SizeEstimate(f"{count} milestones' LoKr files", count * size, f"{size / 1e6:.0f} MB each: fp16, counted")
+
+
+def temporary_sizes(recipe: Recipe, model: ParameterCounts) -> list[SizeEstimate]:
+    """What lies in build/ for a while and never in DVC's cache."""
+    size = checkpoint_bytes(recipe, model)
+    return [SizeEstimate("a milestone's model", size, "the stage milestones bakes one at a time, and deletes it")]
+
+
 def build_sizes(recipe: Recipe, model: ParameterCounts) -> list[SizeEstimate]:
     """What the stages write. DVC keeps a second copy in its cache, unless the file system can share blocks."""
     size, count = checkpoint_bytes(recipe, model), posts(recipe)
@@ -146,6 +160,7 @@ def build_sizes(recipe: Recipe, model: ParameterCounts) -> list[SizeEstimate]:
             "base, final model, diffusers folder", 3 * size, f"{size / GB:.2f} GB each: {parameters:,} numbers, counted"
         ),
         SizeEstimate("LoKr, journal", lokr_bytes(model) + journal, "counted"),
+        milestone_lokrs(recipe, model),
         SizeEstimate("posts, captions, schedule", None if count is None else POST_BYTES * count, posts_source),
     ]
 
@@ -157,10 +172,9 @@ def state_sizes(recipe: Recipe, model: ParameterCounts) -> list[SizeEstimate]:
     source = f"{state / GB:.2f} GB each and the journal, counted; one of them is being written"
     estimates = [SizeEstimate(f"{latest} latest states", latest * (state + row * count), source)]
     if kept:
-        every = f"a state every {recipe.execution.milestone_every:,} steps of {count:,} (model card)"
-        lokr = f"{lokr_bytes(model) / 1e6:.0f} MB each: {model.lokr:,} numbers of fp16, counted"
+        every = f"a state every {recipe.train.milestone_every:,} steps of {count:,} (model card)"
         estimates.append(SizeEstimate(f"{len(kept)} milestones", len(kept) * state + row * sum(kept), every))
-        estimates.append(SizeEstimate(f"{len(kept)} LoKr files", len(kept) * lokr_bytes(model), lokr))
+        estimates.append(milestone_lokrs(recipe, model))
     return estimates
 
 

@@ -216,7 +216,7 @@ def check_disks(host: Host, recipe: Recipe) -> list[CheckResult]:
     built = estimates.build_sizes(recipe, host.model)
     needs = {
         "mirror": estimates.download_sizes(recipe, host.model),
-        "build": built,
+        "build": built + estimates.temporary_sizes(recipe, host.model),
         "cache": built,
         "work": estimates.state_sizes(recipe, host.model),
     }

@@ -1,4 +1,5 @@
-"""Readers of the small files of a build: inputs.json, dataset.json, held-out.json, audit.json, curves.csv, bucket.txt.
+"""Readers of the small files of a build: inputs.json, dataset.json, held-out.json, audit.json, curves.csv,
+milestones.csv, bucket.txt.
 
 A file is absent (None), read whole, or refused by name. Keys that the page does not show are ignored.
 """
@@ -18,6 +19,7 @@ from kohaku_delta.strict_model import PartialModel
 Count = Annotated[int, Field(ge=0)]
 MAX_BYTES = 64 << 20  # of a JSON file; inputs.json of the release has 1 MB
 CURVES = ("step", "loss", "gradient_norm", "learning_rate_unet", "learning_rate_text")
+MILESTONES = ("step", "held_out_loss", "held_out_loss_training")
 
 
 class Input(PartialModel):
@@ -108,15 +110,23 @@ def read_json(path: Path, kind: Any, remedy: str) -> Any:
 
 def read_curves(path: Path) -> dict[str, list[float]] | None:
     """curves.csv as column → value per step; None if there is no such file."""
-    remedy = "Run the train stage again."
+    return _columns(path, CURVES, "Run the train stage again.")
+
+
+def read_milestones(path: Path) -> dict[str, list[float]] | None:
+    """milestones.csv as column → value per milestone, NaN without a held-out post; None if there is no such file."""
+    return _columns(path, MILESTONES, "Run the milestones stage again.", empty="nan")
+
+
+def _columns(path: Path, names: tuple[str, ...], remedy: str, empty: str = "") -> dict[str, list[float]] | None:
     text = _text(path, remedy)
     if text is None:
         return None
     rows = list(csv.DictReader(text.splitlines()))
     try:
-        return {name: [float(row[name]) for row in rows] for name in CURVES}
+        return {name: [float(row[name] or empty) for row in rows] for name in names}
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path} needs the columns {', '.join(CURVES)} with a number in each row. {remedy}") from None
+        raise UserError(f"{path} needs the columns {', '.join(names)} with a number in each row. {remedy}") from None
 
 
 def read_buckets(path: Path, schedule: Schedule) -> list[list[int]] | None:

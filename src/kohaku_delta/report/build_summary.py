@@ -54,6 +54,7 @@ class Build:
     dataset: Dataset | None
     held_out: HeldOut | NothingHeldOut | None
     curves: dict[str, list[float]] | None
+    milestones: dict[str, list[float]] | None
     buckets: list[list[int]] | None
     audit: Audit | None  # only if it names this very dvc.lock
     other_audit: bool  # an audit that names another dvc.lock, or none
@@ -107,6 +108,7 @@ def read_build(place: Path) -> Build:
         dataset=build_files.read_json(folder / "dataset.json", Dataset, RUN_AGAIN),
         held_out=build_files.read_json(folder / "held-out.json", HeldOut | NothingHeldOut, RUN_AGAIN),
         curves=build_files.read_curves(folder / "curves.csv"),
+        milestones=build_files.read_milestones(folder / "milestones.csv"),
         buckets=build_files.read_buckets(folder / "bucket.txt", recipe.schedule),
         audit=audit if audit and audit.lock == lock_sha256 else None,
         other_audit=audit is not None and audit.lock != lock_sha256,

@@ -13,10 +13,11 @@ COLORS = (GOOD, BAD)
 
 @dataclass(frozen=True)
 class Series:
-    """Values by step, from step 0."""
+    """Values by step, from step 0 or at `steps`."""
 
     name: str
     values: list[float]
+    steps: list[float] | None = None
 
 
 def draw_curves(series: list[Series], smooth: bool) -> Figure:
@@ -24,8 +25,16 @@ def draw_curves(series: list[Series], smooth: bool) -> Figure:
     figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
     for each, color in zip(series, COLORS, strict=False):
         values = finite(each.values)
-        marker = "o" if np.isfinite(values).sum() == 1 else None
-        axes.plot(values, color=color, label=each.name, marker=marker, alpha=0.4 if smooth else 1, linewidth=1.2)
+        marker = "o" if each.steps or np.isfinite(values).sum() == 1 else None
+        axes.plot(
+            each.steps or range(len(values)),
+            values,
+            color=color,
+            label=each.name,
+            marker=marker,
+            alpha=0.4 if smooth else 1,
+            linewidth=1.2,
+        )
         if smooth:
             axes.plot(moving_mean(values), color=color, linewidth=2)
     axes.set_ylim(bottom=min(0, *(np.nan_to_num(finite(each.values)).min() for each in series)))
@@ -57,7 +66,10 @@ def moving_mean(values: np.ndarray) -> np.ndarray:
 
 def describe(title: str, series: list[Series]) -> str:
     """The chart in words, for the alternative text."""
-    return f"{title} over {len(series[0].values):,} steps: " + "; ".join(map(_describe, series))
+    steps = series[0].steps
+    span = f"{len(steps):,} models, steps {steps[0]:,.0f} to {steps[-1]:,.0f}" if steps else ""
+    span = span or f"{len(series[0].values):,} steps"
+    return f"{title} over {span}: " + "; ".join(map(_describe, series))
 
 
 def _describe(series: Series) -> str:

@@ -60,6 +60,7 @@ def render_page(build: Build, place: Path) -> str:
         plots=images.dataset_plots(build),
         comparison=_comparison(build),
         curves=images.curves(build),
+        milestones=images.milestones(build),
         training=table_rows.training(build),
         findings=_findings(build),
         fidelity=_fidelity(build, place),

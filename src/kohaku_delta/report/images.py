@@ -9,6 +9,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from kohaku_delta.errors import UserError
@@ -87,7 +88,7 @@ def curves(build: Build) -> list[EmbeddedImage]:
     if not values:
         return []
     rates = [Series("U-Net", values["learning_rate_unet"]), Series("text encoders", values["learning_rate_text"])]
-    return [
+    drawn = [
         _chart("Loss", [Series("loss", values["loss"])], "each step, and the moving mean"),
         _chart(
             "Gradient norm",
@@ -96,6 +97,28 @@ def curves(build: Build) -> list[EmbeddedImage]:
         ),
         _chart("Learning rate", rates, "", smooth=False),
     ]
+    return drawn + _held_out_curve(build)
+
+
+def _held_out_curve(build: Build) -> list[EmbeddedImage]:
+    """The held-out loss by milestone, in both conditioning forms if they differ."""
+    values = build.milestones
+    if not values or not np.isfinite(values["held_out_loss"]).any():
+        return []
+    forms = {"SDXL's form": values["held_out_loss"], "the training's form": values["held_out_loss_training"]}
+    if values["held_out_loss"] == values["held_out_loss_training"]:
+        del forms["the training's form"]
+    series = [Series(name, losses, values["step"]) for name, losses in forms.items()]
+    caption = "base, milestones and final model, on posts that were not selected"
+    return [_chart("Held-out loss", series, caption, smooth=False)]
+
+
+def milestones(build: Build) -> EmbeddedImage | None:
+    """The preview's prompts as base, milestones and final model draw them."""
+    steps = ", ".join(f"{step:,.0f}" for step in build.milestones["step"]) if build.milestones else "not known"
+    alt = f"A row of pictures per prompt of the preview, one per model, after so many steps: {steps}."
+    caption = "Each prompt drawn by the base, by each milestone and by the trained model, with the same noise."
+    return _from_file(build.folder / "milestones.png", alt, caption)
 
 
 def _chart(title: str, series: list[Series], caption: str, smooth: bool = True) -> EmbeddedImage:

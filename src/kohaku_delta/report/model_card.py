@@ -52,6 +52,7 @@ def card_parts(build: Build) -> tuple[str, str]:
         images=f"{dataset.trained:,}",
         final_size=format_size(final.size),
         training=table_rows.training(build),
+        milestones=table_rows.milestones(build),
         quality=table_rows.quality_tags(build),
         years=table_rows.date_tags(build),
         inputs=_inputs(build),
@@ -126,7 +127,7 @@ def _snippet(build: Build) -> str:
 
 def _checks(build: Build, steps: int) -> str:
     """Commands for the recipe's folder; the replay starts at the last milestone, whose state is kept."""
-    every = build.recipe.execution.milestone_every
+    every = build.recipe.train.milestone_every
     first = (steps - 1) // every * every
     return "\n".join(
         [

@@ -126,3 +126,10 @@ def date_tags(build: Build) -> list[tuple[str, str]]:
         rows.append((tag, f"{first} to {last}"))
         first = last + 1
     return rows
+
+
+def milestones(build: Build) -> list[str]:
+    """`2,000: 0.1234` for base, milestones and final model, in SDXL's form; empty without a held-out post."""
+    found = build.milestones
+    pairs = zip(found["step"], found["held_out_loss"], strict=True) if found else ()
+    return [f"{step:,.0f}: {loss:.4f}" for step, loss in pairs if math.isfinite(loss)]

@@ -1,7 +1,8 @@
 """Runs one rank of the training, from the declared files to the LoKr file. Rank 0 alone writes, after the last step.
 
 Fix the numerics → build model and adapter from the base → load the newest state → steps → LoKr, journal, curves.
-Time, throughput and memory per step go to `log.csv` in the run's work folder; nothing depends on it.
+Time, throughput and memory per step go to `log.csv` in the run's work folder, and to TensorBoard if
+`execution.tensorboard` says so; nothing depends on them.
 """
 
 import errno
@@ -26,6 +27,7 @@ from kohaku_delta.formats.hashing import hash_file
 from kohaku_delta.hub import inputs_manifest
 from kohaku_delta.params import Recipe
 from kohaku_delta.sdxl.tokenizer import ClipTokenizer
+from kohaku_delta.training import event_log
 
 if TYPE_CHECKING:  # these import torch, which must find the numerics fixed
     import torch
@@ -43,19 +45,19 @@ Tokenizers = tuple[ClipTokenizer, ClipTokenizer]
 
 
 def result_parameters(recipe: Recipe) -> dict:
-    """The parameters that decide the result: {section.key: value}, with values as YAML has them."""
+    """The parameters that decide the weights and the journal: {section.key: value}, with values as YAML has them."""
     sections = {
         "schedule": recipe.schedule.model_dump(),
         "lokr": recipe.lokr.model_dump(),
         "model": recipe.model.model_dump(),
-        "train": recipe.train.model_dump(),
+        "train": recipe.train.model_dump(exclude={"milestone_every"}),
         "caption": {"separator": recipe.caption.separator},
     }
     return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
 
 
 def run_dependencies(recipe: Recipe, files: dict[str, Path], texts: list[Path], tars: list[Path]) -> dict[str, str]:
-    """Everything that decides the result, by name: files, code, parameters, numerics, libraries.
+    """Everything that decides the outputs, by name: files, code, parameters, numerics, libraries.
 
     Of tars given by hand (--tars), their names and sizes. `texts`: the tokenizers' files.
     """
@@ -65,6 +67,7 @@ def run_dependencies(recipe: Recipe, files: dict[str, Path], texts: list[Path], 
         **{name: hash_file(files[name]) for name in ("base", "posts", "captions", "schedule")},
         **checkpointing.loaded_code_digests(recipe.requirements),
         **{name: str(value) for name, value in result_parameters(recipe).items()},
+        "train.milestone_every": str(recipe.train.milestone_every),
         "tokenizers": str([hash_file(path) for path in texts]),
         "tars": str(
             [(path.name, path.stat().st_size) for path in tars]
@@ -278,6 +281,7 @@ def run_steps(loop: "TrainingLoop") -> int:
     """Run the loop to its end, or until a signal. Returns the number of steps done. Rank 0 shows and logs progress."""
     images = np.add.reduceat(pc.list_value_length(loop.schedule["visits"]).to_numpy(), loop.starts[:-1])
     done = 0
+    events = event_log.EventLog(loop.folder / "tensorboard") if loop.recipe.execution.tensorboard else None
     with (
         tqdm(total=loop.steps, desc="train", unit="step", disable=True if loop.rank else None) as bar,
         closing(loop.run()) as steps,
@@ -291,12 +295,16 @@ def run_steps(loop: "TrainingLoop") -> int:
                 bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.2f}")
                 peak = peak_memory_mib(loop.model.device)
                 append_log(loop.folder / "log.csv", f"{done - 1},{seconds:.3f},{speed:.3f},{peak},{loop.ranks}\n")
+                if events:
+                    events.write(loop.journal.rows, speed, peak)
     return done
 
 
 def write_outputs(loop: "TrainingLoop", files: dict[str, Path]) -> str:
-    """Write LoKr, journal (sealed with the LoKr's digest) and curves. Returns the stage's summary line."""
-    lokr = loop.write_lokr(files["out"])
+    """Write milestones, LoKr, journal (sealed with the LoKr's digest) and curves. Returns the stage's summary line."""
+    with atomic_files.atomic_dir(files["milestones"]) as folder:
+        loop.copy_milestones(folder)
+    lokr = loop.write_lokr(files["out"], loop.adapter.tensors(), loop.steps)
     loop.journal.lokr = lokr.digest
     loop.journal.write(files["journal"])
     rows = loop.journal.rows

@@ -5,6 +5,7 @@ One step: each rank runs its lanes' micro-batches in order → one flat gradient
 clip → Lion8bit → journal row.
 """
 
+import shutil
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
@@ -17,6 +18,7 @@ import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 
+from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats.safetensors_io import WriteResult
 from kohaku_delta.params import Recipe
@@ -102,20 +104,38 @@ class TrainingLoop:
         """Rank 0 saves the state after `step` steps and, every `milestone_every` steps, the LoKr file."""
         if self.rank:
             return
-        execution = self.recipe.execution
-        if step % execution.milestone_every == 0:
-            self.write_lokr(self.folder / f"delta-lokr-step{step:08d}.safetensors")
+        if step % self.recipe.train.milestone_every == 0:
+            self.write_lokr(self.folder / paths.milestone_name(step), self.adapter.tensors(), step)
         tensors = {f"weights/{name}": tensor for name, tensor in self.adapter.tensors().items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.tensors().items()}
         scaler = (self.scaler.scale, self.scaler.good_steps)
-        keep, milestone = execution.keep_states, execution.milestone_every
+        keep, milestone = self.recipe.execution.keep_states, self.recipe.train.milestone_every
         checkpointing.save(self.folder, step, tensors, scaler, self.journal, keep, milestone)
 
-    def write_lokr(self, path: Path) -> WriteResult:
-        """Write the current weights as a LoKr file."""
-        weights = {name: tensor.cpu().numpy() for name, tensor in self.adapter.tensors().items()}
-        facts = {"ss_steps": str(len(self.journal.rows)), "ss_num_train_images": str(len(self.builder.post_ids))}
+    def write_lokr(self, path: Path, tensors: dict[str, torch.Tensor], step: int) -> WriteResult:
+        """Write the weights after `step` steps as a LoKr file."""
+        weights = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+        facts = {lokr_format.STEPS: str(step), "ss_num_train_images": str(len(self.builder.post_ids))}
         return lokr_format.write_lokr(path, weights, self.recipe, self.journal.header["base"], facts)
+
+    def copy_milestones(self, to: Path) -> None:
+        """Copy the LoKr file of each milestone to the folder `to`. One that is missing or damaged is written again from
+        its saved state. Raises UserError if that is missing too.
+        """
+        every, base = self.recipe.train.milestone_every, self.journal.header["base"]
+        for step in range(every, self.steps + 1, every):
+            path = self.folder / paths.milestone_name(step)
+            if not _is_milestone(path, base, step):
+                if not checkpointing.state_path(self.folder, step).is_dir():
+                    raise UserError(
+                        f"{path} is missing or damaged, and there is no saved state after {step} steps to write it "
+                        "from. The training itself is finished and saved: put file or state back (from the machine of "
+                        "rank 0 at that time) and run the stage again. If both are lost, move the later states out of "
+                        f"{self.folder}: the steps up to this milestone are then computed again."
+                    )
+                state = checkpointing.load(self.folder, step, self.journal.header)
+                self.write_lokr(path, checkpointing.select_prefix(state.tensors, "weights/"), step)
+            shutil.copyfile(path, to / path.name)
 
     def micro_batches(self, step: int) -> pa.Table:
         """The schedule's rows of a step, in order of their place."""
@@ -255,7 +275,8 @@ class TrainingLoop:
                     started = time.monotonic()
                     self.step(step, batches)
                     done, scaler = step + 1, (self.scaler.scale, self.scaler.good_steps)
-                    if done % self.recipe.execution.save_every == 0 or self.stopping or done == self.steps:
+                    intervals = (self.recipe.execution.save_every, self.recipe.train.milestone_every)
+                    if any(done % every == 0 for every in intervals) or self.stopping or done == self.steps:
                         self.save(done)
                     losses = self.journal.rows[-1]["losses"]
                     yield done, sum(losses) / len(losses), time.monotonic() - started
@@ -285,3 +306,12 @@ class TrainingLoop:
         if len(self.journal.rows) == done and not checkpointing.fingerprint_mismatch(state, self.journal):
             self.scaler.scale, self.scaler.good_steps = scaler
             self.save(done)
+
+
+def _is_milestone(path: Path, base: str, step: int) -> bool:
+    """Whether the file is whole, and the LoKr after `step` steps on the base of this content digest."""
+    try:
+        metadata = lokr_format.verified_metadata(path)
+    except UserError:
+        return False
+    return (metadata[lokr_format.BASE_DIGEST], metadata[lokr_format.STEPS]) == (base, str(step))

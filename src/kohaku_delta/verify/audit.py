@@ -1,8 +1,8 @@
 """An audit of a rebuild: all checks, in the order of their lines.
 
 A check GROUP/name is in the module check_GROUP. Exceptions: more lock/* checks are in check_lock_inputs,
-check_lock_records and check_training_states (lock/work); chain/stages is in check_lock_records, chain/weights in
-check_training_states.
+check_lock_records and check_training_states (lock/work); chain/stages is in check_lock_records, chain/weights and
+chain/milestones in check_training_states.
 """
 
 from collections.abc import Iterator
@@ -68,6 +68,7 @@ def audit(
     yield check_chain.check_base(rebuild, journal)
     yield check_chain.check_lokr(rebuild, journal)
     yield check_training_states.check_final_weights(rebuild, journal)
+    yield check_training_states.check_milestones(rebuild, journal)
     yield check_training_states.check_saved_states(rebuild, journal)
     yield from check_release.check_release(rebuild, published)
     yield check_fidelity.check_quirks(rebuild)

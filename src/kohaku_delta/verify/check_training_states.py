@@ -1,7 +1,8 @@
-"""The checks lock/work and chain/weights: the saved states of the training against its journal and its LoKr file.
+"""The checks lock/work, chain/weights and chain/milestones: the saved states of the training against its journal and
+its LoKr files.
 
-The journal's last row has the fingerprint of the float32 weights, and the LoKr file holds them rounded to float16, so
-the last state connects both bit by bit. If the weights were float16 all along, the file alone does.
+Each row of the journal has the fingerprint of the float32 weights, and a LoKr file holds them rounded to float16, so
+the state saved after that step connects both bit by bit. If the weights were float16 all along, the file alone does.
 
 torch is imported inside functions: the audit of a bundle, which has no states, does without it.
 """
@@ -90,47 +91,92 @@ def check_final_weights(rebuild: Artifact, own_journal: Journal | None) -> Check
     path = rebuild.folder / paths.LOKR
     if not path.is_file():
         raise Skip(f"{paths.LOKR} does not exist: its bits are not compared with the journal's last row")
+    proof, faults = _compare_weights(rebuild, own_journal, path, len(own_journal.rows))
+    yield from faults
+    if proof is None:
+        raise Skip(
+            "the file holds float32 weights in float16: only the last saved state connects them to the journal's "
+            "last row, and it does not exist"
+        )
+    return f"{proof} has the fingerprint of the journal's last row"
+
+
+@check("chain/milestones")
+def check_milestones(rebuild: Artifact, own_journal: Journal | None) -> Check:
+    """Each milestone's LoKr file holds the weights whose fingerprint is in the journal's row of its step."""
+    own_journal, folder = require_journal(own_journal), rebuild.folder / paths.MILESTONES
+    if not folder.is_dir():
+        raise Skip(f"{paths.MILESTONES} does not exist: its bits are not compared with the journal")
+    every, last = rebuild.recipe.train.milestone_every, len(own_journal.rows)
+    steps = {paths.milestone_name(step): step for step in range(every, last + 1, every)}
+    found = {file.name for file in folder.iterdir()}
+    for name in sorted(found ^ steps.keys()):
+        yield f"{paths.MILESTONES}/{name} {'is no milestone of this training' if name in found else 'does not exist'}"
+    unproved = []
+    for name, step in steps.items():
+        if name in found:
+            proof, faults = _compare_weights(rebuild, own_journal, folder / name, step)
+            yield from faults
+            unproved += [name] if proof is None else []
+    if unproved:
+        raise Skip(
+            f"{format_some(unproved)} hold float32 weights in float16: only the states saved with them connect them to "
+            "the journal, and these do not exist"
+        )
+    return f"{len(steps)} milestones, each with the fingerprint of its row of the journal"
+
+
+def _compare_weights(rebuild: Artifact, own_journal: Journal, path: Path, step: int) -> tuple[str | None, list[str]]:
+    """(what proves that a LoKr file holds the weights after `step` steps, faults). None: nothing does, because only a
+    saved state could, and there is none.
+    """
     import torch
 
     from kohaku_delta.training import checkpointing, tensor_fingerprints
 
+    out = path.relative_to(rebuild.folder)
     with safetensors_io.open_file(path) as file:
-        lokr = {name: file.read(name) for name in file.specs if not name.endswith(".alpha")}
-    weights, name = lokr, "the LoKr's tensors"
+        lokr = {name: file.read(name) for name in file.specs}
+    alphas = {name: lokr.pop(name) for name in list(lokr) if name.endswith(".alpha")}
+    faults = [f"{out}: {name} is not lokr.alpha" for name, each in alphas.items() if each != rebuild.recipe.lokr.alpha]
+    weights, proof = lokr, "the LoKr's tensors"
     if rebuild.recipe.train.weights != "float16":
-        state = _last_state(rebuild, own_journal)
+        state = _saved_state(rebuild, own_journal, step)
         if state is None:
-            raise Skip(
-                "the file holds float32 weights in float16: only the last saved state connects them to the journal's "
-                "last row, and it does not exist"
-            )
+            return None, faults
+        proof = f"the state saved after {step:,} steps, which rounded to float16 is the LoKr,"
         with safetensors_io.open_file(state / checkpointing.STATE) as file:
             weights = {name[8:]: file.read(name) for name in file.specs if name.startswith("weights/")}
-        name = "the last saved state, which rounded to float16 is the LoKr,"
         rounded = {name: array.astype(np.float16).tobytes() for name, array in weights.items()}
         stored = {name: array.tobytes() for name, array in lokr.items()}
         if differing := sorted(
             name for name in rounded.keys() | stored.keys() if rounded.get(name) != stored.get(name)
         ):
-            yield f"{paths.LOKR} is not the last saved state rounded to float16: {format_some(differing)}"
-            return ""
+            faults.append(
+                f"{out} is not the state saved after {step:,} steps rounded to float16: {format_some(differing)}"
+            )
+            return proof, faults
     tensors = {name: torch.from_numpy(array.copy()) for name, array in weights.items()}
     fingerprint = tensor_fingerprints.combine(tensor_fingerprints.fingerprints(tensors))
-    if fingerprint != own_journal.rows[-1]["weights"]:
-        yield f"{name} does not have the fingerprint of the journal's last row"
-    return f"{name} has the fingerprint of the journal's last row"
+    if fingerprint != own_journal.rows[step - 1]["weights"]:
+        faults.append(f"{out}: {proof} does not have the fingerprint of the journal's row {step - 1}")
+    return proof, faults
 
 
-def _last_state(rebuild: Artifact, own_journal: Journal) -> Path | None:
-    """The folder of the state after the last step of this journal."""
+def _saved_state(rebuild: Artifact, own_journal: Journal, step: int) -> Path | None:
+    """The folder of the state of this journal after `step` steps."""
     from kohaku_delta.training import checkpointing
 
     for folder in sorted((rebuild.folder / rebuild.recipe.execution.work).glob("*")):
-        state = checkpointing.state_path(folder, len(own_journal.rows))
+        state = checkpointing.state_path(folder, step)
         try:
             rows = journal.read_journal(state / checkpointing.JOURNAL).rows
         except UserError:
             continue
-        if rows and rows[-1]["chain"] == own_journal.rows[-1]["chain"] and (state / checkpointing.STATE).is_file():
+        if (
+            rows
+            and rows[-1]["chain"] == own_journal.rows[step - 1]["chain"]
+            and (state / checkpointing.STATE).is_file()
+        ):
             return state
     return None

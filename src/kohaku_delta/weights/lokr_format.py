@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from kohaku_delta.formats.safetensors_header import TensorSpec
 from kohaku_delta.formats.safetensors_io import SafetensorsFile, WriteResult
 from kohaku_delta.params import Recipe
 
-BASE_DIGEST = "ss_base_digest"
+BASE_DIGEST, STEPS, CONTENT_HASH = "ss_base_digest", "ss_steps", "sshs_model_hash"
 # the suffixes of an entry's tensors by its kind, which either of the first two decides
 KINDS = {
     "lokr": tuple("lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 alpha dora_scale".split()),  # noqa: SIM905
@@ -50,7 +51,7 @@ def write_lokr(
     for name in safetensors_header.build_header(specs, {})[1]:
         content.update(tensors[name].reshape(-1).data)
     return safetensors_io.save(
-        path, tensors, metadata(recipe, base_digest) | dict(facts or {}) | {"sshs_model_hash": content.hexdigest()}
+        path, tensors, metadata(recipe, base_digest) | dict(facts or {}) | {CONTENT_HASH: content.hexdigest()}
     )
 
 
@@ -138,3 +139,26 @@ def group_by_module(file: SafetensorsFile) -> dict[str, tuple[str, dict[str, str
 def base_digest(file: SafetensorsFile) -> str | None:
     """The content digest of the base that the file was trained on, if its metadata name it."""
     return file.metadata.get(BASE_DIGEST)
+
+
+def verified_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a LoKr file that a training wrote, after all of its tensors were read and compared with the hash
+    in them. Raises UserError for any other file.
+    """
+    with safetensors_io.open_file(path) as file:
+        content = hashlib.sha256()
+        for name in safetensors_header.build_header(file.specs, {})[1]:
+            for piece in file.iter_chunks(name):
+                content.update(piece)
+        metadata = file.metadata
+    if not {BASE_DIGEST, STEPS, CONTENT_HASH} <= metadata.keys() or not metadata[STEPS].isdecimal():
+        raise UserError(
+            f"{path} does not say on which base and for how many steps it was trained ({BASE_DIGEST}, {STEPS}): "
+            "the train stage did not write it. Move it away."
+        )
+    if content.hexdigest() != metadata[CONTENT_HASH]:
+        raise UserError(
+            f"{path} is damaged: its tensors do not have the hash that the file says ({CONTENT_HASH}). Delete it; "
+            "the train stage writes it again from its saved state."
+        )
+    return metadata

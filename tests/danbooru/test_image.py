@@ -98,7 +98,14 @@ def test_the_check_finds_exactly_what_decoding_finds():
     """decoded_size and decode agree on damaged files of every format."""
     rng, agreed = np.random.default_rng(7), {True: 0, False: 0}
     pixels = Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8))
-    for kind, options in [("WEBP", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("JPEG", {}), ("GIF", {}), ("BMP", {})]:
+    for kind, options in [
+        ("WEBP", {}),
+        ("WEBP", {"lossless": True}),
+        ("PNG", {}),
+        ("JPEG", {}),
+        ("GIF", {}),
+        ("BMP", {}),
+    ]:
         file = io.BytesIO()
         pixels.save(file, kind, **options)
         for _ in range(60):

@@ -152,7 +152,7 @@ def test_an_image_that_would_need_the_memory_of_thousands_is_dropped_with_its_ow
 
 
 def test_no_image_that_is_kept_grows_beyond_seventeen_million_pixels_in_its_bucket(recipe):
-    sides = np.unique(np.geomspace(1, 16383, 400).astype(int))
+    sides = np.unique([*np.geomspace(1, 16383, 400).astype(int), 256])
     width, height = (each.ravel() for each in np.meshgrid(sides, sides))
     longer, shorter = np.maximum(width, height), np.minimum(width, height)
     kept = longer <= recipe.filter.max_aspect_ratio * shorter

@@ -12,9 +12,7 @@ from pathlib import Path
 from kohaku_delta.errors import UserError
 
 # inputs_manifest compares an input without a stamp with the sha256 in inputs.json, which stays as it is
-HASH_AGAIN = (
-    "Delete build/inputs.verified.json and run `dvc repro`: it hashes every input again and names those that are damaged."
-)
+HASH_AGAIN = "Delete build/inputs.verified.json and run `dvc repro`: it hashes every input again and names those that are damaged."
 
 NAME = re.compile(r"data-(\d+)\.tar")
 ADD_ON = 2000

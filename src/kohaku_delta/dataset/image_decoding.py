@@ -191,9 +191,7 @@ def _kept_results(folder: Path, tar: Path, key: str) -> pa.Table:
     return table
 
 
-def _fill_kept(
-    found: np.ndarray, rows: np.ndarray, offset: np.ndarray, size: np.ndarray, kept: pa.Table
-) -> np.ndarray:
+def _fill_kept(found: np.ndarray, rows: np.ndarray, offset: np.ndarray, size: np.ndarray, kept: pa.Table) -> np.ndarray:
     """Fills in the kept results of these rows, and returns the rows that have none."""
     columns = [column.to_numpy().tolist() for column in kept.columns]
     known = {place[:2]: place[2:] for place in zip(*columns, strict=True)}

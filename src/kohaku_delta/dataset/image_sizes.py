@@ -12,6 +12,7 @@ import numpy as np
 from kohaku_delta.danbooru import image
 from kohaku_delta.danbooru.tar_index import UNKNOWN, TarMembers
 
+
 def sizes_by_header(
     path: Path, members: TarMembers, rows: np.ndarray, max_pixels: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -201,7 +201,7 @@ def test_another_tar_limit_or_decoder_is_decoded_again(place, decoded, monkeypat
         lambda file, key: os.truncate(file, 1 << 30),
         lambda file, key: (file.unlink(), file.mkdir(), (file / "x").touch()),
         lambda file, key: parquet.write(pa.table({"offset": ["a"]}), file, key),
-        lambda file, key: parquet.write(parquet.read(file).set_column(2, "width", pa.array([-1] * IMAGES, pa.int32())), file, key),
+        lambda file, key: parquet.write(pa.table([[-1] * IMAGES] * 4, schema=image_decoding.RESULTS), file, key),
         lambda file, key: parquet.write(pa.table([[0] * 10**6] * 4, schema=image_decoding.RESULTS), file, key),
     ],
 )  # fmt: skip
@@ -276,6 +276,20 @@ def test_a_tar_that_cannot_be_read_is_named_with_its_place(place, monkeypatch):
     monkeypatch.setattr(tars, "pread_fully", fails)
     with pytest.raises(UserError, match=r"data-0000.tar cannot be read from byte 512 to .*Input/output error"):
         run_here(place)
+
+
+def test_a_disk_that_fails_while_a_header_is_read_drops_no_image(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    write_tar(tmp_path / "images" / "data-0000.tar", [("1000.png", picture(kind="PNG"))])
+    write_database(tmp_path / "a.db", [{"id": 1000}])
+    assert run_here(tmp_path, image_check="header")[0].num_rows == 1
+
+    def fails(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", fails)
+    with pytest.raises(UserError, match=r"data-0000.tar cannot be read from byte 512 to .*Input/output error"):
+        run_here(tmp_path, image_check="header")
 
 
 def test_memory_that_is_missing_is_no_fault_of_an_image():

@@ -11,7 +11,7 @@ import pytest
 
 import tiny_training
 from danbooru_factory import picture, write_tar
-from kohaku_delta.danbooru import tars
+from kohaku_delta.danbooru import image, tars
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import load
 from kohaku_delta.training.batch_builder import BatchBuilder
@@ -47,6 +47,11 @@ def message(builder) -> str:
 def test_a_sound_image_fills_its_bucket(builder):
     pixels, size = builder.pixels(1000, (64, 64))
     assert pixels.shape == (64, 64, 3) and size == (24, 16)
+
+
+def test_an_image_is_decoded_if_filter_accepted_it_whatever_limit_the_recipe_gave(builder, monkeypatch):
+    monkeypatch.setattr(image.decode, "__defaults__", (24 * 16 - 1,))
+    assert builder.pixels(1000, (64, 64))[1] == (24, 16)
 
 
 def test_bytes_that_can_no_longer_be_decoded_are_named_with_what_to_do(builder):

@@ -1,5 +1,5 @@
 """Decodes images and reads their sizes. No image stops a run: whatever is wrong with one is raised as UnreadableImage.
-Memory that is missing is no fault of an image: it is raised as MemoryError.
+Missing memory (MemoryError) and a file that cannot be read (OSError) are no faults of an image.
 
 Images are decoded as the release's trainer saw them: the first frame of an animation, EXIF rotation not applied, alpha
 dropped, CMYK and palettes as Pillow converts them.
@@ -45,7 +45,7 @@ def decoded_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 @cache
 def decoder_version() -> str:
-    """What decides whether an image can be decoded: this module's code, Pillow and the libraries that it decodes with."""
+    """What decides whether an image can be decoded: this module, Pillow and the libraries that it decodes with."""
     names = ("webp", "libjpeg_turbo", "jpg", "zlib", "zlib_ng")
     libraries = {name: features.version(name) for name in ("pil", *names)}
     code = import_closure.file_digest(Path(__file__).name, Path(__file__).read_bytes())
@@ -105,4 +105,8 @@ def _open(file: BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises a dozen kinds, and all are faults of the file
+        if (
+            isinstance(error, OSError) and error.errno is not None
+        ):  # but this is the disk's: Pillow's own have no number
+            raise
         raise UnreadableImage(f"{type(error).__name__}: {error}") from None

@@ -9,22 +9,25 @@ from pathlib import Path
 
 import numpy as np
 
-from kohaku_delta.danbooru import image
+from kohaku_delta.danbooru import image, tars
 from kohaku_delta.danbooru.tar_index import UNKNOWN, TarMembers
 
 
 def sizes_by_header(
     path: Path, members: TarMembers, rows: np.ndarray, max_pixels: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Widths and heights (int32) of these members of one tar."""
+    """Widths and heights (int32) of these members of one tar. Raises UserError if the tar cannot be read."""
     width, height, sound = members.width[rows], members.height[rows], members.sound[rows]
     with open(path, "rb", buffering=0) as file:
         for place in np.flatnonzero((width == UNKNOWN) & sound).tolist():
-            member = _MemberReader(file.fileno(), int(members.offset[rows[place]]), int(members.size[rows[place]]))
+            offset, size = int(members.offset[rows[place]]), int(members.size[rows[place]])
+            member = _MemberReader(file.fileno(), offset, size)
             try:
                 width[place], height[place] = image.image_size(io.BufferedReader(member), max_pixels)
             except image.UnreadableImage:
                 width[place] = 0
+            except OSError as error:
+                raise tars.read_error(path, offset, size, error) from None
     good = sound & (width.astype(np.int64) * height <= max_pixels) & (width > 0)
     return np.where(good, width, 0), np.where(good, height, 0)
 

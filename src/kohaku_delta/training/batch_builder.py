@@ -92,7 +92,7 @@ class BatchBuilder:
         except UserError as error:
             raise UserError(f"{where}: {error.message} {GO_ON}") from None
         try:
-            decoded = image.decode(data)
+            decoded = image.decode(data, row["width"] * row["height"])
         except image.UnreadableImage as error:
             raise UserError(f"{where} cannot be decoded ({error}). {OTHER_BYTES}") from None
         size = (decoded.shape[1], decoded.shape[0])

@@ -37,6 +37,8 @@ ACTIVATIONS, ACTIVATIONS_SOURCE = 970, "970 bytes per pixel and image, planned w
 # What no tensor shows: CUDA's context, the kernels' workspaces, NCCL, fragmentation. An assumption, not measured.
 GPU_SPARE = 4 * GB
 PROCESS = GB // 2  # a rank without its model: 0.43 GB measured (Python, torch, diffusers, transformers)
+DECODED_PER_SECOND = 21  # images per core
+DECODED_SOURCE = "measured for 2048 × 1536 (docs/performance.md)"
 SPARE_DISK = 0.02  # share of the disk for what is not counted (logs, indices): an assumption
 
 
@@ -81,6 +83,12 @@ def posts(recipe: Recipe) -> int | None:
             return None
         total_draws += each.draw
     return total_draws
+
+
+def decoding_hours(recipe: Recipe, cores: int = 1) -> float | None:
+    """Hours in which so many cores decode all images that are trained on; None if their number is not known."""
+    count = posts(recipe)
+    return None if count is None else count / DECODED_PER_SECOND / cores / 3600
 
 
 def checkpoint_bytes(recipe: Recipe, model: ParameterCounts) -> int:

@@ -140,7 +140,7 @@ def _decode_in_processes(tasks: Iterable[Task], folder: Path | None) -> Generato
         kept = f"What was decoded is kept in {folder}: run" if folder else "Run"
         raise UserError(
             f"One of the {processes} processes that decode images was killed, most likely because memory ran out. "
-            f"{kept} the stage again to go on. Fewer processes need less memory: `taskset -c 0-1 dvc repro` runs two."
+            f"{kept} the stage again to go on. Fewer processes need less memory: `taskset -c 0 dvc repro` runs one."
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

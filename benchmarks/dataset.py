@@ -40,13 +40,14 @@ RELEASE = 7_100_000  # posts that the release's draws belong to
 
 
 def recipe(posts: int, seed: int, folder: Path) -> tuple[Path, list[dict]]:
-    """The release's params.yaml with its draws in proportion, and its ranges."""
+    """The release's params.yaml with its draws in proportion and without decoding, and its ranges."""
     yaml = YAML()
     content = yaml.load(HERE.parent / "params.yaml")
     for part in content["selection"]["ranges"]:
         if part["draw"] != "all":
             part["draw"] = max(1, part["draw"] * posts // RELEASE)
     content["selection"]["seed"] = seed
+    content["filter"]["image_check"] = "header"  # HakuBooru decodes no image
     yaml.dump(content, folder / "params.yaml")
     return folder / "params.yaml", [dict(part) for part in content["selection"]["ranges"]]
 

@@ -80,6 +80,7 @@ class Filter(StrictModel):
     images: Annotated[list[str], Field(min_length=1)]
     image_check: Literal["header", "decode"]
     max_pixels: Positive
+    max_aspect_ratio: Positive
 
 
 class Caption(StrictModel):

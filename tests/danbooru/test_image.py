@@ -92,3 +92,34 @@ def test_a_decompression_bomb_is_unreadable_before_it_is_decoded():
     for look in (image.decode, lambda data: image.image_size(io.BytesIO(data))):
         with pytest.raises(image.UnreadableImage, match="17000 x 16000"):
             look(file.getvalue())
+
+
+def test_the_check_finds_exactly_what_decoding_finds():
+    """decoded_size and decode agree on damaged files of every format."""
+    rng, agreed = np.random.default_rng(7), {True: 0, False: 0}
+    pixels = Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8))
+    for kind, options in [
+        ("WEBP", {}),
+        ("WEBP", {"lossless": True}),
+        ("PNG", {}),
+        ("JPEG", {}),
+        ("GIF", {}),
+        ("BMP", {}),
+    ]:
+        file = io.BytesIO()
+        pixels.save(file, kind, **options)
+        for _ in range(60):
+            data = bytearray(file.getvalue())
+            for place in rng.integers(0, len(data), rng.integers(0, 4)):
+                data[place] = rng.integers(256)
+            data = bytes(data[: rng.integers(1, len(data) + 1)] if rng.random() < 0.3 else data)
+            try:
+                height, width, _ = image.decode(data).shape
+            except image.UnreadableImage:
+                with pytest.raises(image.UnreadableImage):
+                    image.decoded_size(data)
+                agreed[False] += 1
+            else:
+                assert image.decoded_size(data) == (width, height)
+                agreed[True] += 1
+    assert min(agreed.values()) > 50

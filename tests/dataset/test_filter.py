@@ -1,4 +1,5 @@
 import io
+import math
 
 import numpy as np
 import pyarrow.compute as pc
@@ -11,6 +12,7 @@ from kohaku_delta.danbooru import tar_index, tars
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import filtering
 from kohaku_delta.errors import UserError
+from kohaku_delta.training import buckets
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,7 @@ def test_header_and_decode_agree_on_sound_images_and_decode_sees_more(tmp_path, 
     write_tar(folder / "data-0001.tar", files)
     ids = [int(name.split(".")[0]) for name, _ in files]
     path = write_database(tmp_path / "a.db", [{"id": post} for post in ids])
-    header, lost = run(path, folder, ids, recipe)
+    header, lost = run(path, folder, ids, recipe, image_check="header")
     decoded, dropped = run(path, folder, ids, recipe, image_check="decode")
     assert dropped == lost | {3001: "unreadable image"}
     assert lost == dict.fromkeys((10001, 11001, 12001), "unreadable image")
@@ -137,16 +139,30 @@ def test_header_and_decode_agree_on_sound_images_and_decode_sees_more(tmp_path, 
     }  # fmt: skip
 
 
-def test_decoding_gives_the_same_in_many_processes(tmp_path, folder, recipe, monkeypatch):
-    from kohaku_delta.dataset import image_sizes
-
-    files = [(f"{1000 * post}.webp", picture(post + 8, 20) if post % 7 else b"RIFF") for post in range(1, 150)]
-    write_tar(folder / "data-0000.tar", files)
-    ids = [1000 * post for post in range(1, 150)]
+def test_an_image_that_would_need_the_memory_of_thousands_is_dropped_with_its_own_reason(tmp_path, folder, recipe):
+    sizes = {1: (1, 16383), 2: (16383, 1), 3: (1, 256), 4: (257, 1), 5: (2, 512), 6: (1, 1), 7: (16383, 63)}
+    write_tar(folder / "data-0000.tar", [(f"{post * 1000}.webp", picture(*size)) for post, size in sizes.items()])
+    ids = [post * 1000 for post in sizes]
     path = write_database(tmp_path / "a.db", [{"id": post} for post in ids])
-    alone = run(path, folder, ids, recipe, image_check="decode")
-    monkeypatch.setattr(image_sizes, "FEW", 0)
-    assert run(path, folder, ids, recipe, image_check="decode") == alone
+    for check in ("header", "decode"):
+        trained, dropped = run(path, folder, ids, recipe, image_check=check)
+        assert dropped == dict.fromkeys((1000, 2000, 4000, 7000), "extreme aspect ratio")
+        assert trained["post_id"].to_pylist() == [3000, 5000, 6000]
+    assert not run(path, folder, ids, recipe, max_aspect_ratio=16383)[1]
+
+
+def test_no_image_that_is_kept_grows_beyond_seventeen_million_pixels_in_its_bucket(recipe):
+    sides = np.unique([*np.geomspace(1, 16383, 400).astype(int), 256])
+    width, height = (each.ravel() for each in np.meshgrid(sides, sides))
+    longer, shorter = np.maximum(width, height), np.minimum(width, height)
+    kept = longer <= recipe.filter.max_aspect_ratio * shorter
+    width, height, sizes = width[kept], height[kept], buckets.all_buckets(recipe.schedule)
+    chosen = buckets.choose_bucket(width, height, sizes).tolist()
+    resized = [
+        math.prod(buckets.resized(size, sizes[bucket]))
+        for size, bucket in zip(zip(width.tolist(), height.tolist(), strict=True), chosen, strict=True)
+    ]
+    assert max(resized) == recipe.filter.max_aspect_ratio * recipe.schedule.min_side**2 == 1 << 24
 
 
 def test_missing_main_tars_are_named(tmp_path, folder, recipe):

@@ -367,6 +367,8 @@ def test_the_plan_names_a_source_for_every_figure_and_measures_nothing_by_itself
     assert all(row.source for row in known.values())
     assert known["time per step"].figure == "51.25 s" and "model card" in known["time per step"].source
     assert known["training"].figure == "17.0 days"
+    assert known["decoding all images"].figure == "48 core hours"  # 3,665,398 / 21 / 3600 = 48.5
+    assert "24.2 h on 2 cores, 3.0 h on 16 cores, 1.5 h on 32 cores" in known["decoding all images"].source
     assert known["steps"].figure == "28,638" and known["disk in all"].figure == "1.71 TB"
     assert other["time per step"].figure == "not measured" and "training" not in other
     assert measured["training"].figure == "6.6 days"

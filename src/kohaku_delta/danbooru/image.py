@@ -1,20 +1,27 @@
 """Decodes images and reads their sizes. No image stops a run: whatever is wrong with one is raised as UnreadableImage.
+Missing memory (MemoryError) and a file that cannot be read (OSError) are no faults of an image.
 
 Images are decoded as the release's trainer saw them: the first frame of an animation, EXIF rotation not applied, alpha
 dropped, CMYK and palettes as Pillow converts them.
 """
 
 import io
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
+
+from kohaku_delta.provenance import import_closure
 
 MAX_PIXELS = 1 << 28  # the recipe's filter.max_pixels; what is decoded later was checked against it
 HEAD = 32  # bytes of a WebP file that hold its size; Pillow would read the whole file, and all files are a terabyte
+BYTES_PER_PIXEL = 16  # of memory at most while an image is decoded to RGB (measured: docs/performance.md)
 FORMATS = ("WEBP", "PNG", "JPEG", "BMP", "GIF")  # Pillow's other formats never occur, and some run programs
 
 Image.MAX_IMAGE_PIXELS = None  # its limit is global and only warns; ours is checked below, before anything is decoded
@@ -25,9 +32,24 @@ class UnreadableImage(Exception):
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The image as (H, W, 3) uint8 RGB. Raises UnreadableImage."""
-    with _open(io.BytesIO(data), max_pixels) as image:
-        return np.array(image.convert("RGB"))
+    """The image as (H, W, 3) uint8 RGB. Raises UnreadableImage, MemoryError."""
+    return np.array(_decode_rgb(data, max_pixels))
+
+
+def decoded_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) in pixels after the image was decoded as `decode` does, so both find the same faults. Without the
+    copy into an array it takes a fifth less time. Raises UnreadableImage, MemoryError.
+    """
+    return _decode_rgb(data, max_pixels).size
+
+
+@cache
+def decoder_version() -> str:
+    """What decides whether an image can be decoded: this module, Pillow and the libraries that it decodes with."""
+    names = ("webp", "libjpeg_turbo", "jpg", "zlib", "zlib_ng")
+    libraries = {name: features.version(name) for name in ("pil", *names)}
+    code = import_closure.file_digest(Path(__file__).name, Path(__file__).read_bytes())
+    return json.dumps({"code": code, **libraries}, sort_keys=True)
 
 
 def image_size(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -56,6 +78,18 @@ def webp_size(head: bytes, length: int) -> tuple[int, int] | None:
     return (width, height) if width and height else (0, 0)
 
 
+def _decode_rgb(data: bytes, max_pixels: int) -> Image.Image:
+    try:
+        with _open(io.BytesIO(data), max_pixels) as image:
+            return image.convert("RGB")
+    except UnreadableImage:
+        # libwebp reports missing memory as a damaged image: is there as much as it needs?
+        width, height = webp_size(data[:HEAD], len(data)) or (0, 0)
+        if width * height <= max_pixels:
+            np.empty(BYTES_PER_PIXEL * width * height, np.uint8)
+        raise
+
+
 @contextmanager
 def _open(file: BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
     try:
@@ -68,5 +102,11 @@ def _open(file: BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
                 if not width or not height:
                     raise ValueError("it has no pixels")
                 yield image
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow raises a dozen kinds, and all are faults of the file
+        if (
+            isinstance(error, OSError) and error.errno is not None
+        ):  # but this is the disk's: Pillow's own have no number
+            raise
         raise UnreadableImage(f"{type(error).__name__}: {error}") from None

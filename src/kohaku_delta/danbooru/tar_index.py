@@ -66,7 +66,7 @@ def index_tars(files: dict[int, Path], keep=None, stop: Event | None = None) -> 
     Raises UserError, with its name, for a tar that is truncated, empty, damaged, or not the one of its public index.
     """
     kept = _read_index(keep) if keep is not None else {}  # by tar's name: (state, members)
-    states = {number: _tar_state(path) for number, path in files.items()}
+    states = {number: tar_state(path) for number, path in files.items()}
     found = {
         number: kept[path.name][1] for number, path in files.items() if kept.get(path.name, ("",))[0] == states[number]
     }
@@ -84,6 +84,11 @@ def index_tars(files: dict[int, Path], keep=None, stop: Event | None = None) -> 
                     new = {files[number].name: (states[number], members) for number, members in found.items()}
                     _write_index(keep, kept | new)
     return found
+
+
+def decoded_folder(index: Path) -> Path:
+    """Where the results of decoding are kept (dataset/image_decoding.py): beside the index of the tars."""
+    return index.with_suffix(".decoded")
 
 
 def default_index_path(files: dict[int, Path]) -> Path | None:
@@ -195,8 +200,8 @@ def read_member_or_hole(descriptor: int, offset: int, size: int) -> bytes | None
     return pread_fully(descriptor, offset, size)
 
 
-def _tar_state(path: Path) -> str:
-    """Size and time of the tar, and of its public index if there is one: what an entry of the index depends on."""
+def tar_state(path: Path) -> str:
+    """Size and time of the tar, and of its public index if there is one: what is kept about a tar depends on them."""
     there = [each.stat() for each in (path, path.with_suffix(".json")) if each.is_file()]
     return " ".join(f"{status.st_size} {status.st_mtime_ns}" for status in there)
 

@@ -11,6 +11,11 @@ from pathlib import Path
 
 from kohaku_delta.errors import UserError
 
+# inputs_manifest compares an input without a stamp with the sha256 in inputs.json, which stays as it is
+HASH_AGAIN = (
+    "Delete build/inputs.verified.json and run `dvc repro`: it hashes every input again and names the damaged ones."
+)
+
 NAME = re.compile(r"data-(\d+)\.tar")
 ADD_ON = 2000
 
@@ -44,16 +49,27 @@ def tars_by_number(paths: list[Path]) -> dict[int, Path]:
 
 
 def read_member(folder, tar: str, offset: int, size: int) -> bytes:
-    """The bytes of a member, by its columns in posts.parquet."""
+    """The bytes of a member, by its columns in posts.parquet. Raises UserError if they cannot be read."""
     path = Path(folder) / tar
-    with open(path, "rb", buffering=0) as file:
-        data = pread_fully(file.fileno(), offset, size)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            data = pread_fully(file.fileno(), offset, size)
+    except OSError as error:
+        raise read_error(path, offset, size, error) from None
     if len(data) != size:
         raise UserError(
-            f"{path} ends at byte {offset + len(data):,}, but a member reaches to {offset + size:,}. "
-            "The tar changed after the filter stage: run that stage again."
+            f"{path} ends at byte {offset + len(data):,}, but a member reaches to {offset + size:,}. It has been "
+            f"changed since it was checked. {HASH_AGAIN}"
         )
     return data
+
+
+def read_error(path: Path, offset: int, size: int, error: OSError) -> UserError:
+    """What to raise if the system cannot read a member."""
+    return UserError(
+        f"{path} cannot be read from byte {offset:,} to {offset + size:,}: {error.strerror}. "
+        f"Look at its disk (`dmesg`). {HASH_AGAIN}"
+    )
 
 
 def pread_fully(descriptor: int, offset: int, size: int) -> bytes:

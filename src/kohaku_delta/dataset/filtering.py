@@ -9,7 +9,9 @@ reason of a dropped post is the first that applies:
 2. the file in the tar is not an image, by the extension of its name;
 3. caption impossible: the release's tool failed on it (a NULL rating, for example), before anyone looked at the image;
 4. unreadable image: truncated, empty, not an image, with more pixels than filter.max_pixels, or with another sha256
-   than in the tar's public index.
+   than in the tar's public index;
+5. extreme aspect ratio: the longer side has more than filter.max_aspect_ratio times the pixels of the shorter one.
+   Resized to cover a bucket, such an image would need the memory of thousands.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -24,13 +26,13 @@ from tqdm import tqdm
 from kohaku_delta.danbooru import tar_index, tars
 from kohaku_delta.danbooru.database import Database, positions_of, unique_sorted
 from kohaku_delta.danbooru.tar_index import TarMembers
-from kohaku_delta.dataset import captions, image_sizes
+from kohaku_delta.dataset import captions, image_decoding, image_sizes
 from kohaku_delta.dataset.post_metadata import REASONS, post_metadata
 from kohaku_delta.errors import UserError
 from kohaku_delta.parallel import ordered_map
 from kohaku_delta.params import Caption, Filter
 
-NO_IMAGE, MISSING, IMPOSSIBLE, UNREADABLE = range(3, len(REASONS))
+NO_IMAGE, MISSING, IMPOSSIBLE, UNREADABLE, EXTREME = range(3, len(REASONS))
 KEPT = -1
 
 POSTS = pa.schema(
@@ -57,7 +59,8 @@ def filter_posts(
     partial: bool = False,
 ) -> tuple[pa.Table, pa.Table]:
     """The posts `ids` (any order, repeats count once) as (POSTS, DROPPED), both ascending. `files`: tars by number
-    (tars.tars_in). `index`: where the index of the tars is kept (default: tar_index.default_index_path).
+    (tars.tars_in). `index`: where the index of the tars is kept (default: tar_index.default_index_path), and beside it
+    which images could be decoded.
 
     posts.despite is the reason against the post in the metadata, or null. Raises UserError for a damaged tar, and if a
     main tar is not among `files`, unless `partial`: then its posts are missing from the tars.
@@ -113,13 +116,21 @@ def filter_posts(
         for count in ordered_map(check, groups):
             bar.update(count)
 
-    kept = np.flatnonzero(reason == KEPT)
     if parameters.image_check == "decode":
-        width[kept], height[kept] = image_sizes.sizes_by_decoding(
-            [files[number] for number in tar[kept].tolist()], offset[kept], size[kept], parameters.max_pixels
+        kept = np.flatnonzero(reason == KEPT)
+        width[kept], height[kept] = image_decoding.sizes_by_decoding(
+            tar[kept],
+            offset[kept],
+            size[kept],
+            width[kept].astype(np.int64) * height[kept],
+            files,
+            parameters.max_pixels,
+            tar_index.decoded_folder(index_path) if index_path else None,
         )
         reason[kept[width[kept] == 0]] = UNREADABLE
-        kept = np.flatnonzero(reason == KEPT)
+    longer, shorter = np.maximum(width, height).astype(np.int64), np.minimum(width, height).astype(np.int64)
+    reason[(reason == KEPT) & (longer > parameters.max_aspect_ratio * shorter)] = EXTREME
+    kept = np.flatnonzero(reason == KEPT)
     names = pa.array([files[number].name if number in files else None for number in range(max(files) + 1)], pa.string())
     words = pa.array(REASONS)
     against = metadata.against[kept]

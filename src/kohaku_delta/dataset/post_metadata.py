@@ -22,7 +22,8 @@ UNKNOWN = -2  # a rating that is not a whole number; ratings that are not in cap
 
 # Reasons against a post in its row, in order of precedence. hidden: NULL md5 or file_url (for gold accounts only)
 AGAINST = ("deleted", "banned", "hidden", "not an image")
-REASONS = (*AGAINST, "missing from the tars", "caption impossible", "unreadable image")  # why posts are dropped
+# Why posts are dropped
+REASONS = (*AGAINST, "missing from the tars", "caption impossible", "unreadable image", "extreme aspect ratio")
 
 CAPTION_COLUMNS = {
     "created": "CAST(coalesce(created_at, '') AS TEXT)",

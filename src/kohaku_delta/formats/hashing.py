@@ -14,7 +14,8 @@ from pathlib import Path
 from kohaku_delta.errors import UserError
 from kohaku_delta.parallel import ordered_map
 
-EXCLUDED = re.compile(r"(^|/)(__pycache__|[^/]*\.egg-info)(/|$)|\.pyc$|\.members\.parquet$")  # see .dvcignore
+# See .dvcignore
+EXCLUDED = re.compile(r"(^|/)(__pycache__|[^/]*\.egg-info|[^/]*\.members\.decoded)(/|$)|\.pyc$|\.members\.parquet$")
 PIECE = 1 << 20  # bytes
 
 

@@ -63,6 +63,7 @@ def plan_rows(recipe: Recipe, host: Host, seconds: float | None) -> list[PlanRow
             PlanRow("size of the model", "not known", unknown_size(recipe)),
             *rows,
             PlanRow("build, work, memory", "not known", unknown),
+            *_decoding_rows(recipe),
             *_time_rows(recipe, host.gpus or (), seconds),
         ]
     built = estimates.build_sizes(recipe, model)
@@ -72,6 +73,7 @@ def plan_rows(recipe: Recipe, host: Host, seconds: float | None) -> list[PlanRow
     rows += _rows("build and cache", built, "what the stages write")
     rows += _rows("work", states, "training states at their largest")
     rows += [PlanRow("disk in all", _sum([*downloads, *built, *states]), "sum of the three")]
+    rows += _decoding_rows(recipe)
     rows += _time_rows(recipe, host.gpus or (), seconds)
     cuda = recipe.train.device == "cuda"
     if cuda:
@@ -109,6 +111,18 @@ def _rows(what: str, parts: list[SizeEstimate], source: str) -> list[PlanRow]:
 def _sum(parts: list[SizeEstimate]) -> str:
     more = " and more" if any(part.bytes is None for part in parts) else ""
     return format_size(estimates.total(parts)) + more
+
+
+def _decoding_rows(recipe: Recipe) -> list[PlanRow]:
+    """What filter.image_check: decode costs."""
+    if recipe.filter.image_check != "decode":
+        return []
+    count, hours = estimates.posts(recipe), estimates.decoding_hours(recipe)
+    rate = f"{estimates.DECODED_PER_SECOND} images/s per core, {estimates.DECODED_SOURCE}"
+    if count is None or hours is None:
+        return [PlanRow("decoding all images", "not known", f"the select stage counts the posts; {rate}")]
+    times = ", ".join(f"{hours / cores:.1f} h on {cores} cores" for cores in (2, 16, 32))
+    return [PlanRow("decoding all images", f"{hours:.0f} core hours", f"{count:,} at {rate}: {times}")]
 
 
 def _time_rows(recipe: Recipe, gpus: tuple[Gpu, ...], seconds: float | None) -> list[PlanRow]:

@@ -31,6 +31,8 @@ POST_BYTES = 700  # per post in posts and captions: 35 tags (0.25 billion tags o
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 MICRO_BATCHES_AHEAD = 5  # per loader process: those of training/batch_builder.py and the one in use
 NCCL_SHARED = GB  # NVIDIA's NCCL documentation asks for --shm-size=1g in a container
+DECODED_PER_SECOND = 21  # images per core
+DECODED_SOURCE = "measured for 2048 × 1536 (docs/performance.md)"
 SPARE_DISK = 0.02  # share of the disk for what is not counted (logs, indices): an assumption
 
 
@@ -75,6 +77,12 @@ def posts(recipe: Recipe) -> int | None:
             return None
         total_draws += each.draw
     return total_draws
+
+
+def decoding_hours(recipe: Recipe, cores: int = 1) -> float | None:
+    """Hours in which so many cores decode all images that are trained on; None if their number is not known."""
+    count = posts(recipe)
+    return None if count is None else count / DECODED_PER_SECOND / cores / 3600
 
 
 def checkpoint_bytes(recipe: Recipe, model: ParameterCounts) -> int:

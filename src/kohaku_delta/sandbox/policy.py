@@ -29,6 +29,7 @@ from kohaku_delta.provenance import dvc_yaml, import_closure
 from kohaku_delta.yaml_file import read_yaml
 
 UNFINISHED = re.compile(r"/\.([^/]+)\.\d+\.aside(?=/|$)")  # the names of atomic_files for what is not complete yet
+DECODING = ("filter", "preview")  # the stages that keep beside the index of the tars which images could be decoded
 INPUT_SUFFIXES = ("", "_vocab", "_merges", "_index")  # inputs of one option: a tokenizer and the tars are several files
 
 
@@ -110,7 +111,12 @@ def policy_for(script: Path, entry: dict[str, Any], context: click.Context) -> S
     ]
     # the lists of the caption stage, for example, lie beside the captions, wherever these go
     allowed += [folder / Path(out).name for folder in written for out in outs]
-    allowed += [*inputs, *_tar_indexes(options, inputs)]
+    indexes = _tar_indexes(options, inputs)
+    allowed += [*inputs, *indexes]
+    if stage in DECODING:
+        decoded = [index.with_suffix(".decoded") for index in (options.get("index"), *indexes) if index]
+        written |= set(decoded)
+        allowed += decoded
     allowed += [*libraries, tempfile.gettempdir(), *filter(None, [sys.pycache_prefix])]
     # what the record of the run is made of, and where it is written
     allowed += [root / "requirements" / f"{recipe.requirements}.txt", f"{paths.CODE}/{stage}.json"]

@@ -22,6 +22,14 @@ from kohaku_delta.training import buckets, conditioning, sample_rng
 
 LATENT_CHANNELS = 4
 AHEAD = 4  # micro-batches that each worker process keeps ready
+GO_ON = "Change nothing in params.yaml: with the right file the training goes on from its last saved state."
+OTHER_BYTES = (
+    "The tar no longer has the bytes that the filter stage checked: its disk, or a copy of it, is damaged. "
+    f"{tars.HASH_AGAIN} {GO_ON}\n"
+    "If every hash agrees and filter.image_check is `header`, the image was damaged from the beginning, because "
+    "`header` did not decode it. `decode` drops such posts, but that changes the schedule and begins another training. "
+    "If this one is far on, its milestones' LoKr files are usable models: `python stages/bake.py --lokr FILE`."
+)
 
 
 @dataclass
@@ -78,19 +86,19 @@ class BatchBuilder:
     def pixels(self, post: int, bucket: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
         """The image resized and cropped to the bucket, (height, width, 3) uint8, and its original (width, height)."""
         row = self.posts.slice(self._row(self.post_ids, post, "posts.parquet"), 1).to_pylist()[0]
+        where = f"Post {post} ({row['tar']}, {row['size']:,} bytes from byte {row['offset']:,})"
         try:
-            decoded = image.decode(tars.read_member(self.folder, row["tar"], row["offset"], row["size"]))
+            data = tars.read_member(self.folder, row["tar"], row["offset"], row["size"])
+        except UserError as error:
+            raise UserError(f"{where}: {error.message} {GO_ON}") from None
+        try:
+            decoded = image.decode(data, row["width"] * row["height"])
         except image.UnreadableImage as error:
-            raise UserError(
-                f"Post {post} in {row['tar']} cannot be decoded ({error}). "
-                "Set filter.image_check to decode and run again: such posts are then dropped."
-            ) from None
+            raise UserError(f"{where} cannot be decoded ({error}). {OTHER_BYTES}") from None
         size = (decoded.shape[1], decoded.shape[0])
         if size != (row["width"], row["height"]):
-            raise UserError(
-                f"Post {post} in {row['tar']} is {size[0]}×{size[1]}; posts.parquet says "
-                f"{row['width']}×{row['height']}. Run the filter stage again."
-            )
+            expected = f"{row['width']}×{row['height']}"
+            raise UserError(f"{where} is {size[0]}×{size[1]}; posts.parquet says {expected}. {OTHER_BYTES}")
         return buckets.resize_and_crop(decoded, bucket), size
 
     def batch(self, posts: list[int], visits: list[int], bucket: tuple[int, int]) -> Batch:

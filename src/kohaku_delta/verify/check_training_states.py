@@ -138,7 +138,8 @@ def _compare_weights(rebuild: Artifact, own_journal: Journal, path: Path, step: 
     with safetensors_io.open_file(path) as file:
         lokr = {name: file.read(name) for name in file.specs}
     alphas = {name: lokr.pop(name) for name in list(lokr) if name.endswith(".alpha")}
-    faults = [f"{out}: {name} is not lokr.alpha" for name, each in alphas.items() if each != rebuild.recipe.lokr.alpha]
+    alpha = np.float16(rebuild.recipe.lokr.alpha).tobytes()
+    faults = [f"{out}: {name} is not lokr.alpha" for name, each in alphas.items() if each.tobytes() != alpha]
     weights, proof = lokr, "the LoKr's tensors"
     if rebuild.recipe.train.weights != "float16":
         state = _saved_state(rebuild, own_journal, step)

@@ -182,15 +182,8 @@ def _train(folder: Path, recipe, rows: pa.Table, base: str) -> None:
             arrays = {name: tensor.numpy() for name, tensor in weights.items()}
             lokr_format.write_lokr(milestone, arrays, recipe, base)
         if (step + 1) % STEPS_BETWEEN_STATES == 0 or step + 1 == steps:
-            checkpointing.save(
-                work,
-                step + 1,
-                {f"weights/{name}": tensor for name, tensor in weights.items()},
-                (1.0, 0),
-                honest,
-                100,
-                100,
-            )
+            tensors = {f"weights/{name}": tensor for name, tensor in weights.items()}
+            checkpointing.save(work, step + 1, tensors, honest, 100, 100)
     written = lokr_format.write_lokr(
         folder / "build" / "delta-lokr.safetensors",
         {name: tensor.numpy() for name, tensor in weights.items()},

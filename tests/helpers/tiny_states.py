@@ -29,7 +29,7 @@ def save(folder, steps):
                 "tensors": tensor_fingerprints.short_fingerprints(weights),
             }
         )  # fmt: skip
-    checkpointing.save(folder, steps, tensors, (65536.0, 17), rows, 9, 1000)
+    checkpointing.save(folder, steps, tensors, rows, 9, 1000)
     return tensors
 
 

@@ -9,9 +9,21 @@ import tiny_sdxl
 import tiny_training
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import safetensors_io
-from kohaku_delta.training import divergence, optimizer
+from kohaku_delta.training import checkpointing, divergence, journal, optimizer, training_loop
 
 NAN = float("nan")
+
+
+class Nothing:
+    """An adapter without tensors, and its optimizer."""
+
+    def tensors(self):
+        return {}
+
+    def load(self, tensors, step):
+        pass
+
+
 HUGE = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
 
 
@@ -94,11 +106,6 @@ def test_twenty_overflows_in_a_row_are_too_many_whatever_the_scale():
     assert scaler.overflows == 0
 
 
-def test_the_overflows_in_a_row_are_counted_from_the_journal_when_a_run_is_resumed():
-    assert divergence.overflows_in_a_row([1.0, NAN, 2.0, math.inf, NAN]) == 2
-    assert divergence.overflows_in_a_row([NAN, NAN]) == 2 and divergence.overflows_in_a_row([]) == 0
-
-
 def test_a_collapsed_scale_changes_no_weight():
     weight = torch.nn.Parameter(torch.ones(8))
     parameters = tiny_training.params.load("params.yaml").train
@@ -108,3 +115,16 @@ def test_a_collapsed_scale_changes_no_weight():
     with pytest.raises(UserError, match="loss scale collapsed"):
         lion.step(100, torch.full((8,), math.inf), scaler)
     assert torch.equal(weight.detach(), torch.ones(8)) and not lion.tensors()
+
+
+def test_a_resumed_scaler_is_the_one_that_its_journal_describes(tmp_path):
+    """No state holds it: overflows, growth after 2,000 good steps, and the overflows in a row follow from the norms."""
+    whole, norms = optimizer.Scaler(True), [NAN, *[1.0] * 2003, math.inf, NAN, NAN]
+    for norm in norms:
+        whole.update(math.isfinite(norm))
+    loop = training_loop.TrainingLoop.__new__(training_loop.TrainingLoop)
+    loop.scaler, loop.adapter, loop.optimizer = optimizer.Scaler(True), Nothing(), Nothing()
+    rows = [{"gradient_norm": norm} for norm in norms]
+    loop.load_state(len(rows), checkpointing.TrainingState({}, journal.Journal({}, rows)))
+    assert vars(loop.scaler) == vars(whole) and whole.scale == 65536 / 2 * 2 / 8 and whole.overflows == 3
+    assert loop.updates == 2003

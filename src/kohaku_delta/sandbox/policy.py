@@ -29,7 +29,7 @@ from kohaku_delta.provenance import dvc_yaml, import_closure
 from kohaku_delta.yaml_file import read_yaml
 
 UNFINISHED = re.compile(r"/\.([^/]+)\.\d+\.aside(?=/|$)")  # the names of atomic_files for what is not complete yet
-DECODING = ("filter", "preview")  # the stages that keep beside the index of the tars which images could be decoded
+DECODING = ("filter", "milestones", "preview")  # they keep, beside the tars, which images could be decoded
 INPUT_SUFFIXES = ("", "_vocab", "_merges", "_index")  # inputs of one option: a tokenizer and the tars are several files
 
 

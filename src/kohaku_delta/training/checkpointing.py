@@ -1,7 +1,7 @@
 """Training checkpoints: each is complete, belongs to one run, and resumes that run to the same bytes; no other run
 loads it.
 
-`work/<key>/step-00000020/` holds state.safetensors (weights, 8-bit optimizer state, scaler) and journal.parquet;
+`work/<key>/step-00000020/` holds state.safetensors (weights, 8-bit optimizer state) and journal.parquet;
 run_folders.py says what <key> is. The folder appears by one rename. A state is loaded only if its tensors have the
 fingerprints in its journal; one that does not is kept as `step-00000020.damaged`, and the one before is used.
 """
@@ -15,11 +15,9 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -38,7 +36,6 @@ class TrainingState(NamedTuple):
     """Everything that training needs to go on after a step."""
 
     tensors: dict[str, torch.Tensor]  # weights/<name> and optimizer/<name>, on the CPU
-    scaler: tuple[float, int]  # scale, good steps
     journal: Journal
 
 
@@ -99,19 +96,10 @@ def state_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def save(
-    folder: Path,
-    step: int,
-    tensors: dict[str, torch.Tensor],
-    scaler: tuple[float, int],
-    rows: Journal,
-    keep: int,
-    milestone: int,
-) -> None:
+def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], rows: Journal, keep: int, milestone: int) -> None:
     """Write the state after `step` steps, then delete all but the last `keep` and one every `milestone` steps."""
     with atomic_files.atomic_dir(state_path(folder, step)) as temporary:
         arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
-        arrays["scaler"] = np.array(scaler, np.float64)
         safetensors_io.save(temporary / STATE, arrays)
         rows.write(temporary / JOURNAL)
     for old in saved_steps(folder)[:-keep]:
@@ -127,15 +115,10 @@ def load(folder: Path, step: int, header: dict) -> TrainingState:
         raise UserError(f"{path / JOURNAL} belongs to another run.")
     with safetensors_io.open_file(path / STATE) as file:
         arrays = {name: file.read(name) for name in file.specs}
-    if "scaler" not in arrays or arrays["scaler"].shape != (2,):
-        raise UserError(f"{path / STATE} holds no scaler: it is not what training saved.")
-    scale, good_steps = arrays.pop("scaler").tolist()
-    if not (isfinite(scale) and float(good_steps).is_integer()):
-        raise UserError(f"{path / STATE} holds a scaler of {scale}, {good_steps}: it is not what training saved.")
     tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
     if fault := fingerprint_mismatch(tensors, rows):
         raise UserError(f"{path / STATE} is not what training saved: after step {step - 1} {fault} had other bits.")
-    return TrainingState(tensors, (scale, int(good_steps)), rows)
+    return TrainingState(tensors, rows)
 
 
 def load_newest_state(folder: Path, header: dict) -> tuple[int, TrainingState | None]:

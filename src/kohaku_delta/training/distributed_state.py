@@ -108,12 +108,11 @@ def _serialize(state: TrainingState) -> bytes:
     with pa.ipc.new_stream(sink, journal.SCHEMA) as stream:
         stream.write_table(pa.Table.from_pylist(state.journal.rows, schema=journal.SCHEMA))
     rows = torch.frombuffer(bytearray(sink.getvalue()), dtype=torch.uint8)
-    return save(state.tensors | {"journal": rows, "scaler": torch.tensor(state.scaler, dtype=torch.float64)})
+    return save(state.tensors | {"journal": rows})
 
 
 def _deserialize(content: bytes, header: dict) -> TrainingState:
     tensors = load(content)
     with pa.ipc.open_stream(tensors.pop("journal").numpy().tobytes()) as stream:
         rows = Journal(header, stream.read_all().to_pylist())
-    scale, good_steps = tensors.pop("scaler").tolist()
-    return TrainingState(tensors, (scale, int(good_steps)), rows)
+    return TrainingState(tensors, rows)

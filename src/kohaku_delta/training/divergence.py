@@ -29,11 +29,3 @@ def losses_diverged(steps: list[list[float]]) -> bool:
         if count >= NON_FINITE_LOSSES or not places:
             break
     return count >= NON_FINITE_LOSSES
-
-
-def overflows_in_a_row(norms: list[float]) -> int:
-    """How many of the newest gradient norms, the newest last, are not finite, up to the first that is."""
-    count = 0
-    while count < len(norms) and not isfinite(norms[-1 - count]):
-        count += 1
-    return count

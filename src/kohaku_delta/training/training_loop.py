@@ -91,10 +91,11 @@ class TrainingLoop:
         return done
 
     def load_state(self, step: int, state: TrainingState) -> None:
-        self.scaler.scale, self.scaler.good_steps = state.scaler
         self.journal = state.journal
         norms = [row["gradient_norm"] for row in state.journal.rows]
-        self.updates, self.scaler.overflows = sum(map(isfinite, norms)), divergence.overflows_in_a_row(norms)
+        self.updates, self.scaler = sum(map(isfinite, norms)), optimizer.Scaler(self.scaler.enabled)
+        for norm in norms:
+            self.scaler.update(isfinite(norm))
         weights = checkpointing.select_prefix(state.tensors, "weights/")
         for name, weight in self.adapter.tensors().items():
             weight.copy_(weights[name])
@@ -108,9 +109,8 @@ class TrainingLoop:
             self.write_lokr(self.folder / paths.milestone_name(step), self.adapter.tensors(), step)
         tensors = {f"weights/{name}": tensor for name, tensor in self.adapter.tensors().items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.tensors().items()}
-        scaler = (self.scaler.scale, self.scaler.good_steps)
         keep, milestone = self.recipe.execution.keep_states, self.recipe.train.milestone_every
-        checkpointing.save(self.folder, step, tensors, scaler, self.journal, keep, milestone)
+        checkpointing.save(self.folder, step, tensors, self.journal, keep, milestone)
 
     def write_lokr(self, path: Path, tensors: dict[str, torch.Tensor], step: int) -> WriteResult:
         """Write the weights after `step` steps as a LoKr file."""
@@ -266,7 +266,6 @@ class TrainingLoop:
             self.request_stop, (lambda: None) if self.ranks > 1 else rank_processes.stop_at_once
         )
         done = self.resume_latest()
-        scaler = (self.scaler.scale, self.scaler.good_steps)
         rows = [row for step in range(done, self.steps) for row in self.rows(step)]
         workers = self.recipe.execution.workers
         with closing(batch_builder.load_batches(self.builder, self.schedule, rows, workers)) as batches:
@@ -274,7 +273,7 @@ class TrainingLoop:
                 for step in range(done, self.steps):
                     started = time.monotonic()
                     self.step(step, batches)
-                    done, scaler = step + 1, (self.scaler.scale, self.scaler.good_steps)
+                    done = step + 1
                     intervals = (self.recipe.execution.save_every, self.recipe.train.milestone_every)
                     if any(done % every == 0 for every in intervals) or self.stopping or done == self.steps:
                         self.save(done)
@@ -284,7 +283,7 @@ class TrainingLoop:
                         return
             except BaseException:
                 with suppress(OSError):  # the error that is under way says more
-                    self.save_finished_step(done, scaler)
+                    self.save_finished_step(done)
                 if self.failed_together and self.ranks > 1:  # the first rank that ends would end rank 0 as it saves
                     with suppress(UserError), gradient_reduction.collective_errors():
                         dist.barrier()
@@ -295,16 +294,13 @@ class TrainingLoop:
             rank_processes.say(rank_processes.STOPPING)
         self.stop_requested = True
 
-    def save_finished_step(self, done: int, scaler: tuple[float, int]) -> None:
-        """After a failure, save the state after `done` steps if it was not saved and no update has begun to change it.
-        `scaler`: its scale and good steps then.
-        """
+    def save_finished_step(self, done: int) -> None:
+        """After a failure, save the state after `done` steps, unless it is saved, or changed by an update."""
         if self.rank or not done or done in checkpointing.saved_steps(self.folder):
             return
         state = {f"weights/{name}": tensor for name, tensor in self.adapter.tensors().items()}
         state |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.tensors().items()}
         if len(self.journal.rows) == done and not checkpointing.fingerprint_mismatch(state, self.journal):
-            self.scaler.scale, self.scaler.good_steps = scaler
             self.save(done)
 
 

@@ -26,7 +26,7 @@ def _create(path: Path, is_folder: bool) -> int:
     if is_folder:
         path.mkdir(exist_ok=True)
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    return os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
 
 
 def _create_locked(path: Path, is_folder: bool) -> int | None:

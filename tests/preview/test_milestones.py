@@ -107,7 +107,7 @@ def test_a_killed_stage_leaves_a_model_that_the_next_one_deletes(trained, tmp_pa
         time.sleep(0.01)
     process.kill()
     process.wait()
-    assert [path.name for path in tmp_path.iterdir()] == [".milestones.csv.0.aside"]
+    assert [path.name for path in tmp_path.iterdir()] == [".milestones.csv.00.aside"]
     assert stage(trained, "milestones", *outputs).returncode == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["milestones.csv", "milestones.png"]
     for path in tmp_path.iterdir():

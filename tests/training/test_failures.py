@@ -436,6 +436,7 @@ def main(do):
         os.kill(os.getpid(), signal.SIGSTOP) if do == "freeze" else time.sleep(100)
     elif do == "wait":
         rank_processes.watch_signals(lambda name: None, lambda: None)
+        open("listens", "w").close()
         time.sleep(100)
     else:
         time.sleep(0.5)
@@ -473,6 +474,8 @@ def test_the_launcher_names_the_rank_that_failed_and_ends_the_others(ranks, tmp_
 def test_the_launcher_passes_a_request_on_once_and_kills_at_the_second(ranks, tmp_path):
     process = ranks("wait")
     assert process.stdout.readline() == "started\n"
+    while process.poll() is None and not (tmp_path / "listens").exists():
+        time.sleep(0.02)
     process.terminate()
     assert process.stdout.readline() == "SIGTERM\n"
     time.sleep(1)

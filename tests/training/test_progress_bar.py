@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from kohaku_delta import params
 from kohaku_delta.training import trainer
 
 
@@ -23,6 +24,7 @@ def test_a_resumed_training_shows_where_it_is_and_its_own_speed(tmp_path, monkey
             yield done, 0.5, 10.0
 
     loop = SimpleNamespace(
+        recipe=params.load("miniature/params.yaml"),
         steps=1000,
         rank=0,
         ranks=1,

@@ -180,7 +180,6 @@ class TrainingLoop:
         lane_count = self.recipe.schedule.lanes
         # the losses' bits by place, the lanes' fingerprints, the ranks that got a signal, the ranks that failed
         shared = torch.zeros(len(rows) + lane_count + 2 * self.ranks, dtype=torch.int64, device=self.model.device)
-        stops, failures = shared[-2 * self.ranks : -self.ranks], shared[-self.ranks :]
         tree = gradient_reduction.PairwiseSum()
         failure: Exception | None = None
         try:
@@ -193,15 +192,17 @@ class TrainingLoop:
                 tree.add(total)
         except Exception as error:  # also memory that has ended
             failure = error
-        stops[self.rank], failures[self.rank] = int(self.stop_requested), int(failure is not None)
+        shared[self.rank - 2 * self.ranks] = int(self.stop_requested)
+        shared[self.rank - self.ranks] = int(failure is not None)
         if self.ranks > 1:
             with gradient_reduction.collective_errors():
                 dist.all_reduce(shared)
-        failed = failures.nonzero().flatten().tolist()
-        self.failed_together = bool(failed)
-        if failed:
-            raise failure or rank_processes.LostRanksError(f"Rank {failed[0]} failed in step {step}; it says why.")
-        self.stopping = bool(stops.any())
+        stops, failures = shared[-2 * self.ranks : -self.ranks].tolist(), shared[-self.ranks :].tolist()
+        self.failed_together = any(failures)
+        if self.failed_together:
+            rank = failures.index(1)
+            raise failure or rank_processes.LostRanksError(f"Rank {rank} failed in step {step}; it says why.")
+        self.stopping = any(stops)
         losses = shared[: len(rows)].to(torch.int32).view(torch.float32).tolist()
         wrong = divergence.non_finite_places(losses)
         before = [row["losses"] for row in self.journal.rows[-divergence.NON_FINITE_LOSSES :]]

@@ -99,6 +99,7 @@ def test_nothing_temporary_stays(trained):
     assert not [path for path in (trained / "build").iterdir() if path.name.endswith(".aside")]
 
 
+@pytest.mark.slow
 def test_a_killed_stage_leaves_a_model_that_the_next_one_deletes(trained, tmp_path):
     outputs = ("--out", tmp_path / "milestones.csv", "--grid", tmp_path / "milestones.png")
     command = [sys.executable, str(ROOT / "stages" / "milestones.py"), *map(str, outputs)]
@@ -114,6 +115,7 @@ def test_a_killed_stage_leaves_a_model_that_the_next_one_deletes(trained, tmp_pa
         assert path.read_bytes() == (trained / "build" / path.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_damaged_or_foreign_milestone_is_named(trained, tmp_path):
     folder = tmp_path / "milestones"
     shutil.copytree(trained / "build" / "milestones", folder)
@@ -155,6 +157,7 @@ def test_watch_gives_the_stages_numbers_and_touches_nothing_else(trained, copy):
     assert not list(written.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_training_that_is_watched_while_it_holds_its_lock_gives_the_same_bytes(trained, copy):
     shutil.rmtree(copy / "work")
     process = subprocess.Popen(tiny_training.command(1), cwd=copy, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -169,6 +172,7 @@ def test_a_training_that_is_watched_while_it_holds_its_lock_gives_the_same_bytes
     assert tiny_training.outs(copy) == tiny_training.outs(trained)
 
 
+@pytest.mark.slow
 def test_watch_measures_only_what_is_new(copy, tmp_path):
     last = sorted(work(copy).glob("delta-lokr-step*"))[-1]
     last.rename(tmp_path / "later")
@@ -199,6 +203,7 @@ def test_watch_says_what_is_missing(copy, tmp_path):
     assert "selection.parquet does not exist" in refused(copy)
 
 
+@pytest.mark.slow
 def test_watch_names_a_milestone_that_is_cut_off_or_of_another_base(copy):
     first, second, *_ = sorted(work(copy).glob("delta-lokr-step*"))
     whole = first.read_bytes()

@@ -119,6 +119,7 @@ def test_the_held_out_loss_is_measured_in_both_forms_and_leaves_sdxls(model, mon
     assert held_out_loss.losses_by_form(model, SDXL) == {"sdxl": 3.0, "training": 3.0}
 
 
+@pytest.mark.slow
 def test_every_value_of_both_keys_trains_and_replays_in_its_own_form(tmp_path):
     """Four trainings of one step have four journals, and each is replayed in its form, which comes from the recipe."""
     losses = {}

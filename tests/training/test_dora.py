@@ -65,6 +65,7 @@ def test_magnitudes_are_trained_and_start_as_the_norms_of_the_base(trained):
     assert moved > len(targets) / 4
 
 
+@pytest.mark.slow
 def test_a_resumed_training_gives_the_same_bytes_and_the_bake_computes_what_was_trained(trained, tmp_path):
     """The baked model, without an adapter, has the losses that LyCORIS's decomposed forward has on the base."""
     wanted = tiny_training.outs(trained)

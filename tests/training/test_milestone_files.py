@@ -88,6 +88,7 @@ def test_a_milestone_that_is_lost_or_damaged_in_work_is_written_again_from_its_s
     assert outs(finished) == outs(trained)
 
 
+@pytest.mark.slow
 def test_a_milestone_that_is_lost_with_its_state_is_named_and_can_be_put_back(trained, finished, tmp_path):
     first = names(trained)[0]
     state = work(finished) / f"step-{EVERY:08d}"
@@ -101,6 +102,7 @@ def test_a_milestone_that_is_lost_with_its_state_is_named_and_can_be_put_back(tr
     assert run(finished).returncode == 0 and outs(finished) == outs(trained)
 
 
+@pytest.mark.slow
 def test_a_training_shorter_than_its_first_milestone_has_an_empty_folder(tmp_path):
     folder = tiny_training.write(tmp_path / "short", 16, milestone_every=1000)
     assert run(folder).returncode == 0
@@ -193,6 +195,7 @@ def test_event_files_have_what_the_curves_have(trained):
     require_events(trained)
 
 
+@pytest.mark.slow
 def test_event_files_are_whole_after_a_kill_and_a_resume(trained, finished):
     """Killed after a step that was logged and not saved: the folder has later events than states, the last one cut."""
     for state in work(finished).glob("step-*"):
@@ -207,6 +210,7 @@ def test_event_files_are_whole_after_a_kill_and_a_resume(trained, finished):
     assert outs(finished) == outs(trained)
 
 
+@pytest.mark.slow
 def test_event_files_change_no_bit(trained, tmp_path):
     other = tiny_training.write(tmp_path / "other", 40, milestone_every=EVERY, save_every=SAVED, keep_states=1)
     assert run(other).returncode == 0

@@ -208,6 +208,7 @@ def test_a_run_without_permissions_is_reported_in_one_sentence(tmp_path):
     assert "Permission denied" in done.stderr and str(folder) in done.stderr
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_after_being_set_aside_damaged_and_killed_in_a_save(tmp_path):
     folder = tiny_training.write(tmp_path / "training", 16, keep_states=100)
     process = subprocess.Popen(

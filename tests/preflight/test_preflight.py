@@ -285,6 +285,22 @@ def test_the_cards_memory_is_that_of_a_step_on_fake_tensors_and_stays_under_22_g
     assert estimates.gpu_memory(recipe, release) - planned == estimates.GPU_SPARE and planned < 22 * 2**30
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", PLANNED)
+def test_a_step_on_fake_tensors_allocates_what_the_plan_says(ranks):
+    """The loop itself at full size, half a minute for each number of ranks; in a process of its own, as it patches."""
+    code = (
+        "from kohaku_delta import numerics, params; numerics.enforce('cpu'); import memory_plan, pyarrow as pa; "
+        "rows = pa.table({name: pa.array([0], pa.int32()) for name in ('step', 'lane', 'place')}); "
+        f"print(max(memory_plan.peak_bytes(params.load('params.yaml'), rows, {ranks}).values()))"
+    )
+    paths = {"PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT / 'src'}"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | paths)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == pytest.approx(PLANNED[ranks] * 2**30, rel=0.001)
+
+
 def test_main_memory_at_the_start_is_what_a_process_was_measured_to_take(release):
     """A rank's base of SDXL's size loaded, and its LoKr made: 9.11 GB of resident memory at most, without tables."""
     tables = estimates.POST_BYTES * 3_665_398

@@ -3,6 +3,7 @@ numbers of the preview; the work folder keeps its bytes.
 """
 
 import csv
+import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from kohaku_delta.danbooru.database import Database
 from kohaku_delta.formats import parquet
 from kohaku_delta.preview import milestones
 from kohaku_delta.preview.checkpoint_measurement import Measurement
+from kohaku_delta.training import run_folders
 
 ROOT = Path(__file__).resolve().parents[2]
 PREVIEW = {"prompts": ["circle", "star"], "steps": 2, "held_out": 6, "width": 64, "height": 64}
@@ -228,6 +230,23 @@ def test_of_several_trainings_the_newest_unfinished_is_watched(copy):
     assert f"{'1' * 16}, 0 of 100 steps saved" in done.stdout and "no milestone yet" in done.stdout
     assert f"{'0' * 16} (0 of 100 steps), {first.name} (" in done.stdout
     assert [row["step"] for row in curve(first.parent / ("1" * 16) / "watch" / "milestones.csv")] == ["0"]
+
+
+def test_a_training_that_was_set_aside_can_be_watched(copy):
+    first = work(copy)
+    aside = run_folders.set_aside_path(first)
+    first.rename(aside)
+    done = watch(copy)
+    assert done.returncode == 0 and f"watch: {aside}, " in done.stdout, done.stderr
+
+
+def test_two_watchers_of_one_training_do_not_write_into_each_others_files(copy):
+    (work(copy) / "watch").mkdir()
+    with open(work(copy) / "watch" / "lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = watch(copy)
+    assert done.returncode == 1 and "Another `kohaku-delta watch` uses" in done.stderr
+    assert [path.name for path in (work(copy) / "watch").iterdir()] == ["lock"]
 
 
 def test_without_a_held_out_post_the_curve_has_steps_and_the_grid_its_pictures(tmp_path):

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import fcntl
+import multiprocessing
 import os
 import pty
 import random
@@ -21,7 +22,7 @@ import pytest
 
 import tiny_training
 from kohaku_delta.errors import UserError
-from kohaku_delta.training import checkpointing
+from kohaku_delta.training import batch_builder, checkpointing
 
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # linux/prctl.h, linux/capability.h
 POSTS = 48  # six steps or more, enough time to interfere
@@ -414,7 +415,7 @@ def test_a_file_system_without_locks_is_refused_by_the_name_of_the_folder(tmp_pa
 
         monkeypatch.setattr(fcntl, "flock", refuse)
         with pytest.raises(UserError, match=f"{tmp_path}/work is on a file system that cannot lock.*--work"):
-            checkpointing.locked(tmp_path / "work", 0).__enter__()
+            checkpointing.locked(tmp_path / "work").__enter__()
 
 
 RANKS = """
@@ -482,6 +483,31 @@ def test_the_launcher_passes_a_request_on_once_and_kills_at_the_second(ranks, tm
     assert process.poll() is None and len(processes(tmp_path)) == 3
     process.terminate()
     assert "steps since the last saved state are lost" in end(process, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "was killed by signal: Killed"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "was killed by signal: Segmentation fault"),
+        ("os._exit(3)", "ended with exit code 3"),
+    ],
+)
+def test_a_worker_that_dies_while_it_sends_is_named_by_its_end_and_not_by_its_closed_connection(code, said):
+    """The trainer may see the connection close (EOFError) before it can see the worker's end."""
+    worker = multiprocessing.get_context("fork").Process(
+        target=exec, args=(f"import os, signal, time; time.sleep(0.3); {code}",)
+    )
+    worker.start()
+    assert batch_builder._failure({worker}, EOFError()) == f"worker {worker.pid} {said}"
+
+
+def test_an_error_of_living_workers_is_said_as_it_is(monkeypatch):
+    monkeypatch.setattr(batch_builder, "LONGEST_END", 0.1)
+    assert batch_builder._failure(set(), RuntimeError("DataLoader timed out after 600 seconds")) == (
+        "DataLoader timed out after 600 seconds"
+    )
+    assert batch_builder._failure(set(), EOFError()) == "EOFError"
 
 
 def test_workers_end_although_nobody_closes_the_loader(tmp_path):

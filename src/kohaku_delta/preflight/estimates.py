@@ -85,10 +85,10 @@ def posts(recipe: Recipe) -> int | None:
     return total_draws
 
 
-def decoding_hours(recipe: Recipe, cores: int = 1) -> float | None:
-    """Hours in which so many cores decode all images that are trained on; None if their number is not known."""
+def decoding_hours(recipe: Recipe) -> float | None:
+    """Hours of one core for all images that are trained on; None if their number is not known."""
     count = posts(recipe)
-    return None if count is None else count / DECODED_PER_SECOND / cores / 3600
+    return None if count is None else count / DECODED_PER_SECOND / 3600
 
 
 def checkpoint_bytes(recipe: Recipe, model: ParameterCounts) -> int:

@@ -6,18 +6,15 @@ It reads `work/<key>/` and what the stages before the training wrote, takes no l
 measured; so a later call measures new milestones only. Milestones appear by one rename: none is read half-written.
 """
 
-import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
 from tqdm import tqdm
 
 from kohaku_delta import atomic_files, paths, strict_model
@@ -27,7 +24,7 @@ from kohaku_delta.params import Recipe
 from kohaku_delta.preview import checkpoint_measurement, milestones
 from kohaku_delta.preview.checkpoint_measurement import Measurement
 from kohaku_delta.strict_model import StrictModel
-from kohaku_delta.training import checkpointing
+from kohaku_delta.training import checkpointing, run_folders
 from kohaku_delta.weights import lokr_format
 
 MILESTONE = re.compile(re.escape(paths.milestone_name(0)).replace("0" * 8, r"(\d{8})"))
@@ -44,10 +41,6 @@ class Run(NamedTuple):
     time: float
 
 
-class Depends(strict_model.PartialModel):
-    steps: Annotated[int, Field(gt=0)]
-
-
 class Measured(StrictModel):
     """measured.json. key: digest of everything that the measurement depends on."""
 
@@ -61,8 +54,7 @@ def find_runs(work: Path) -> list[Run]:
     """
     runs = []
     for depends in work.glob(f"*/{checkpointing.DEPENDS}"):
-        remedy = "It is not what a training writes: move its folder away."
-        steps = strict_model.read_json(depends, Depends, 64 << 20, remedy).steps
+        steps = run_folders.read_dependencies(depends.parent).steps
         done = max(checkpointing.saved_steps(depends.parent), default=0)
         times = [path.stat().st_mtime for path in (depends, depends.parent / "log.csv") if path.exists()]
         runs.append(Run(depends.parent, done, steps, max(times)))
@@ -82,7 +74,7 @@ def watch(recipe: Recipe, files: dict[str, Path], run: Path) -> tuple[dict[int, 
     milestones.png into run/watch. Returns all measurements by step, and the steps that were measured now.
     """
     lokrs, folder = find_milestones(run), run / FOLDER
-    with _only_watcher(folder):
+    with checkpointing.locked(folder, "`kohaku-delta watch`"):
         settings = recipe.model_dump(mode="json", include=SECTIONS) | {"scale": recipe.bake.scale}
         measured, new, data = {}, [], None
         for step, lokr in tqdm([(0, None), *lokrs.items()], desc="watch", unit="model", disable=None):
@@ -101,20 +93,6 @@ def watch(recipe: Recipe, files: dict[str, Path], run: Path) -> tuple[dict[int, 
         milestones.write_curve(folder / Path(paths.MILESTONES_CSV).name, measured)
         milestones.write_grid(folder / Path(paths.MILESTONES_PNG).name, recipe.preview.prompts, measured)
     return measured, new
-
-
-@contextmanager
-def _only_watcher(folder: Path) -> Iterator[None]:
-    """Raises UserError if another process measures this run already."""
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"Another `kohaku-delta watch` writes into {folder}. Wait for it.") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
 
 
 def _key(settings: dict, base: Path, lokr: Path | None) -> str:

@@ -7,6 +7,7 @@ DataLoader does this in worker processes ahead of the device; their number chang
 import atexit
 import os
 import signal
+import time
 import traceback
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from kohaku_delta.training import buckets, conditioning, rank_processes, sample_
 LATENT_CHANNELS = 4
 AHEAD = 4  # micro-batches that each worker process keeps ready
 LONGEST_WAIT = 600  # seconds for a micro-batch: a network file system may pause for long
+LONGEST_END = 1  # second that a dying worker may need to end
 FEWER_WORKERS = "set fewer execution.workers, which changes no bits, and run this again. Saved steps are kept."
 GO_ON = "Change nothing in params.yaml: with the right file the training goes on from its last saved state."
 OTHER_BYTES = (
@@ -209,9 +211,8 @@ def load_batches(
                 _error_if_any_worker_fails()
                 batch = next(batches)
             except (RuntimeError, EOFError, ConnectionError) as error:
-                reason = (str(error) or type(error).__name__).splitlines()[0].strip(" .")
                 raise UserError(
-                    f"The loader's workers failed ({reason}). The usual reason is that "
+                    f"The loader's workers failed ({_failure(started, error)}). The usual reason is that "
                     f"the machine ran out of memory, or /dev/shm of room. Give it more, or {FEWER_WORKERS}"
                 ) from None
             finally:
@@ -221,6 +222,19 @@ def load_batches(
             yield batch
     finally:
         _kill(started)
+
+
+def _failure(workers: set[BaseProcess], error: Exception) -> str:
+    """How a worker ended; what `error` says if none has. A worker's connection closes shortly before it has ended."""
+    last_look = time.monotonic() + LONGEST_END
+    while not (ended := {worker.pid: worker.exitcode for worker in workers if worker.exitcode}):
+        if time.monotonic() > last_look:
+            return (str(error) or type(error).__name__).splitlines()[0].strip(" .")
+        time.sleep(0.01)
+    pid, code = next(iter(ended.items()))
+    return f"worker {pid} " + (
+        f"was killed by signal: {signal.strsignal(-code)}" if code < 0 else f"ended with exit code {code}"
+    )
 
 
 def _kill(processes: set[BaseProcess]) -> None:

@@ -60,24 +60,23 @@ def format_differing(names: list[str]) -> str:
 
 
 @contextmanager
-def locked(folder: Path, rank: int) -> Iterator[None]:
-    """Rank 0 locks the work folder. Raises UserError if another training has locked it, or if it cannot be locked."""
-    if rank:
-        yield
-        return
+def locked(folder: Path, who: str = "training") -> Iterator[None]:
+    """Locks a folder, which is made. Raises UserError if another process of this kind has locked it, or if it cannot be
+    locked.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"Another training uses {folder}. Wait for it, stop it, or name another folder with --work."
+                f"Another {who} uses {folder}. Wait for it, stop it, or name another folder with --work."
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
             raise UserError(
-                f"{folder} is on a file system that cannot lock files ({error.strerror}), so that a second training "
+                f"{folder} is on a file system that cannot lock files ({error.strerror}), so that another {who} "
                 "in it would not be noticed. Name a folder on a local disk with --work (or execution.work in "
                 "params.yaml), or mount the file system with locks (Lustre: -o flock; NFS: without nolock)."
             ) from None

@@ -142,7 +142,7 @@ def set_aside(work: Path) -> list[UnfinishedRun]:
         for run in runs:
             if os.path.lexists(target := set_aside_path(run.folder)):
                 raise UserError(f"{target} exists already. Move it to another folder; then run this command again.")
-            locks.enter_context(checkpointing.locked(run.folder, 0))
+            locks.enter_context(checkpointing.locked(run.folder))
         for run in runs:
             os.rename(run.folder, set_aside_path(run.folder))
     return runs

@@ -10,7 +10,7 @@ import os
 import resource
 import traceback
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,7 +190,7 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
     depends = run_dependencies(recipe, files, tokenizer_files, list(tars.values()))
     steps = int(parquet.read(files["schedule"], ["step"])["step"][-1].as_py()) + 1
     folder = run_folders.run_folder(work, depends, steps, rank)
-    with checkpointing.locked(folder, rank), readable_errors(work, rank):
+    with nullcontext() if rank else checkpointing.locked(folder), readable_errors(work, rank):
         if rank == 0:
             atomic_files.clear_left_overs(folder)
         context = build_context(recipe, files, tokenizers, tars, device)

@@ -70,7 +70,8 @@ def needed_pins(recipe: Recipe) -> list[tuple[str, Pin]]:
 
 def steps(recipe: Recipe) -> int | None:
     """Steps of the whole training; None if only the schedule stage will know."""
-    return recipe.published.dataset.steps if recipe.published else None
+    known = recipe.published.dataset.steps if recipe.published else None
+    return min(recipe.schedule.max_steps or known, known) if known else recipe.schedule.max_steps
 
 
 def posts(recipe: Recipe) -> int | None:

@@ -70,8 +70,8 @@ class Sdxl:
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward instead of storing them; only active in train mode."""
         self.models["unet"].enable_gradient_checkpointing()
-        self.models["te1"].gradient_checkpointing_enable()
-        self.models["te2"].gradient_checkpointing_enable()
+        self.models["te1"].activation_checkpointing_enable()
+        self.models["te2"].activation_checkpointing_enable()
         for name in ("unet", "te1", "te2"):
             self.models[name].train()
 

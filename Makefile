@@ -26,8 +26,8 @@ begin:
 # The release's first twenty steps on one real GPU (docs/hosts.md, "Pilots"): preflight, build, three steps computed again, a report to share. Can be
 # stopped and taken up again. Before it, once: `make environment LOCK=cuda`, and `cd pilot && kohaku-delta pin`.
 pilot:
-	@sed -i '\,^/pilot/dvc\.yaml$$,d' .dvcignore
 	@cd pilot && kohaku-delta preflight
+	@sed -i '\,^/pilot/dvc\.yaml$$,d' .dvcignore
 	@cd pilot && dvc repro
 	@cd pilot && kohaku-delta pilot-report
 

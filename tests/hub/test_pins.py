@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 
 from fake_hub import REVISION, STRANGER, trust_fake_hub
 from kohaku_delta.cli.pin import pin
+from kohaku_delta.dataset import fetch_inputs
 from kohaku_delta.errors import UserError
 from kohaku_delta.hub import inputs_manifest, mirror
 from kohaku_delta.params import load
@@ -131,6 +132,17 @@ def test_a_filled_recipe_downloads_and_says_how_each_file_was_known(hub, params)
         2,
         3,
     ]
+
+
+def test_a_main_tar_that_the_url_names_and_the_pinned_revision_lacks_is_refused_before_anything_is_fetched(hub, params):
+    params.write_text(params.read_text().replace("start: merge ", "start: published "))
+    run(params, "--yes")
+    hub.asked.clear()
+    with pytest.raises(UserError, match="pins-tars.csv does not list data-0004.tar, which .* names"):
+        fetch_inputs.fetch_inputs(load(params), params.parent)
+    assert not hub.asked
+    params.write_text(params.read_text().replace("{0000..0004}", "{0000..0003}"))
+    assert len(fetch_inputs.fetch_inputs(load(params), params.parent)["tars"]) == 4
 
 
 @pytest.mark.parametrize(

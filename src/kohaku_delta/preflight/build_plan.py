@@ -157,7 +157,7 @@ def _time_rows(recipe: Recipe, gpus: tuple[Gpu, ...], seconds: float | None) -> 
         PlanRow("training", _training_time(steps * seconds), f"steps × time per step{note}"),
         PlanRow(
             "a power cut costs",
-            f"up to {min(save_every, steps) * seconds / 3600:.1f} h",
+            f"up to {min(save_every, recipe.train.milestone_every, steps) * seconds / 3600:.1f} h",
             f"a state every {save_every} steps; a stop (SIGTERM) costs none",
         ),
     ]

@@ -26,7 +26,6 @@ from kohaku_delta.training import run_folders
 GPU_CHECK = "work/bench/gpu-check.json"  # of `make gpu-check`, in the repository's root
 MAX_BYTES = 1 << 20  # of gpu-check.json and of log.csv
 NOT_MEASURED = "not measured"
-KIND = (("architecture", "sm"), ("multiprocessors", "multiprocessors"))
 NOT_INPUTS = ("code of ", "library ", "numerics ")  # of a run's dependencies: commit, lock and card say these
 
 
@@ -47,7 +46,7 @@ def read_pilot(folder: Path, recipe: Recipe, run: Path, replayed: dict[int, str]
     sha256 = hashing.hash_file(lokr)
     if record.outputs[paths.LOKR].sha256 != sha256:
         raise UserError(f"{lokr} is not what the train stage wrote. Run `dvc repro` again.")
-    numerics = record.numerics or {}
+    numerics, tars = record.numerics or {}, recipe.download.inputs["tars"]
     steps = _read_log(run / "log.csv")
     lock = folder / recipe.root / "requirements" / f"{recipe.requirements}.txt"
     card = numerics.get("gpu", record.host.get("processor", ""))
@@ -65,6 +64,7 @@ def read_pilot(folder: Path, recipe: Recipe, run: Path, replayed: dict[int, str]
         "changed": record.revision.dirty if record.revision else None,
         "container": record.container,
         "inputs_sha256": _inputs_digest(run),
+        "tars": [pin.url for pin in (tars if isinstance(tars, list) else [tars])],
         "steps": len(steps),
         "seconds_per_step": round(statistics.median(seconds for seconds, *_ in steps), 3),
         "peak_mib": max(peak for _, peak, _ in steps),
@@ -77,10 +77,9 @@ def read_pilot(folder: Path, recipe: Recipe, run: Path, replayed: dict[int, str]
 def markdown_row(pilot: dict[str, Any]) -> str:
     """The pilot as a row of the table in docs/hosts.md."""
     cost, equal = pilot["deterministic_cost"], sum(result == "equal" for result in pilot["replayed"].values())
-    card = [pilot["card"], *(f"{word} {pilot[name]}" for name, word in KIND if pilot[name])]
+    kind = f", {pilot['architecture']}, {pilot['multiprocessors']}" if pilot["architecture"] else ""
     cells = [
-        ", ".join(card),
-        str(pilot["ranks"]),
+        f"{pilot['ranks']} × {pilot['card']}{kind}",
         pilot["driver"] or "none",
         f"{pilot['torch'] or 'unknown'}, lock {pilot['lock_sha256'][:8]}",
         (pilot["commit"] or "unknown")[:10] + ("" if pilot["changed"] is False else ", changed"),

@@ -6,12 +6,13 @@ LINT_VENV ?= .venv-lint
 REPRO ?=
 RECIPE ?= miniature
 BENCH ?=
+REHEARSAL ?=
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 # --quiet shows only the stages' own lines; it hides DVC's errors too, so a failure names the command that shows them.
 failed = { echo "Error: DVC failed. If no line above says why, this shows it: $(1)" >&2; exit 1; }
 
-.PHONY: repro begin pilot report test test-slow lint miniature-data bench-dataset bench-checkpoint bench-train bench-audit image image-check wheels environment lock
+.PHONY: repro rehearsal pilot begin report test test-slow lint miniature-data bench-dataset bench-checkpoint bench-train bench-audit image image-check wheels environment lock
 
 repro: $(VENV)/requirements.txt
 	@dvc pull --quiet --remote embedded data.dvc || $(call failed,dvc pull --remote embedded data.dvc)
@@ -64,6 +65,10 @@ bench-checkpoint: $(VENV)/requirements.txt
 # After `make repro`: a training step against LyCORIS's forward, against bare forward and backward, and its memory at full size.
 bench-train: $(VENV)/requirements.txt
 	python benchmarks/train.py $(BENCH)
+
+# The release at its real size on synthetic inputs, without a GPU: three hours, 60 GB of disk. REHEARSAL="--recipe pilot train": a part of the pilot's.
+rehearsal: $(VENV)/requirements.txt
+	@python rehearsal/rehearse.py $(REHEARSAL)
 
 # How fast outputs are hashed, compared with sha256sum. Needs 14 GB of disk; BENCH="--gib 1" for less.
 bench-audit: $(VENV)/requirements.txt

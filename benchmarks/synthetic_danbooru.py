@@ -255,9 +255,9 @@ def members(posts: Posts, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return tar, ids, rng.integers(0, 64, len(ids))
 
 
-def pictures() -> np.ndarray:
-    """64 webp files of many shapes, each padded to a tar's block, and their sizes in the last two bytes: (64, 514)
-    uint8.
+def pictures(side: int | None = None) -> np.ndarray:
+    """64 webp files of many shapes, or squares of `side` pixels, each padded to a tar's block, and their sizes in the
+    last two bytes: (64, 514) uint8.
     """
     rng = np.random.default_rng(4)
     files = []
@@ -266,10 +266,9 @@ def pictures() -> np.ndarray:
             rng.uniform(3e5, 4e6),
             rng.choice([1, 3 / 4, 2 / 3, 4 / 3, 3 / 2, 16 / 9, 9 / 16, 1 / 3, 3]) * rng.uniform(0.95, 1.05),
         )
+        size = (side, side) if side else (int((area * ratio) ** 0.5), int((area / ratio) ** 0.5))
         file = io.BytesIO()
-        Image.new("RGB", (int((area * ratio) ** 0.5), int((area / ratio) ** 0.5)), (place * 3, 100, 200)).save(
-            file, "WEBP", lossless=True, method=0
-        )
+        Image.new("RGB", size, (place * 3, 100, 200)).save(file, "WEBP", lossless=True, method=0)
         data = file.getvalue()
         files.append(data.ljust(512, b"\0") + len(data).to_bytes(2, "little"))
     return np.frombuffer(b"".join(files), np.uint8).reshape(64, 514)
@@ -305,9 +304,11 @@ def blocks(ids: np.ndarray, picture: np.ndarray, files: np.ndarray) -> bytes:
     return data.tobytes()
 
 
-def write(folder: Path, posts: int, seed: int, later: bool) -> int:
-    """The collection into `folder` (danbooru2023.db, images/). Returns the number of tag pairs."""
-    tags, ids, files = vocabulary(max(2000, posts // 15)), spread(posts, seed), pictures()
+def write(folder: Path, posts: int, seed: int, later: bool, side: int | None = None) -> int:
+    """The collection into `folder` (danbooru2023.db, images/), its pictures squares of `side` pixels or of many shapes.
+    Returns the number of tag pairs.
+    """
+    tags, ids, files = vocabulary(max(2000, posts // 15)), spread(posts, seed), pictures(side)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     path = folder / "danbooru2023.db"
     for old in (path, *(folder / "images").glob("data-*.tar")):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kohaku_delta import paths
 from kohaku_delta.danbooru import partial_download, tars
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import selection
@@ -37,7 +38,7 @@ def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> d
     pinned = [
         pin
         for span in _as_list(download.inputs["tars"])
-        for pin in pins.expand_span(span, pins.pin_list_path(folder, "tars"))
+        for pin in pins.expand_span(span, paths.pin_list_path(folder, "tars"))
     ]
     if any(not pin.url.startswith("hf://") or pins.hub_file(pin).revision is None for pin in pinned):
         raise UserError(
@@ -70,12 +71,12 @@ def _require_user_files(recipe: Recipe, folder: Path) -> None:
 def _require_main_tars(recipe: Recipe, folder: Path) -> None:
     """Raises UserError if a list of pins leaves out a main tar that params.yaml names: its posts would be lost."""
     for span in _as_list(recipe.download.inputs.get("tars", [])):
-        listed = {pin.url for pin in pins.expand_span(span, pins.pin_list_path(folder, "tars"))}
+        listed = {pin.url for pin in pins.expand_span(span, paths.pin_list_path(folder, "tars"))}
         names = [url.rpartition("/")[2] for url in pins.span_urls(span) if url not in listed]
         absent = [name for name in names if (match := tars.NAME.fullmatch(name)) and int(match[1]) in tars.MAIN]
         if absent:
             raise UserError(
-                f"{pins.pin_list_path(folder, 'tars')} does not list {', '.join(absent[:8])}"
+                f"{paths.pin_list_path(folder, 'tars')} does not list {', '.join(absent[:8])}"
                 f"{' …' if len(absent) > 8 else ''}, which {span.url} names: that revision does not have it, and its "
                 "posts would be lost. Choose another revision, or name other tars (download.inputs.tars)."
             )

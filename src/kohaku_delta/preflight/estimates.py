@@ -225,10 +225,14 @@ def gpu_memory(recipe: Recipe, model: ParameterCounts) -> int:
 
 
 def host_memory(recipe: Recipe, model: ParameterCounts) -> int:
-    """Main memory while the ranks start: each holds the base, a float32 LoKr and the tables, until the GPU has them."""
+    """Main memory while the ranks start: each holds the base, a float32 LoKr and the tables, until the GPU has them.
+    Without a GPU a training step is held there too.
+    """
     vae = (4 - ITEM_BYTES[recipe.merge.output_dtype]) * model.vae
-    per_rank = checkpoint_bytes(recipe, model) + vae + 4 * model.lokr + POST_BYTES * (posts(recipe) or 0) + PROCESS
-    return recipe.execution.ranks * per_rank
+    most = checkpoint_bytes(recipe, model) + vae + 4 * model.lokr
+    if recipe.train.device == "cpu":
+        most = max(most, total(gpu_memory_parts(recipe, model)))
+    return recipe.execution.ranks * (most + POST_BYTES * (posts(recipe) or 0) + PROCESS)
 
 
 def shared_memory(recipe: Recipe) -> int:

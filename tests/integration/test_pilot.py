@@ -27,12 +27,16 @@ yaml = YAML(typ="safe", pure=True)
 @pytest.fixture
 def recipe(tmp_path):
     """The miniature of two of its tars, which starts from a published base; a function that writes it after a change."""
-    content = yaml.load((ROOT / "miniature" / "params.yaml").read_text().replace("file://../data", f"file://{ROOT}/data"))
+    content = yaml.load(
+        (ROOT / "miniature" / "params.yaml").read_text().replace("file://../data", f"file://{ROOT}/data")
+    )
     content |= {"root": str(ROOT), "supplied": "."}
     inputs = content["download"]["inputs"]
     inputs["tars"] = [pin for pin in inputs["tars"] if pin["url"][-13:-4] in TARS]
     inputs["delta_base"] = inputs["sdxl"]
-    inputs |= {name: {"url": f"file://nowhere/{name}", "bytes": 7, "sha256": "0" * 64} for name in ("sdxl", "beta", "gamma")}
+    inputs |= {
+        name: {"url": f"file://nowhere/{name}", "bytes": 7, "sha256": "0" * 64} for name in ("sdxl", "beta", "gamma")
+    }
     content["merge"]["start"] = "published"
     content["download"]["mirror"] = str(tmp_path / "mirror")
 
@@ -74,7 +78,10 @@ def test_posts_of_tars_that_no_pin_names_are_dropped_and_held_out_posts_are_draw
         "missing from the tars", "deleted", "banned", "hidden", "not an image",
     }  # fmt: skip
 
-    database, chosen = Database(ROOT / "data" / "danbooru2023.db"), pq.read_table(build / "selection.parquet")["post_id"]
+    database, chosen = (
+        Database(ROOT / "data" / "danbooru2023.db"),
+        pq.read_table(build / "selection.parquet")["post_id"],
+    )
     files = {tars_number(name): ROOT / "data" / "images" / f"{name}.tar" for name in TARS}
     posts, reason = checkpoint_measurement.held_out_posts(loaded, database, files, chosen.to_numpy())
     held_out = set(posts["post_id"].to_pylist())

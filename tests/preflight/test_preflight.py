@@ -515,7 +515,9 @@ def test_the_pilots_plan_is_under_thirty_gigabytes_to_fetch_and_twenty_steps(rel
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("other", [{"name": "NVIDIA GeForce RTX 4090"}, {"multiprocessors": 80}, {"architecture": "8.9"}])
+@pytest.mark.parametrize(
+    "other", [{"name": "NVIDIA GeForce RTX 4090"}, {"multiprocessors": 80}, {"architecture": "8.9"}]
+)
 def test_a_pilot_on_two_unlike_cards_is_refused(ranks, other):
     pilot = PILOT.model_copy(update={"execution": PILOT.execution.model_copy(update={"ranks": ranks})})
     found = failed(replace(GOOD, gpus=(GPU, replace(GPU, **other))), pilot)

@@ -18,7 +18,14 @@ from kohaku_delta.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = "step,seconds,images_per_second,peak_mib,ranks\n"
-NUMERICS = {"device": "cuda", "gpu": "Card | of [mine]", "architecture": "8.6", "multiprocessors": "82", "torch": "2.13.0+cu130", "cuda": "13.0"}
+NUMERICS = {
+    "device": "cuda",
+    "gpu": "Card | of [mine]",
+    "architecture": "8.6",
+    "multiprocessors": "82",
+    "torch": "2.13.0+cu130",
+    "cuda": "13.0",
+}
 HOST = {"processor": "one", "driver": "580.65.06"}
 
 

@@ -51,7 +51,7 @@ def pilot_report(folder: Path) -> None:
 
 
 def _replay(folder: Path, step: int) -> str:
-    """"equal", or how the step differs. In a process of its own, which gives the GPU's memory back."""
+    """ "equal", or how the step differs. In a process of its own, which gives the GPU's memory back."""
     command = [sys.executable, "-P", "-m", "kohaku_delta", "replay", "--from", str(step), "--to", str(step)]
     environment = os.environ | {"PYTHONPATH": str(Path(kohaku_delta.__file__).parents[1])}
     done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, env=environment)

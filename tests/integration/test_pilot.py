@@ -26,7 +26,7 @@ yaml = YAML(typ="safe", pure=True)
 
 @pytest.fixture
 def recipe(tmp_path):
-    """The miniature of two of its tars, which starts from a published base; a function that writes it after a change."""
+    """The miniature with two of its tars, from a published base; a function that writes it after a change."""
     content = yaml.load(
         (ROOT / "miniature" / "params.yaml").read_text().replace("file://../data", f"file://{ROOT}/data")
     )

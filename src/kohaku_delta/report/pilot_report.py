@@ -1,4 +1,4 @@
-"""A pilot as one row to share: on what it ran, how fast, and what came out. docs/hosts.md has the table of known pilots.
+"""A pilot as one row to share: on what it ran, how fast, what came out. docs/hosts.md has the table of known pilots.
 
 Everything is read from what the pilot left: the record of its train stage, the log of its run, dvc.lock. Nothing is
 read from the host, which may be another one by now. What nobody measured says so.
@@ -39,12 +39,13 @@ class _GpuCheck(PartialModel):
 def read_pilot(folder: Path, recipe: Recipe, run: Path, replayed: dict[int, str]) -> dict[str, Any]:
     """The report of the pilot in a recipe's folder, as it is written to pilot.json.
 
-    run: the folder of its training in work/; replayed: "equal", or how it differs, of each step that was computed again.
-    Raises UserError if the training did not run here, or if the LoKr is not the one that dvc.lock names.
+    run: the folder of its training in work/; replayed: "equal", or how it differs, of each step computed again. Raises
+    UserError if the training did not run here, or if the LoKr is not what its record says.
     """
     record, lokr = _train_record(folder), folder / paths.LOKR
     sha256 = hashing.hash_file(lokr)
-    if record.outputs[paths.LOKR].sha256 != sha256:
+    written = record.outputs.get(paths.LOKR)
+    if written is None or written.sha256 != sha256:
         raise UserError(f"{lokr} is not what the train stage wrote. Run `dvc repro` again.")
     numerics, tars = record.numerics or {}, recipe.download.inputs["tars"]
     steps = _read_log(run / "log.csv")

@@ -143,7 +143,7 @@ def vocabulary(count: int) -> pa.Table:
 def spread(posts: int, seed: int) -> np.ndarray:
     """The ids: ascending, over the whole range, on so many residues mod 1000 that tars are as long as the real ones."""
     rng = np.random.default_rng([seed, 0])
-    residues = np.sort(rng.choice(1000, size=int(np.clip(posts * 1000 // LAST + 1, 2, 1000)), replace=False))
+    residues = np.sort(rng.choice(1000, size=int(np.clip(posts // 7100 + 1, 2, 1000)), replace=False))
     pool = (np.arange(LAST // 1000)[:, None] * 1000 + residues).reshape(-1)
     pool = pool[pool > 0]
     if posts > len(pool):
@@ -242,15 +242,16 @@ def rows(posts: Posts, tags: pa.Table, seed: int, later: bool) -> pa.Table:
     return pa.table(columns)
 
 
-def members(posts: Posts, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def members(posts: Posts, seed: int, every: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which tar holds which post: (tar, id, picture), all int64; main tars below 1000, the recent ones from 1000, the
-    add-on tar 2000.
+    add-on tar 2000. every: one in so many posts of each tar has a picture.
     """
     rng = np.random.default_rng([seed, 3, int(posts.id[0])])
     absent = np.isin(posts.odd, [ODD.index(name) for name in ("deleted", "banned", "hidden", "film", "missing")])
+    absent |= posts.id // 1000 % every != 0
     ids = posts.id[~absent]
     tar = np.select([ids >= ADDED, ids >= RECENT], [2000, ids % 1000 + 1000], ids % 1000)
-    again = posts.id[(posts.odd == ODD.index("in two tars")) & (posts.id < RECENT)]
+    again = posts.id[(posts.odd == ODD.index("in two tars")) & (posts.id < RECENT) & ~absent]
     tar, ids = np.concatenate([tar, again % 1000 + 1000]), np.concatenate([ids, again])
     return tar, ids, rng.integers(0, 64, len(ids))
 
@@ -304,9 +305,9 @@ def blocks(ids: np.ndarray, picture: np.ndarray, files: np.ndarray) -> bytes:
     return data.tobytes()
 
 
-def write(folder: Path, posts: int, seed: int, later: bool, side: int | None = None) -> int:
-    """The collection into `folder` (danbooru2023.db, images/), its pictures squares of `side` pixels or of many shapes.
-    Returns the number of tag pairs.
+def write(folder: Path, posts: int, seed: int, later: bool, side: int | None = None, every: int = 1) -> int:
+    """The collection into `folder` (danbooru2023.db, images/): one in `every` posts with a picture, a square of `side`
+    pixels or of many shapes. Returns the number of tag pairs.
     """
     tags, ids, files = vocabulary(max(2000, posts // 15)), spread(posts, seed), pictures(side)
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -339,7 +340,7 @@ def write(folder: Path, posts: int, seed: int, later: bool, side: int | None = N
             now = np.arange(len(chunk.post)) % LATE != 0
             late.append(np.stack([chunk.id[chunk.post[~now]], numbers[chunk.tag[~now]]]))
             pairs = _relate(cursor, pairs, chunk.id[chunk.post[now]], numbers[chunk.tag[now]])
-            tar, post, picture = members(chunk, seed)
+            tar, post, picture = members(chunk, seed, every)
             order = np.argsort(tar, kind="stable")
             cuts = np.flatnonzero(np.diff(tar[order])) + 1
             for part in np.split(order, cuts):

@@ -30,6 +30,7 @@ import synthetic_inputs
 from kohaku_delta import atomic_files, params, paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.hub import pins
+from kohaku_delta.preflight import estimates, parameter_counts
 from kohaku_delta.provenance import dvc_yaml
 from kohaku_delta.sdxl.tensor_names import PREFIX
 from kohaku_delta.training import journal
@@ -319,6 +320,24 @@ def print_table(figures: dict[str, dict]) -> None:
     click.echo(f"in all {timedelta(seconds=round(sum(row['seconds'] for row in figures.values())))}")
 
 
+def print_plan(figures: dict[str, dict], folder: Path) -> None:
+    """What preflight planned beside what was measured."""
+    recipe = params.load(folder / "params.yaml")
+    model = parameter_counts.count_parameters(recipe, folder)
+    if model is None or "train" not in figures:
+        return
+    sizes = [each for each in estimates.build_sizes(recipe, model) if each.bytes is not None]
+    made = [paths.BASE, paths.FINAL, paths.DIFFUSERS, paths.LOKR, paths.JOURNAL, paths.MILESTONES]
+    rows = [
+        ("memory of the training", estimates.host_memory(recipe, model), figures["train"]["peak"]),
+        ("base, final, diffusers, LoKrs", estimates.total(sizes), sum(size_of(folder / out) for out in made)),
+        ("work", estimates.total(estimates.state_sizes(recipe, model)), size_of(folder / "work")),
+    ]
+    click.echo(f"\n{'plan of preflight':<30} {'planned':>9} {'measured':>9}")
+    for name, planned, measured in rows:
+        click.echo(f"{name:<30} {format_size(planned):>9} {format_size(measured):>9}")
+
+
 @click.command()
 @click.argument("parts", nargs=-1)
 @click.option(
@@ -353,6 +372,7 @@ def main(parts: tuple[str, ...], recipe_name: str, folder: Path) -> None:
         with atomic_files.atomic_write(record, "w") as file:
             json.dump(figures, file, indent=1)
     print_table({name: figures[name] for name in works if name in figures})
+    print_plan(figures, own)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 # --quiet shows only the stages' own lines; it hides DVC's errors too, so a failure names the command that shows them.
 failed = { echo "Error: DVC failed. If no line above says why, this shows it: $(1)" >&2; exit 1; }
 
-.PHONY: repro rehearsal begin report test test-slow lint miniature-data bench-dataset bench-checkpoint bench-train bench-audit image image-check wheels environment lock
+.PHONY: repro rehearsal pilot begin report test test-slow lint miniature-data bench-dataset bench-checkpoint bench-train bench-audit image image-check wheels environment lock
 
 repro: $(VENV)/requirements.txt
 	@dvc pull --quiet --remote embedded data.dvc || $(call failed,dvc pull --remote embedded data.dvc)
@@ -23,6 +23,14 @@ repro: $(VENV)/requirements.txt
 begin:
 	@sed -i '\,^/dvc\.yaml$$,d' .dvcignore
 	@echo "DVC reads dvc.yaml of this folder from now on (.dvcignore): \`dvc repro\` makes the release."
+
+# The release's first twenty steps on one real GPU (docs/hosts.md, "Pilots"): preflight, build, three steps computed again, a report to share. Can be
+# stopped and taken up again. Before it, once: `make environment LOCK=cuda`, and `cd pilot && kohaku-delta pin`.
+pilot:
+	@cd pilot && kohaku-delta preflight
+	@sed -i '\,^/pilot/dvc\.yaml$$,d' .dvcignore
+	@cd pilot && dvc repro
+	@cd pilot && kohaku-delta pilot-report
 
 # The build as one page, miniature/build/report.html, and its model card. RECIPE=. for the release's.
 report: $(VENV)/requirements.txt

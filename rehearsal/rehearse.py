@@ -142,7 +142,7 @@ def begin(recipe_folder: Path, folder: Path) -> None:
     recipe = params.load(recipe_folder / "params.yaml")
     files = list(synthetic_inputs.mirror_files(recipe, folder.parent / "mirror", folder))
     synthetic_inputs.make_inputs(files, folder.parent / "scratch")
-    (folder / "supplied").mkdir(exist_ok=True)
+    (folder / recipe.supplied).mkdir(exist_ok=True)
     write_recipe(recipe_folder, folder)
     if not (folder / ".dvc").is_dir():
         for command in (["init", "--no-scm", "--quiet"], ["config", "cache.type", "hardlink,symlink"]):

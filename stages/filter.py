@@ -15,7 +15,7 @@ from kohaku_delta import params as recipes
 from kohaku_delta import paths
 from kohaku_delta.cli.stage_command import FILE, StageCommand, format_counts, print_summary
 from kohaku_delta.danbooru.database import Database
-from kohaku_delta.danbooru.tars import tars_by_number, tars_in
+from kohaku_delta.danbooru.tars import MAIN, tars_by_number, tars_in
 from kohaku_delta.dataset import filtering
 from kohaku_delta.dataset.post_metadata import reason_counts
 from kohaku_delta.formats import parquet
@@ -31,7 +31,7 @@ from kohaku_delta.hub import inputs_manifest as listed
     "--index", type=FILE, help="Where the index of the tars is kept.  [default: beside their folder, *.members.parquet]"
 )
 @click.option(
-    "--partial", is_flag=True, help="Use only the tars that are there: posts of other tars are dropped as missing."
+    "--partial", is_flag=True, help="Use only those of --tars that are there: posts of others are dropped as missing."
 )
 @click.option("--selection", type=FILE, default=paths.SELECTION, help="Selected posts.")
 @click.option("--out", type=FILE, default=paths.POSTS, help="The posts to train on.")
@@ -54,7 +54,8 @@ def main(
     if not tars:
         listed.optional_paths(inputs, "index")  # verified too: the index beside a tar decides its members
     source = Database(database or listed.path(inputs, "database"))
-    trained, lost = filtering.filter_posts(source, files, ids, recipe.filter, recipe.caption, index, partial)
+    expected = MAIN if tars and not partial else ()  # those of the inputs exist, and the recipe names no other
+    trained, lost = filtering.filter_posts(source, files, ids, recipe.filter, recipe.caption, index, expected)
     parquet.write(trained, out)
     parquet.write(lost, dropped)
     reasons, despite = (format_counts(reason_counts(c)) for c in (lost["reason"], trained["despite"]))

@@ -21,8 +21,30 @@ def changed(tmp_path, change):
     return path
 
 
-@pytest.mark.parametrize("recipe", ["params.yaml", "miniature/params.yaml"])
-def test_both_recipes_are_valid_and_have_the_same_keys(recipe):
+PILOT = {  # what the pilot changes in the release
+    "root", "supplied", "download.mirror", "download.inputs.index.0.url", "download.inputs.tars.0.url", "merge.start",
+    "schedule.max_steps", "train.milestone_every", "execution.ranks", "execution.save_every", "bake.title", "published",
+}  # fmt: skip
+
+
+def differences(ours, theirs, path="") -> set[str]:
+    """The dotted keys whose values differ."""
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        ours, theirs = dict(enumerate(ours)), dict(enumerate(theirs))
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        return {path} if ours != theirs else set()
+    keys = ours.keys() | theirs.keys()
+    return {each for key in keys for each in differences(ours.get(key), theirs.get(key), f"{path}.{key}".lstrip("."))}
+
+
+def test_the_pilot_is_the_release_but_for_what_is_named_and_marked():
+    pilot, release = (yaml.load(Path(path)) for path in ("pilot/params.yaml", "params.yaml"))
+    assert differences(pilot, release) == PILOT
+    assert Path("pilot/params.yaml").read_text().count("# pilot: ") == len(PILOT)
+
+
+@pytest.mark.parametrize("recipe", ["params.yaml", "miniature/params.yaml", "pilot/params.yaml"])
+def test_every_recipe_is_valid_and_has_the_same_keys(recipe):
     def keys(content, path=""):
         if isinstance(content, dict) and not path.endswith((".inputs", ".preset.modules", ".published")):
             return {each for key, value in content.items() for each in keys(value, f"{path}.{key}")}

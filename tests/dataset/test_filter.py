@@ -186,7 +186,7 @@ def test_a_refused_database_stops_the_indexing_of_the_tars(tmp_path, folder, rec
     write_database(tmp_path / "a.db", [{"id": 1}])
     with pytest.raises(UserError, match="has no post 2"):
         filtering.filter_posts(
-            Database(tmp_path / "a.db"), tars.tars_in(folder), [1, 2], recipe.filter, recipe.caption, None, True
+            Database(tmp_path / "a.db"), tars.tars_in(folder), [1, 2], recipe.filter, recipe.caption, None, ()
         )
     assert told == [True]
 

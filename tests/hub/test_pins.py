@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 
 from fake_hub import REVISION, STRANGER, trust_fake_hub
 from kohaku_delta.cli.pin import pin
+from kohaku_delta.dataset import fetch_inputs
 from kohaku_delta.errors import UserError
 from kohaku_delta.hub import inputs_manifest, mirror, pins
 from kohaku_delta.params import load
@@ -137,6 +138,17 @@ def test_a_filled_recipe_downloads_and_says_how_each_file_was_known(hub, params)
     ]
 
 
+def test_a_main_tar_that_the_url_names_and_the_pinned_revision_lacks_is_refused_before_anything_is_fetched(hub, params):
+    params.write_text(params.read_text().replace("start: merge ", "start: published "))
+    run(params, "--yes")
+    hub.asked.clear()
+    with pytest.raises(UserError, match="pins-tars.csv does not list data-0004.tar, which .* names"):
+        fetch_inputs.fetch_inputs(load(params), params.parent)
+    assert not hub.asked
+    params.write_text(params.read_text().replace("{0000..0004}", "{0000..0003}"))
+    assert len(fetch_inputs.fetch_inputs(load(params), params.parent)["tars"]) == 4
+
+
 def test_the_confined_download_stage_reads_the_list_of_a_span(params):
     folder = params.parent
     (folder / "images").mkdir()
@@ -149,7 +161,7 @@ def test_the_confined_download_stage_reads_the_list_of_a_span(params):
         ]
     )
     (folder / "pins-tars.csv").write_bytes(listed)
-    span = {"url": "file://images/data-{0000..0004}.tar", "bytes": 4000, "sha256": hashlib.sha256(listed).hexdigest()}
+    span = {"url": "file://images/data-{0000..0003}.tar", "bytes": 4000, "sha256": hashlib.sha256(listed).hexdigest()}
     text = params.read_text()
     end = text.index("\nselection:")
     first = text.index("    one:")

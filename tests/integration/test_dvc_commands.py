@@ -122,6 +122,11 @@ def test_the_status_is_one_line_at_the_root_and_in_the_miniature_until_the_relea
     assert "build/kohaku-xl-delta.safetensors" in run(clone.parent, "dvc", "status", "bake")
     assert "code" in ran(run(clone.parent, "dvc", "repro", "--dry", "code"))
     clean(clone)
+    pilot = clone.parent / "pilot"
+    assert up_to_date(pilot) and "dvc.yaml' is dvc-ignored" in run(pilot, "dvc", "repro", fails=True)
+    replace(clone.parent / ".dvcignore", "/pilot/dvc.yaml\n", "")  # as `make pilot` does
+    assert "code" in ran(run(pilot, "dvc", "repro", "--dry", "code"))
+    clean(clone)
 
 
 def test_another_revision_is_checked_out_and_back_and_a_change_is_stashed(clone):

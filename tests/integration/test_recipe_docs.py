@@ -57,7 +57,7 @@ def rows(name) -> list[list[str]]:
 EXPLAINED = [row for row in rows("recipe.md") if len(row) == 4 and row[0] != "key"]
 
 
-@pytest.mark.parametrize("recipe", ["params.yaml", "miniature/params.yaml"])
+@pytest.mark.parametrize("recipe", ["params.yaml", "miniature/params.yaml", "pilot/params.yaml"])
 def test_every_key_is_explained_once_and_none_that_does_not_exist(recipe):
     named = [row[0].strip("`") for row in EXPLAINED]
     there = keys(yaml.load(ROOT / recipe)).keys() - {"published"}

@@ -29,6 +29,7 @@ def locked(path):
     return {name: each.version for name, each in import_closure.locked_libraries(path).items()}
 
 
+PILOT = params.load(ROOT / "pilot" / "params.yaml")
 LOCKED = locked(ROOT / "requirements" / "cuda.txt")
 GPU = Gpu("NVIDIA GeForce RTX 3090", 25_438_126_080, "8.6", 82)
 TB, GB = 10**12, 10**9
@@ -519,3 +520,33 @@ def test_the_states_of_finished_runs_and_of_those_set_aside_make_no_room_for_the
     present = host_facts._disk_folder(tmp_path, unfinished).present
     assert present == 1040 + len('{"steps": 58, "depends": {}}')
     assert host_facts._disk_folder(tmp_path / "missing", []).present == 0
+
+
+def test_the_pilots_plan_is_under_thirty_gigabytes_to_fetch_and_twenty_steps(release):
+    host = build_plan.parse_host("1x RTX 4090, memory 64 GB, disk 200 GB", LOCKED, release)
+    rows = {row.what.strip(): row for row in build_plan.plan_rows(PILOT, host, 102.5)}
+    downloads = {each.what: each.bytes for each in estimates.download_sizes(PILOT, release)}
+    assert downloads["3 tars"] == 4_800_000_000 and not {"sdxl", "beta", "gamma", "index"} & downloads.keys()
+    assert sum(downloads.values()) < 30 * GB and rows["download into the mirror"].figure == "27.2 GB"
+    assert rows["steps"].figure == "20" and rows["steps"].source == "schedule.max_steps"
+    assert rows["training"].figure == "34 min 10 s"  # 20 × 51.25 s × 2 cards of the release
+    assert rows["a power cut costs"].figure == "up to 0.3 h"  # ten steps, to the milestone
+    assert rows["states kept for good"].figure == "2"
+    assert not [each for each in host_checks.run_checks(host, PILOT) if not each.ok]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    "other", [{"name": "NVIDIA GeForce RTX 4090"}, {"multiprocessors": 80}, {"architecture": "8.9"}]
+)
+def test_a_pilot_on_two_unlike_cards_is_refused(ranks, other):
+    pilot = PILOT.model_copy(update={"execution": PILOT.execution.model_copy(update={"ranks": ranks})})
+    found = failed(replace(GOOD, gpus=(GPU, replace(GPU, **other))), pilot)
+    assert set(found) == {"same GPU"} and "CUDA_VISIBLE_DEVICES" in found["same GPU"].remedy
+
+
+def test_a_pilot_is_green_on_one_card_and_refused_on_a_small_one_or_on_a_full_disk():
+    assert not failed(replace(with_disk(120 * GB), gpus=(GPU,)), PILOT)
+    found = failed(replace(with_disk(60 * GB), gpus=(GPU,)), PILOT)
+    assert set(found) == {"disk"} and "60 GB free, 87.7 GB to come: mirror 27.2 GB" in found["disk"].what
+    assert set(failed(replace(GOOD, gpus=(replace(GPU, memory=12 * GB),)), PILOT)) == {"GPU memory"}

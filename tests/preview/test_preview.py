@@ -267,7 +267,7 @@ def test_training_brings_the_pictures_closer_to_their_drawings():
 @pytest.mark.parametrize(
     "held_out, selected, reason",
     [
-        (64, "all", "every post of the database was selected"),
+        (64, "all", "every post of the tars was selected"),
         (0, "none", "preview.held_out is 0"),
         (5, "none", "none of the 5 held-out posts has an image and a caption"),
     ],

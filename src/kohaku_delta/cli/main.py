@@ -15,6 +15,7 @@ COMMANDS = [
     "card",
     "compare",
     "operators",
+    "pilot-report",
     "pin",
     "preflight",
     "provenance",

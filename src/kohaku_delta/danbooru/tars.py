@@ -7,7 +7,10 @@ A post's file is in `data-XXXX.tar` with XXXX = id % 1000 (main), else in id % 1
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
+
+import numpy as np
 
 from kohaku_delta.errors import UserError
 
@@ -17,7 +20,7 @@ HASH_AGAIN = (
 )
 
 NAME = re.compile(r"data-(\d+)\.tar")
-ADD_ON = 2000
+MAIN, ADD_ON = range(1000), 2000
 
 
 def tars_in(folder) -> dict[int, Path]:
@@ -46,6 +49,11 @@ def tars_by_number(paths: list[Path]) -> dict[int, Path]:
     if len(folders) > 1:
         raise UserError(f"The tars are in different folders ({', '.join(folders[:3])}). Put them into one.")
     return found
+
+
+def in_main_tars(ids: np.ndarray, numbers: Iterable[int]) -> np.ndarray:
+    """Those of the posts `ids` (int64) whose main tar is among the tars of these numbers."""
+    return ids[np.isin(ids % len(MAIN), [number for number in numbers if number in MAIN])]
 
 
 def read_member(folder, tar: str, offset: int, size: int) -> bytes:

@@ -5,13 +5,13 @@ them, and only their files and those of the preview's held-out posts are downloa
 the whole tars, so every later stage does the same with either.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from kohaku_delta import paths
-from kohaku_delta.danbooru import partial_download
+from kohaku_delta.danbooru import partial_download, tars
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import selection
 from kohaku_delta.errors import UserError
@@ -24,32 +24,34 @@ def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> d
     others: mirrors that are only read.
     """
     download = recipe.download
-    unused = {"delta_base"} if recipe.merge.start == "merge" else {"gamma", "beta"}
+    unread = pins.unread_inputs(recipe)
     _require_user_files(recipe, folder)
+    _require_main_tars(recipe, folder)
     if download.images == "all":
-        return mirror.resolve_inputs(download, folder, unused | {"index"}, others)
+        return mirror.resolve_inputs(download, folder, unread, others)
     for name in ("database", "tars", "index"):
         if name not in download.inputs:
             raise UserError(
                 f"download.images is selected, but download.inputs has no {name}. "
                 "Add it to params.yaml, or set download.images to all."
             )
-    tars = [
+    pinned = [
         pin
         for span in _as_list(download.inputs["tars"])
         for pin in pins.expand_span(span, paths.pin_list_path(folder, "tars"))
     ]
-    if any(not pin.url.startswith("hf://") or pins.hub_file(pin).revision is None for pin in tars):
+    if any(not pin.url.startswith("hf://") or pins.hub_file(pin).revision is None for pin in pinned):
         raise UserError(
             "download.images is selected, but not all of download.inputs.tars are hf://…@revision/…. "
             "Pin them (`kohaku-delta pin`), or set images to all."
         )
-    entries = mirror.resolve_inputs(download, folder, unused | {"tars"}, others)
+    entries = mirror.resolve_inputs(download, folder, unread | {"tars"}, others)
     indexes = {Path(entry["path"]).stem: folder / entry["path"] for entry in _as_list(entries["index"])}
-    posts = needed_post_ids(Database(folder / entries["database"]["path"]), recipe)
+    numbers = tars.tars_by_number([pins.hub_file(pin).path for pin in pinned])
+    posts = needed_post_ids(Database(folder / entries["database"]["path"]), recipe, numbers)
     entries["tars"] = [
         entry | {"path": mirror.manifest_path(Path(entry["path"]), folder, download.mirror)}
-        for entry in partial_download.fetch_members(tars, indexes, folder / download.mirror, posts)
+        for entry in partial_download.fetch_members(pinned, indexes, folder / download.mirror, posts)
     ]
     return entries
 
@@ -66,10 +68,25 @@ def _require_user_files(recipe: Recipe, folder: Path) -> None:
                 )
 
 
-def needed_post_ids(database: Database, recipe: Recipe) -> np.ndarray:
-    """Ids of the posts whose images some stage reads: selected, or held out for the preview."""
-    ids, selected = database.post_ids(), selection.select(database, recipe.selection)["post_id"].to_numpy()
-    return np.concatenate([selected, selection.held_out(ids, selected, recipe.preview.seed, recipe.preview.held_out)])
+def _require_main_tars(recipe: Recipe, folder: Path) -> None:
+    """Raises UserError if a list of pins leaves out a main tar that params.yaml names: its posts would be lost."""
+    for span in _as_list(recipe.download.inputs.get("tars", [])):
+        listed = {pin.url for pin in pins.expand_span(span, paths.pin_list_path(folder, "tars"))}
+        names = [url.rpartition("/")[2] for url in pins.span_urls(span) if url not in listed]
+        absent = [name for name in names if (match := tars.NAME.fullmatch(name)) and int(match[1]) in tars.MAIN]
+        if absent:
+            raise UserError(
+                f"{paths.pin_list_path(folder, 'tars')} does not list {', '.join(absent[:8])}"
+                f"{' …' if len(absent) > 8 else ''}, which {span.url} names: that revision does not have it, and its "
+                "posts would be lost. Choose another revision, or name other tars (download.inputs.tars)."
+            )
+
+
+def needed_post_ids(database: Database, recipe: Recipe, numbers: Iterable[int]) -> np.ndarray:
+    """Ids of the posts whose images some stage reads: selected, or held out for the preview. numbers: of the tars."""
+    selected, preview = selection.select(database, recipe.selection)["post_id"].to_numpy(), recipe.preview
+    candidates = tars.in_main_tars(database.post_ids(), numbers)
+    return np.concatenate([selected, selection.held_out(candidates, selected, preview.seed, preview.held_out)])
 
 
 def _as_list(one) -> list:

@@ -14,6 +14,7 @@ reason of a dropped post is the first that applies:
    Resized to cover a bucket, such an image would need the memory of thousands.
 """
 
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -56,19 +57,19 @@ def filter_posts(
     parameters: Filter,
     caption: Caption,
     index: Path | None = None,
-    partial: bool = False,
+    expected: Collection[int] = tars.MAIN,
 ) -> tuple[pa.Table, pa.Table]:
     """The posts `ids` (any order, repeats count once) as (POSTS, DROPPED), both ascending. `files`: tars by number
     (tars.tars_in). `index`: where the index of the tars is kept (default: tar_index.default_index_path), and beside it
     which images could be decoded.
 
-    posts.despite is the reason against the post in the metadata, or null. Raises UserError for a damaged tar, and if a
-    main tar is not among `files`, unless `partial`: then its posts are missing from the tars.
+    posts.despite is the reason against the post in the metadata, or null. Raises UserError for a damaged tar, and if
+    the main tar of a post is `expected` and not among `files`. Posts of tars that are not expected are missing from the
+    tars.
     """
     ids = unique_sorted(ids)
-    residues = set(np.unique(ids % 1000).tolist())
-    absent = sorted(residues - files.keys())
-    if absent and not partial:
+    residues = set(np.unique(ids % len(tars.MAIN)).tolist())
+    if absent := sorted(residues.intersection(expected) - files.keys()):
         names = ", ".join(f"data-{number:04d}.tar" for number in absent[:8]) + (" …" if len(absent) > 8 else "")
         raise UserError(
             f"{len(absent):,} main tars of selected posts do not exist: {names}. Download them into the tars folder, "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kohaku_delta.errors import UserError
-from kohaku_delta.params import Pin
+from kohaku_delta.params import Pin, Recipe
 
 HF = re.compile(r"^hf://(?P<kind>datasets/)?(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[^/]+))?/(?P<file>.+)$")
 SPAN = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -58,10 +58,25 @@ def pin_strength(pin: Pin) -> str:
     return "sha256" if len(pin.sha256) == 64 else f"prefix {pin.sha256}"
 
 
+def unread_inputs(recipe: Recipe) -> set[str]:
+    """The inputs that no stage reads with the recipe's merge.start and download.images: they need not exist."""
+    unread = {"delta_base"} if recipe.merge.start == "merge" else {"beta", "gamma", "sdxl"}
+    return unread | ({"index"} if recipe.download.images == "all" else set())
+
+
 def span_files(pin: Pin) -> int:
     """How many files its url names."""
     match = SPAN.search(pin.url)
     return int(match[2]) - int(match[1]) + 1 if match else 1
+
+
+def span_urls(pin: Pin) -> list[str]:
+    """The url of each file that its url names."""
+    match = SPAN.search(pin.url)
+    if not match:
+        return [pin.url]
+    before, after = pin.url[: match.start()], pin.url[match.end() :]
+    return [f"{before}{number:0{len(match[1])}}{after}" for number in range(int(match[1]), int(match[2]) + 1)]
 
 
 def expand_span(pin: Pin, pin_list: Path) -> list[Pin]:
@@ -69,11 +84,10 @@ def expand_span(pin: Pin, pin_list: Path) -> list[Pin]:
     match = SPAN.search(pin.url)
     if not match:
         return [pin]
-    before, after = pin.url[: match.start()], pin.url[match.end() :]
-    urls = [f"{before}{number:0{len(match[1])}}{after}" for number in range(int(match[1]), int(match[2]) + 1)]
+    urls = span_urls(pin)
     if pin.sha256 is None:
         return [Pin(url=url, bytes=None, sha256=None) for url in urls]
-    folder = before[: before.rindex("/") + 1]
+    folder = pin.url[: pin.url.rindex("/", 0, match.start()) + 1]
     listed = {folder + file: entry for file, entry in read_pin_list(pin_list, pin).items()}
     if unknown := sorted(listed.keys() - set(urls)):
         raise UserError(

@@ -12,7 +12,7 @@ from kohaku_delta.preflight import estimates
 from kohaku_delta.preflight.estimates import GB, KNOWN_GPUS, SizeEstimate
 from kohaku_delta.preflight.host_facts import DiskFolder, Gpu, Host
 from kohaku_delta.preflight.parameter_counts import ParameterCounts, architecture_pins
-from kohaku_delta.units import format_size
+from kohaku_delta.units import format_duration, format_size
 
 UNITS = {"GB": GB, "TB": 1000 * GB}
 EXAMPLE = 'An example: "2x RTX 3090, 24 GB, memory 64 GB, disk 2 TB".'
@@ -127,6 +127,10 @@ def _decoding_rows(recipe: Recipe) -> list[PlanRow]:
     return [PlanRow("decoding all images", f"{hours:.0f} core hours", f"{count:,} at {rate}: {times}")]
 
 
+def _training_time(seconds: float) -> str:
+    return f"{seconds / 86400:.1f} days" if seconds >= 86400 else format_duration(seconds)
+
+
 def _time_rows(recipe: Recipe, gpus: tuple[Gpu, ...], seconds: float | None) -> list[PlanRow]:
     steps, ranks, save_every = estimates.steps(recipe), recipe.execution.ranks, recipe.execution.save_every
     if steps is None:
@@ -150,10 +154,10 @@ def _time_rows(recipe: Recipe, gpus: tuple[Gpu, ...], seconds: float | None) -> 
     return [
         *rows,
         PlanRow("time per step", f"{seconds:g} s", f"{source}; {used}"),
-        PlanRow("training", f"{estimates.days(steps, seconds):.1f} days", f"steps × time per step{note}"),
+        PlanRow("training", _training_time(steps * seconds), f"steps × time per step{note}"),
         PlanRow(
             "a power cut costs",
-            f"up to {save_every * seconds / 3600:.1f} h",
+            f"up to {min(save_every, recipe.train.milestone_every, steps) * seconds / 3600:.1f} h",
             f"a state every {save_every} steps; a stop (SIGTERM) costs none",
         ),
     ]

@@ -14,9 +14,10 @@ GB = 10**9
 RELEASE_GPUS, RELEASE_GPU = 2, "RTX 3090"
 RELEASE_SECONDS = 51.25
 RELEASE_SOURCE = "the release, model card: 51–51.5 s per step on two RTX 3090"
-RELEASE_TARS = 2001
+WEBP_SET = "danbooru2023-webp-4Mpixel"  # the release's tars, whose sizes are not pinned
 TARS = 1600 * GB, "about 1.3–1.6 TB: what users of the webp set report; no size is pinned"
-INDEX = 2 * GB, "the public index has about 0.9 MB per tar"
+MAIN_TARS, TAR_SOURCE = 1000, "at most 1.6 GB each: the webp set has up to 1.6 TB, in 1,000 main tars and smaller ones"
+INDEX_BYTES, INDEX_SOURCE = 10**6, "the public index has about 0.9 MB per tar"
 # GPU memory in GB, architecture, multiprocessors: the makers' data sheets.
 KNOWN_GPUS = {
     "RTX 3090": (24, "8.6", 82),
@@ -58,12 +59,11 @@ def total(estimates: list[SizeEstimate]) -> int:
 
 def needed_pins(recipe: Recipe) -> list[tuple[str, Pin]]:
     """(name, pin) of the inputs that the recipe reads. A pin with a span in its url stands for many files."""
-    unused = {"delta_base"} if recipe.merge.start == "merge" else {"gamma", "beta"}
-    unused |= {"index"} if recipe.download.images == "all" else set()
+    unread = pins.unread_inputs(recipe)
     return [
         (name, pin)
         for name, pinned in recipe.download.inputs.items()
-        if name not in unused
+        if name not in unread
         for pin in (pinned if isinstance(pinned, list) else [pinned])
     ]
 
@@ -131,10 +131,12 @@ def download_sizes(recipe: Recipe, model: ParameterCounts | None) -> list[SizeEs
         files, sizes = sum(map(pins.span_files, own)), [pin.bytes for pin in own]
         if None not in sizes:
             estimate = SizeEstimate(name, sum(size or 0 for size in sizes), "pinned")
-        elif name == "tars" and files == RELEASE_TARS:
-            estimate = SizeEstimate(f"{files:,} tars", *TARS)
-        elif name == "index" and files == RELEASE_TARS:
-            estimate = SizeEstimate(f"{files:,} lists", *INDEX)
+        elif name == "tars" and all(WEBP_SET in pin.url for pin in own):
+            most = files * TARS[0] // MAIN_TARS
+            size, source = TARS if most > TARS[0] else (most, TAR_SOURCE)
+            estimate = SizeEstimate(f"{files:,} tars", size, source)
+        elif name == "index" and all(WEBP_SET in pin.url for pin in own):
+            estimate = SizeEstimate(f"{files:,} lists", files * INDEX_BYTES, INDEX_SOURCE)
         elif name in architecture_pins(recipe) and model:
             estimate = SizeEstimate(name, checkpoint_bytes(recipe, model), f"no size is pinned: that of {model.of}")
         else:
@@ -181,7 +183,7 @@ def state_sizes(recipe: Recipe, model: ParameterCounts) -> list[SizeEstimate]:
     source = f"{state / GB:.2f} GB each and the journal, counted; one of them is being written"
     estimates = [SizeEstimate(f"{latest} latest states", latest * (state + row * count), source)]
     if kept:
-        every = f"a state every {recipe.train.milestone_every:,} steps of {count:,} (model card)"
+        every = f"a state every {recipe.train.milestone_every:,} steps of {count:,}"
         estimates.append(SizeEstimate(f"{len(kept)} milestones", len(kept) * state + row * sum(kept), every))
         estimates.append(milestone_lokrs(recipe, model))
     return estimates

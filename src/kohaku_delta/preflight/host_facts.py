@@ -24,7 +24,7 @@ from kohaku_delta.hub import pins
 from kohaku_delta.params import Pin, Recipe
 from kohaku_delta.preflight import estimates
 from kohaku_delta.preflight.parameter_counts import ParameterCounts
-from kohaku_delta.provenance import import_closure
+from kohaku_delta.provenance import environment, import_closure
 from kohaku_delta.strict_model import PartialModel
 
 PROBE_TIMEOUT = 300  # seconds; importing torch and diffusers from a cold disk is slow
@@ -95,7 +95,7 @@ def inspect_host(recipe: Recipe, params: Path) -> Host:
         bitsandbytes=found["bitsandbytes"],
         gpus=tuple(Gpu(**gpu) for gpu in found["gpus"]),
         architectures=tuple(found["architectures"]),
-        driver=_driver(),
+        driver=environment.gpu_driver(),
         cuda=found["cuda"],
         nccl=found["nccl"],
         memory=_memory(),
@@ -122,9 +122,9 @@ def locked_versions(recipe: Recipe, folder: Path) -> dict[str, str]:
 
 def _probe(params: Path) -> dict:
     command = [sys.executable, "-P", "-m", "kohaku_delta.preflight.gpu_probe", str(params)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT, env=variables)
         found = json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         raise UserError(
@@ -137,16 +137,6 @@ def _probe(params: Path) -> dict:
     if "error" in found:
         raise UserError(found["error"])
     return found
-
-
-def _driver() -> str:
-    """The NVIDIA driver's version; "" if none answers."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else ""
 
 
 def _ask_dvc(folder: Path, *command: str) -> str:

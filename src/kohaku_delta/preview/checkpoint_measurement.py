@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from kohaku_delta.danbooru import tars
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import captions, filtering, selection
 from kohaku_delta.formats import parquet
@@ -67,11 +68,14 @@ def read_held_out_data(recipe: Recipe, files: dict[str, Path]) -> HeldOutData:
 def held_out_posts(
     recipe: Recipe, database: Database, tar_files: dict[int, Path], selected: np.ndarray
 ) -> tuple[pa.Table, str | None]:
-    """The posts to measure on, as the filter stage keeps them; and if there are none, why."""
+    """The posts to measure on, drawn from those of the tars at hand, as the filter stage keeps them; and if there are
+    none, why.
+    """
     preview = recipe.preview
-    ids = selection.held_out(database.post_ids(), selected, preview.seed, preview.held_out)
+    candidates = tars.in_main_tars(database.post_ids(), tar_files)
+    ids = selection.held_out(candidates, selected, preview.seed, preview.held_out)
     if not len(ids):
-        reason = "every post of the database was selected" if preview.held_out else "preview.held_out is 0"
+        reason = "every post of the tars was selected" if preview.held_out else "preview.held_out is 0"
         return filtering.POSTS.empty_table(), reason
     decode = recipe.filter.model_copy(update={"image_check": "decode"})
     posts, _ = filtering.filter_posts(database, tar_files, ids, decode, recipe.caption)

@@ -15,7 +15,7 @@ VARIABLES = ("LANG", "LC_ALL", "TZ", "PYTHONHASHSEED", "CUDA_VISIBLE_DEVICES")
 
 
 def host_facts() -> dict[str, str]:
-    """Processor, memory, system, and the environment variables that programs read."""
+    """Processor, memory, system, the GPUs' driver, and the environment variables that programs read."""
     facts = {
         "processor": _processor(),
         "processors": str(len(os.sched_getaffinity(0))),
@@ -24,7 +24,19 @@ def host_facts() -> dict[str, str]:
         "libc": " ".join(platform.libc_ver()),
         "python": platform.python_version(),
     }
+    if driver := gpu_driver():
+        facts["driver"] = driver
     return facts | {name: os.environ[name] for name in VARIABLES if name in os.environ}
+
+
+def gpu_driver() -> str:
+    """The NVIDIA driver's version; "" if none answers."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else ""
 
 
 def _processor() -> str:

@@ -136,7 +136,7 @@ def check_pins(rebuild: Artifact) -> Check:
         if rebuild.output("inputs.json"):
             yield f"{paths.INPUTS} is not a list of inputs"
         raise Skip(f"{paths.INPUTS} does not exist")
-    unused = {"index", "delta_base"} if rebuild.recipe.merge.start == "merge" else {"index", "gamma", "beta"}
+    unread = pins.unread_inputs(rebuild.recipe)
     pinned: set[str] = set()
     whole = 0
     for name, listed in rebuild.recipe.download.inputs.items():
@@ -151,7 +151,7 @@ def check_pins(rebuild: Artifact) -> Check:
                     yield error.message.replace(f"{rebuild.folder}/", "")
             urls = _url_pattern(pin.url, span)
             entries = [entry for entry in rebuild.inputs if entry["name"] == name and urls.fullmatch(entry["url"])]
-            if not entries and name not in unused:
+            if not entries and name not in unread:
                 yield f"{pin.url} is pinned and not in inputs.json"
             for entry in entries:
                 url = entry["url"]

@@ -9,7 +9,7 @@ import pytest
 
 from danbooru_factory import GENERAL, change, write_database
 from kohaku_delta import params
-from kohaku_delta.danbooru import database
+from kohaku_delta.danbooru import database, post_tags, schema
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import captions, selection
 from kohaku_delta.errors import UserError
@@ -154,16 +154,48 @@ def test_the_database_is_never_written(path, parameters):
     assert sorted(each.name for each in path.parent.iterdir()) == ["a.db", "b.db"]
 
 
-@pytest.mark.parametrize(
-    "odd", [-1, -(2**40), 2**31, 2**40, 2**62, 1.5, "x", "12", b"\1\2", None, 0, 127, 128, -128, 2**15, 2**23, -(2**31)]
-)
-def test_odd_ids_of_pairs_are_read_as_sqlite_reads_them(tmp_path, odd):
-    path = write_database(tmp_path / "a.db", [{"id": 1}], (), [(1, 2)] * 50 + [(odd, 7), (7, odd)] + [(1, 3)] * 50)
+ODD = [
+    *(-1, -(2**40), -(2**31) - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 2**40, 2**62, 2**63 - 1),
+    *(1.5, "x", "12", b"\1\2", None, 0, 127, 128, -128, 2**15, 2**23, -(2**31)),
+]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_an_odd_id_in_a_pair_gives_no_post_a_tag_that_sqlites_join_does_not(tmp_path, odd):
+    posts = [-1, 0, 1, 2, 7, 12, 2**31 - 1, -(2**31)]
+    tags = [0, 1, 2, 3, 7, 12, 2**31, 2**32 - 1]
+    pairs = [(1, 2)] * 50 + [(odd, 7), (7, odd), (odd, odd)] + [(1, 3), (1, 2**32 - 1), (2**31 - 1, 2**31)] * 50
+    path = write_database(
+        tmp_path / "a.db", [{"id": post} for post in posts], [(tag, f"t{tag}", GENERAL) for tag in tags], pairs
+    )
     with sqlite3.connect(path) as connection:
-        rows = connection.execute("SELECT post_id << 32 | tag_id FROM posttagrelation ORDER BY id").fetchall()
+        rows = connection.execute(
+            "SELECT post.id, tag.id FROM post JOIN posttagrelation ON post.id = post_id JOIN tag ON tag.id = tag_id "
+            "ORDER BY post.id, posttagrelation.id"
+        ).fetchall()
     connection.close()
-    pairs = np.concatenate(list(Database(path).relations(np.copy)))
-    assert pairs.tolist() == [pair for (pair,) in rows if pair is not None]
+    source, ids, names = Database(path), np.array(sorted(posts)), np.array(sorted(tags))
+    assert [
+        (post, tag)
+        for chunk in post_tags.chunks(source, ids, names, lambda chunk: chunk)
+        for post, tag in sorted(
+            zip(ids[chunk.post].tolist(), names[chunk.tag].tolist(), strict=True), key=lambda pair: pair[0]
+        )
+    ] == rows
+
+
+@pytest.mark.parametrize(
+    "table, odd", [("post", 2**31), ("post", 2**32 + 1), ("post", -(2**31) - 1), ("tag", 2**32), ("tag", -1)]
+)
+def test_a_post_or_tag_whose_id_has_no_room_in_a_pair_is_refused_by_every_stage(tmp_path, parameters, table, odd):
+    posts = [{"id": 1}, *([{"id": odd}] if table == "post" else [])]
+    tags = [(1, "solo", GENERAL), *([(odd, "wide", GENERAL)] if table == "tag" else [])]
+    path = write_database(tmp_path / "a.db", posts, tags, [(1, 1)])
+    message = rf"has a row with {table}.id {odd}; ids from .* can be read"
+    with pytest.raises(UserError, match=message):
+        schema.check_schema(Database(path))
+    with pytest.raises(UserError, match=message):
+        captions.caption_posts(Database(path), [post["id"] for post in posts], parameters)
 
 
 def test_a_database_with_random_damage_is_read_as_sqlite_reads_it_or_refused(tmp_path):

@@ -258,7 +258,9 @@ def test_a_sparse_file_is_refused_whatever_number_of_pieces_it_has(tmp_path, for
     (tmp_path / "2.webp").write_bytes(b"behind it")
     path = tmp_path / "data-0001.tar"
     subprocess.run(["tar", f"--format={form}", "--sparse", "-cf", path, "1.webp", "2.webp"], cwd=tmp_path, check=True)
-    if tarfile.open(path).getmember("1.webp").issparse():
+    with tarfile.open(path) as archive:
+        is_sparse = archive.getmember("1.webp").issparse()
+    if is_sparse:
         with pytest.raises(UserError, match="data-0001.tar holds .*1.webp' as a sparse file .*without `--sparse`"):
             tar_index.members_of(path)
     else:  # a file system without holes

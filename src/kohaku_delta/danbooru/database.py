@@ -28,6 +28,11 @@ MAGIC = b"SQLite format 3\0"
 TYPE = """CASE WHEN type IS NULL THEN -1 WHEN typeof(type) != 'integer' OR type NOT BETWEEN -5 AND 4 THEN -2
     WHEN type < 0 THEN type + 5 ELSE type END"""
 
+POST_IDS, TAG_IDS = range(-(1 << 31), 1 << 31), range(1 << 32)  # that have room in one int64 together
+PAIR = f"""CASE WHEN post_id BETWEEN {POST_IDS.start} AND {POST_IDS.stop - 1} AND post_id = post_id | 0
+    AND tag_id BETWEEN {TAG_IDS.start} AND {TAG_IDS.stop - 1} AND tag_id = tag_id | 0
+    THEN post_id << 32 | tag_id END"""
+
 # (part of SQLite's message, what we say); the first match is used
 CAUSES = (
     (
@@ -161,12 +166,22 @@ class Database:
         """work(pairs) of batches of all pairs in the order of posttagrelation.id, which is the order of tags in a
         caption. `work` runs in threads.
 
-        `pairs` is int64: post id << 32 | tag id. One column costs SQLite and Arrow a quarter less than two.
+        `pairs` is int64: post id << 32 | tag id. One column costs SQLite and Arrow a quarter less than two. Pairs in
+        which one is no whole number, or has no room there, are left out: they name no post of POST_IDS, or no tag of
+        TAG_IDS, and posts and tags outside of these are refused.
         """
         self.require_columns("posttagrelation", "id", "post_id", "tag_id")
-        return self.map_batches(
-            "posttagrelation", "post_id << 32 | tag_id", lambda batch: work(batch.column(0).drop_null().to_numpy())
-        )
+        return self.map_batches("posttagrelation", PAIR, lambda batch: work(batch.column(0).drop_null().to_numpy()))
+
+    def require_small_ids(self, table: str, ids: np.ndarray) -> None:
+        """Raises UserError if any of these ids (int64) of the table "post" or "tag" has no room in a pair."""
+        known = {"post": POST_IDS, "tag": TAG_IDS}[table]
+        outside = ids[(ids < known.start) | (ids >= known.stop)]
+        if len(outside):
+            raise UserError(
+                f"The database {self.path} has a row with {table}.id {outside[0]}; ids from {known.start} to "
+                f"{known.stop - 1:,} can be read. Give such rows smaller ids in a copy, and in posttagrelation too."
+            )
 
     def posts_of(self, tags: np.ndarray) -> np.ndarray:
         """Ids of the posts that have any of these few tags (int64, possibly repeated)."""

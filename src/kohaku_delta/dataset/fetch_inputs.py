@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kohaku_delta.danbooru import partial_download
+from kohaku_delta.danbooru import partial_download, schema
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import selection
 from kohaku_delta.errors import UserError
@@ -45,7 +45,9 @@ def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> d
         )
     entries = mirror.resolve_inputs(download, folder, unused | {"tars"}, others)
     indexes = {Path(entry["path"]).stem: folder / entry["path"] for entry in _as_list(entries["index"])}
-    posts = needed_post_ids(Database(folder / entries["database"]["path"]), recipe)
+    database = Database(folder / entries["database"]["path"])
+    schema.check_schema(database)
+    posts = needed_post_ids(database, recipe)
     entries["tars"] = [
         entry | {"path": mirror.manifest_path(Path(entry["path"]), folder, download.mirror)}
         for entry in partial_download.fetch_members(tars, indexes, folder / download.mirror, posts)

@@ -36,8 +36,8 @@ PAIR = f"""CASE WHEN post_id BETWEEN {POST_IDS.start} AND {POST_IDS.stop - 1} AN
     THEN post_id << 32 | tag_id END"""
 
 BRING_IN = (
-    'Close the program that writes to it, and run `sqlite3 FILE "PRAGMA journal_mode = DELETE"` on it, which brings them '
-    "in."
+    'Close the program that writes to it, and run `sqlite3 FILE "PRAGMA journal_mode = DELETE"` on it, which brings '
+    "them in."
 )
 # (part of SQLite's message, what we say); the first match is used
 CAUSES = (

@@ -126,8 +126,8 @@ def test_exif_rotation_turns_a_picture_as_another_library_does(kind, orientation
     flat = image.decode(data)
     expected = {
         "fliplr": lambda: flat[:, ::-1], "flipud": lambda: flat[::-1], "rot180": lambda: flat[::-1, ::-1],
-        "transpose": lambda: flat.transpose(1, 0, 2), "rot270": lambda: np.rot90(flat, -1), "rot90": lambda: np.rot90(flat),
-        "anti": lambda: flat[::-1, ::-1].transpose(1, 0, 2),
+        "transpose": lambda: flat.transpose(1, 0, 2), "anti": lambda: flat[::-1, ::-1].transpose(1, 0, 2),
+        "rot270": lambda: np.rot90(flat, -1), "rot90": lambda: np.rot90(flat),
     }.get(turned.get(orientation), lambda: flat)()  # fmt: skip
     assert np.array_equal(found, expected)
     size = image.decoded_size(data, decoding=image.Decoding(exif_rotation=True))

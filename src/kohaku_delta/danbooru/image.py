@@ -2,8 +2,8 @@
 Missing memory (MemoryError) and a file that cannot be read (OSError) are no faults of an image.
 
 Images are decoded as the release's trainer saw them: the first frame of an animation, EXIF rotation not applied, alpha
-dropped, CMYK and palettes as Pillow converts them. Of 16-bit greys the upper eight bits are taken, where the trainer got
-two levels. A recipe may ask for another background and for rotation (Decoding).
+dropped, CMYK and palettes as Pillow converts them. Of 16-bit greys the upper eight bits are taken; the trainer
+got two levels. A recipe may ask for another background and for rotation (Decoding).
 """
 
 import io

@@ -63,7 +63,8 @@ class BatchBuilder:
     """Builds micro-batches from posts, captions and tars.
 
     posts: post_id, tar, offset, size, width, height; captions: post_id, caption; both ascending by post_id. `folder`
-    holds the tars; the metadata of posts says how they are decoded. `latent_step`: pixels per latent (8 for SDXL's VAE).
+    holds the tars; the metadata of posts says how images are decoded. `latent_step`: pixels per latent (8 for SDXL's
+    VAE).
     """
 
     def __init__(

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from test_misbehaving_hub import DATA, NAME, PLACE, gather, pin, recipe
 
 from fake_hub import REVISION, STRANGER, TOKEN, Hub, trust_fake_hub
+from kohaku_delta import params
 from kohaku_delta.errors import UserError
-from kohaku_delta.hub import client
+from kohaku_delta.hub import client, fill_pins
 from kohaku_delta.hub.pins import HubFile
-from test_misbehaving_hub import DATA, NAME, PLACE, gather, pin, recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = HubFile("owner/name", "dataset", REVISION, "images/data-0001.tar")
@@ -228,3 +229,78 @@ def test_a_file_that_another_mirror_gave_is_read_again_without_naming_that_mirro
     assert (download.recipe / PLACE).is_symlink() and download.hub.asked == []
     arrived(download())
     assert download.hub.asked == []
+
+
+def cached(folder, data):
+    """A file as huggingface_hub keeps it: a link to a blob."""
+    blob = folder / "datasets--owner--name" / "blobs" / "0123"
+    link = folder / "datasets--owner--name" / "snapshots" / REVISION / "images" / "data-0001.tar"
+    for path in (blob, link):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    blob.write_bytes(data)
+    link.symlink_to("../../../blobs/0123")
+
+
+def plain(folder, data):
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.joinpath("data-0001.tar").write_bytes(data)
+
+
+PLACES = {
+    "a Hugging Face cache": (cached, ""),
+    "the folder that holds the cache": (lambda folder, data: cached(folder / "hub", data), ""),
+    "a copy of the repository": (lambda folder, data: plain(folder / "images", data), "sha256"),
+    "a folder of files": (plain, "sha256"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_another_folder_as_a_mirror_is_used_after_hashing(hub, tmp_path, capsys, place):
+    write, needs = PLACES[place]
+    write(tmp_path / "share", DATA)
+    gather(tmp_path / "a", tmp_path / "share", tars=[pin()])
+    assert hub.asked == [] and (tmp_path / "a" / PLACE).read_bytes() == DATA
+    gather(tmp_path / "b", tmp_path / "share", tars=[pin(sha256=None, bytes=None)])
+    assert bool(hub.requests("storage")) == bool(needs)  # a name alone is no reason to take a file for the pinned one
+    assert ("has none of the inputs" in capsys.readouterr().err) == bool(needs)
+    write(tmp_path / "other", DATA[::-1])
+    hub.asked.clear()
+    gather(tmp_path / "c", tmp_path / "other", tars=[pin()])
+    assert hub.requests("storage") and (tmp_path / "c" / PLACE).read_bytes() == DATA
+    assert "It is damaged or another file. It is not used." in capsys.readouterr().err
+
+
+def test_a_mirror_without_any_of_the_files_is_said_and_one_that_does_not_exist_is_refused(hub, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    gather(tmp_path / "a", tmp_path / "empty", tars=[pin()])
+    assert f"--mirror {tmp_path}/empty has none of the inputs, neither as a mirror" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--mirror .*none is not a folder that exists"):
+        gather(tmp_path / "a", tmp_path / "none", tars=[pin()])
+
+
+def test_a_cache_in_the_home_directory_is_open_to_the_stage(download):
+    cached(download.home / "elsewhere", DATA)
+    arrived(download("--mirror", download.home / "elsewhere"))
+    assert download.hub.asked == []
+
+
+def offline_variable(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def no_server(monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    "cause, sentence",
+    [(offline_variable, "HF_HUB_OFFLINE .* forbids it. Unset it"), (no_server, "`kohaku-delta pin` needs the network")],
+)
+def test_pin_says_at_once_that_there_is_no_network(hub, monkeypatch, tmp_path, cause, sentence):
+    monkeypatch.setattr(client, "FIRST_WAIT", 60)
+    recipe(tmp_path, hub.url, [pin(bytes=None, sha256=None)])
+    cause(monkeypatch)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=sentence):
+        fill_pins.fill_pins(tmp_path / "params.yaml", params.load(tmp_path / "params.yaml"))
+    assert time.monotonic() - started < 10 and hub.asked == []

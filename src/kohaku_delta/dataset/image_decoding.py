@@ -3,8 +3,8 @@ accepted here is decoded in the training too, as long as the tar returns the sam
 
 Finished results are kept, in a file per tar beside the index of the tars, so a run that was killed goes on from there.
 These files are no outputs, and no stage depends on them. They count only while the tar, filter.max_pixels, the Decoding
-and what decodes (image.decoder_version) are the same; a file that is damaged is made again. Neither kept results nor the
-number of processes change a result.
+and what decodes (image.decoder_version) are the same; a damaged file is made again. Neither kept results nor the number
+of processes change a result.
 """
 
 import json

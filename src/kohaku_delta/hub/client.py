@@ -120,8 +120,8 @@ def _check_settings() -> None:
         ) from None
     except (ValueError, httpx2.InvalidURL):
         raise UserError(
-            "A proxy of the environment (ALL_PROXY, HTTPS_PROXY or HTTP_PROXY) has no address that can be used. It must "
-            "be http://HOST:PORT, https://HOST:PORT or socks5://HOST:PORT."
+            "A proxy of the environment (ALL_PROXY, HTTPS_PROXY or HTTP_PROXY) has no address that can be used. It "
+            "must be http://HOST:PORT, https://HOST:PORT or socks5://HOST:PORT."
         ) from None
     except OSError as error:
         variable = next((name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)), "SSL_CERT_FILE")
@@ -129,6 +129,14 @@ def _check_settings() -> None:
             f"The certificates that {variable} names ({os.environ.get(variable)}) cannot be read: "
             f"{error.strerror or type(error).__name__}. Correct or unset it."
         ) from None
+
+
+def require_online(what: str) -> None:
+    """Raises UserError if the environment forbids the network. what: what needs it."""
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        raise UserError(f"{what}, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) forbids it. Unset it.")
 
 
 def _headers() -> dict[str, str]:
@@ -306,7 +314,8 @@ def translate_errors(file: HubFile, reads_bytes: bool = False) -> Iterator[None]
         sentence = (
             f"{where} is gated. {terms} your account, then set HF_TOKEN to a token of that account."
             if _token() is None
-            else f"{where} is gated, and the token in {_token_source()} is not entitled to it. {terms} the token's account."
+            else f"{where} is gated, and the token in {_token_source()} is not entitled to it. {terms} the token's "
+            "account."
         )
     except errors.RevisionNotFoundError:
         sentence = f"{where} has no revision {file.revision}. {NO_URL}"
@@ -323,7 +332,7 @@ def translate_errors(file: HubFile, reads_bytes: bool = False) -> Iterator[None]
         _raise_transient(error, reads_bytes)
         status = error.response.status_code
         sentence = (
-            f"{where}: the token in {_token_source()} is not valid (401). Make a new one, or remove it for public files."
+            f"{where}: the token in {_token_source()} is not valid (401). Make a new one; public files need none."
             if status == 401
             else f"{_endpoint()} is no hub, or not one with {file.repo}: it answered {status} and no reason. Correct "
             f"HF_ENDPOINT, or {OTHER_MIRROR}"

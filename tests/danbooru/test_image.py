@@ -75,6 +75,14 @@ def test_a_tiff_is_an_image_whatever_its_name_is(mode, compression):
     assert image.image_size(io.BytesIO(data)) == image.decoded_size(data) == (30, 20)
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_of_32_bits_are_unreadable_and_not_cut_off(kind):
+    data = saved(Image.fromarray(np.arange(64, dtype=kind).reshape(8, 8)), "TIFF")
+    for look in (image.decode, image.decoded_size, lambda data: image.image_size(io.BytesIO(data))):
+        with pytest.raises(image.UnreadableImage, match="neither 8 nor 16 bits"):
+            look(data)
+
+
 WHITE = image.Decoding(alpha_background=(255, 255, 255))
 
 

@@ -146,6 +146,8 @@ def _open(file: BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as image:
+                if image.mode in ("I", "F"):  # of TIFF; as what should 32 bits or a fraction be shown?
+                    raise ValueError("its pixels have neither 8 nor 16 bits")
                 width, height = image.size
                 if width * height > max_pixels:
                     raise ValueError(f"{width} x {height} pixels are more than {max_pixels:,}")

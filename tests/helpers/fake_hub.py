@@ -208,6 +208,10 @@ class Resolver(HubHandler):
     def do_HEAD(self):
         self.do_GET()
 
+    def do_CONNECT(self):
+        self.note("hub")
+        self.moved()
+
     def moved(self) -> bool:
         if self.hub.elsewhere:
             status, location = self.hub.elsewhere

@@ -178,6 +178,42 @@ def test_a_mirror_that_sends_on_elsewhere_is_named_with_where_to_at_once(hub, tm
     assert "secret" not in raised.value.message and len(hub.asked) == 1
 
 
+def test_a_mirror_of_another_revision_is_told_at_once(hub, tmp_path):
+    hub.commit = "f" * 40
+    with pytest.raises(UserError, match="answers for the revision 'ffff.* where 0123456789abcdef.* was asked for"):
+        gather(tmp_path, tars=[pin()])
+    assert len(hub.asked) == 1
+
+
+def test_a_hub_that_wants_a_token_of_somebody_who_has_none_asks_for_one(hub, tmp_path):
+    hub.elsewhere = (401, "")
+    with pytest.raises(UserError, match="wants a token .401.. Set HF_TOKEN|not for nobody without a token"):
+        gather(tmp_path, tars=[pin()])
+
+
+@pytest.mark.parametrize("status", [403, 407])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_refuses_is_told_at_once(download, status, scheme):
+    with Hub() as proxy:
+        proxy.elsewhere = (status, "")
+        endpoint = {} if scheme == "http" else {"HF_ENDPOINT": "https://hub.invalid"}
+        address = proxy.url.replace("//", "//user:secret@")
+        done = download(HTTP_PROXY=address, HTTPS_PROXY=address, NO_PROXY="", **endpoint)
+        refused(done, str(status))
+        assert (
+            "secret" not in done.stderr and len(proxy.asked) <= 2
+        )  # the library asks for a list of its own, once a day
+
+
+@pytest.mark.parametrize("body", [200, 302])
+def test_pin_tells_a_page_instead_of_a_hub_at_once(hub, tmp_path, body):
+    hub.elsewhere = (body, "" if body == 200 else f"{hub.storage}/none")
+    recipe(tmp_path, hub.url, [pin(bytes=None, sha256=None)])
+    with pytest.raises(UserError, match="Correct HF_ENDPOINT"):
+        fill_pins.fill_pins(tmp_path / "params.yaml", params.load(tmp_path / "params.yaml"))
+    assert len(hub.requests("hub")) == 1
+
+
 @pytest.mark.parametrize("status", [400, 404, 405, 410])
 def test_a_mirror_that_knows_no_hub_is_told_at_once(hub, tmp_path, status):
     hub.elsewhere = (status, "")

@@ -30,6 +30,7 @@ BATCH = 500  # files per request for hashes
 PATIENCE = 900  # seconds; if the Hub asks for a longer wait, the download ends
 TOKEN = re.compile(r"[\x21-\x7e]+")
 NO_URL = "Correct the url in params.yaml (download.inputs)."
+NO_HUB = "Correct HF_ENDPOINT, or look at the proxy."
 OTHER_MIRROR = "name a mirror that has the file with --mirror."
 Result = TypeVar("Result")
 
@@ -169,9 +170,12 @@ def head_file(file: HubFile) -> RemoteFile:
         raise UserError(_no_hub(answer.location))
     etag = answer.etag or ""
     if answer.size is None or answer.size < 0 or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag):
-        raise TransientError("did not give size and hash of the file, as a hub does (check HF_ENDPOINT and proxy)")
+        raise UserError(f"{_endpoint()} does not give size and hash of {file.file}, as a hub does. {NO_HUB}")
     if file.revision is not None and answer.commit_hash != file.revision:
-        raise TransientError(f"answered for the revision {answer.commit_hash[:40]!r}")
+        raise UserError(
+            f"{_endpoint()} answers for the revision {answer.commit_hash[:40]!a} of {file.repo} where {file.revision} was "
+            f"asked for. {NO_HUB}"
+        )
     storage = None if answer.location.startswith(constants.ENDPOINT + "/") else answer.location
     sha256, git = (etag, None) if len(etag) == 64 else (None, etag)
     return RemoteFile(answer.size, sha256, git, storage)
@@ -184,7 +188,7 @@ def _no_hub(location: str) -> str:
     target = re.match("https?://[^/?#@]+", location)
     if target and not location.startswith(constants.ENDPOINT + "/"):
         return f"{_endpoint()} is no hub: it sends on to {target[0][:200]!a}. Set HF_ENDPOINT to that address."
-    return f"{_endpoint()} does not answer as a hub does (no revision). Correct HF_ENDPOINT, or look at the proxy."
+    return f"{_endpoint()} does not answer as a hub does (no revision). {NO_HUB}"
 
 
 def latest_commit(file: HubFile) -> str:
@@ -194,7 +198,7 @@ def latest_commit(file: HubFile) -> str:
     with translate_errors(file), _translate_parse_errors():
         info = _api().repo_info(file.repo, repo_type=file.kind, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     if not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
-        raise TransientError("did not give the commit of main")
+        raise UserError(f"{_endpoint()} does not give the commit of main of {file.repo}. {NO_HUB}")
     return info.sha
 
 
@@ -277,7 +281,7 @@ def _translate_parse_errors() -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
-        raise TransientError("sent an answer that cannot be understood") from None
+        raise UserError(f"{_endpoint()} sent an answer that cannot be understood. {NO_HUB}") from None
 
 
 @contextmanager
@@ -294,12 +298,17 @@ def translate_errors(file: HubFile, reads_bytes: bool = False) -> Iterator[None]
         yield
         return
     except (httpx2.UnsupportedProtocol, httpx2.TooManyRedirects, httpx2.InvalidURL) as error:
-        sentence = f"{_endpoint()} cannot be read from ({type(error).__name__}). Correct HF_ENDPOINT, or the proxy."
+        sentence = f"{_endpoint()} cannot be read from ({type(error).__name__}). {NO_HUB}"
     except httpx2.RequestError as error:
         if certificate := _certificate_error(error):
             raise UserError(
                 f"{_endpoint()}: its certificate is not trusted ({certificate}). If your network has an authority of "
                 "its own, set SSL_CERT_FILE to its certificates."
+            ) from None
+        if isinstance(error, httpx2.ProxyError) and (refusal := re.match("4[0-9]{2}", str(error))):
+            raise UserError(
+                f"The proxy of the environment (HTTPS_PROXY or ALL_PROXY) refused {_endpoint()}: it answered {refusal[0]}. "
+                "Correct its address, user and password."
             ) from None
         is_lost = isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError))
         kind = Unreachable if is_lost else TransientError
@@ -332,8 +341,12 @@ def translate_errors(file: HubFile, reads_bytes: bool = False) -> Iterator[None]
         _raise_transient(error, reads_bytes)
         status = error.response.status_code
         sentence = (
-            f"{where}: the token in {_token_source()} is not valid (401). Make a new one; public files need none."
+            f"{where} wants a token (401). Set HF_TOKEN."
+            if status == 401 and _token() is None
+            else f"{where}: the token in {_token_source()} is not valid (401). Make a new one; public files need none."
             if status == 401
+            else f"The proxy of the environment (HTTP_PROXY or ALL_PROXY) wants another user or password ({status})."
+            if status == 407
             else f"{_endpoint()} is no hub, or not one with {file.repo}: it answered {status} and no reason. Correct "
             f"HF_ENDPOINT, or {OTHER_MIRROR}"
             if status in (400, 404, 405, 410)

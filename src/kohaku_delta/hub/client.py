@@ -173,8 +173,8 @@ def head_file(file: HubFile) -> RemoteFile:
         raise UserError(f"{_endpoint()} does not give size and hash of {file.file}, as a hub does. {NO_HUB}")
     if file.revision is not None and answer.commit_hash != file.revision:
         raise UserError(
-            f"{_endpoint()} answers for the revision {answer.commit_hash[:40]!a} of {file.repo} where {file.revision} was "
-            f"asked for. {NO_HUB}"
+            f"{_endpoint()} answers for the revision {answer.commit_hash[:40]!a} of {file.repo} where {file.revision} "
+            f"was asked for. {NO_HUB}"
         )
     storage = None if answer.location.startswith(constants.ENDPOINT + "/") else answer.location
     sha256, git = (etag, None) if len(etag) == 64 else (None, etag)
@@ -307,8 +307,8 @@ def translate_errors(file: HubFile, reads_bytes: bool = False) -> Iterator[None]
             ) from None
         if isinstance(error, httpx2.ProxyError) and (refusal := re.match("4[0-9]{2}", str(error))):
             raise UserError(
-                f"The proxy of the environment (HTTPS_PROXY or ALL_PROXY) refused {_endpoint()}: it answered {refusal[0]}. "
-                "Correct its address, user and password."
+                f"The proxy of the environment (HTTPS_PROXY or ALL_PROXY) refused {_endpoint()}: it answered "
+                f"{refusal[0]}. Correct its address, user and password."
             ) from None
         is_lost = isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError))
         kind = Unreachable if is_lost else TransientError

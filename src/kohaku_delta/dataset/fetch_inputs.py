@@ -60,7 +60,7 @@ def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> d
 
 def check_tars(recipe: Recipe, folder: Path) -> None:
     """Raises UserError if the filter stage would refuse the tars by their names or folders. folder: that of
-    params.yaml. Nothing is opened: they need not exist yet.
+    params.yaml. Tars of a hub need not exist yet; a local one that does not exist is reported when it is verified.
     """
     kept = folder / recipe.download.mirror / ("selected" if recipe.download.images == "selected" else "")
     paths = []
@@ -68,6 +68,8 @@ def check_tars(recipe: Recipe, folder: Path) -> None:
         for each in pins.expand_span(pin.model_copy(update={"sha256": None}), Path()):  # every file of the span
             local = each.url.startswith("file://")
             path = folder / each.url.removeprefix("file://") if local else kept / pins.hub_file(each).path
+            if local and not path.is_file():
+                return
             paths.append(Path(os.path.normpath(path)))
     tars_by_number(paths)
 

@@ -56,7 +56,7 @@ def main(
     source = Database(database or listed.path(inputs, "database"))
     expected = MAIN if tars and not partial else ()  # those of the inputs exist, and the recipe names no other
     trained, lost = filtering.filter_posts(source, files, ids, recipe.filter, recipe.caption, index, expected)
-    parquet.write(trained, out)
+    parquet.write(trained, out, filtering.decoding(recipe.filter).metadata)
     parquet.write(lost, dropped)
     reasons, despite = (format_counts(reason_counts(c)) for c in (lost["reason"], trained["despite"]))
     print_summary(

@@ -47,7 +47,7 @@ SCHEDULER = {  # SDXL 1.0's own
     "timestep_spacing": "leading",
     "use_karras_sigmas": False,
 }
-PADS = {"tokenizer": END, "tokenizer_2": "!"}  # SDXL's second tokenizer pads with token 0
+PADS = {"tokenizer": END, "tokenizer_2": "!"}  # SDXL's second tokenizer pads with token 0, which is also a "!" of texts
 
 
 def export(checkpoint: Path, tokenizers: Mapping[str, tuple[Path, Path]], model: Model, out: Path) -> int:
@@ -73,9 +73,7 @@ def export(checkpoint: Path, tokenizers: Mapping[str, tuple[Path, Path]], model:
                 _tokenizer(aside / folder, files, PADS[folder])
             for part in PARTS:
                 written += _tensors(file, part, names, aside / PLACES[part])
-                _json(
-                    aside / Path(PLACES[part]).parent / "config.json", _config(part, configs[part], file, names, ends)
-                )
+                _json(aside / Path(PLACES[part]).parent / "config.json", _config(part, configs[part], ends))
     return written
 
 
@@ -103,17 +101,15 @@ def _tensors(file: SafetensorsFile, part: str, names: TensorNameMap, place: Path
     return safetensors_io.write(place, specs, produce, {"format": "pt"}).bytes
 
 
-def _config(part: str, config: dict, file: SafetensorsFile, names: TensorNameMap, ends: Mapping[str, dict]) -> dict:
+def _config(part: str, config: dict, ends: Mapping[str, dict]) -> dict:
     if part in ("unet", "vae"):
         return {"_class_name": INDEX[part][1], **config}
     folder = {"te1": "text_encoder", "te2": "text_encoder_2"}[part]
-    dtype = next(
-        spec.dtype for name, spec in file.specs.items() if name in names.by_key and names.by_key[name][0].part == part
-    )
     return config | {
         "architectures": [INDEX[folder][1]],
         "model_type": "clip_text_model",
-        "dtype": {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}.get(dtype, "float32"),
+        # what a call without a dtype loads: diffusers takes float32 for U-Net and VAE, transformers takes this
+        "dtype": "float32",
         **ends[folder.replace("text_encoder", "tokenizer")],
     }
 
@@ -147,16 +143,10 @@ def _tokenizer(folder: Path, files: tuple[Path, Path], pad: str) -> None:
         (folder / name).write_bytes(Path(source).read_bytes())
     tokens = {"bos_token": BEGIN, "eos_token": END, "pad_token": pad, "unk_token": END}
     _json(folder / "special_tokens_map.json", tokens)
-    _json(
-        folder / "tokenizer_config.json",
-        tokens
-        | {
-            "add_prefix_space": False,
-            "do_lower_case": True,
-            "model_max_length": 77,
-            "tokenizer_class": "CLIPTokenizer",
-        },
-    )
+    config = {"add_prefix_space": False, "do_lower_case": True, "model_max_length": 77}
+    # a text that spells the padding token does not mean padding: "love live!" ends in "!", not in token 0
+    config |= {"split_special_tokens": True} if pad != END else {}
+    _json(folder / "tokenizer_config.json", tokens | config | {"tokenizer_class": "CLIPTokenizer"})
 
 
 def _json(path: Path, content: dict) -> None:

@@ -34,7 +34,9 @@ def main(what: str, folder: Path, out: Path, numbers: int, threads: int) -> None
             files["sdxl"], {name: files[name] for name in ("gamma", "beta")}, recipe.merge, out, threads, numbers
         )
     else:
-        written = bake.bake(files["gamma"], files["lokr"], recipe.bake, out, threads=threads, numbers=numbers).written
+        written = bake.bake(
+            files["gamma"], files["lokr"], recipe.bake, recipe.model.side, out, threads=threads, numbers=numbers
+        ).written
     click.echo(written.sha256)
 
 

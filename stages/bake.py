@@ -23,7 +23,8 @@ from kohaku_delta.weights import bake
 @click.option("--force", is_flag=True, help="Accept another base, and leave out entries that match no tensor.")
 def main(params: Path, base: Path, lokr: Path, out: Path, force: bool) -> None:
     """Add the trained differences to the base."""
-    baked = bake.bake(base, lokr, recipes.load(params).bake, out, force)
+    recipe = recipes.load(params)
+    baked = bake.bake(base, lokr, recipe.bake, recipe.model.side, out, force)
     for module in baked.left_out:
         click.echo(f"bake: left out {module}, which matches no tensor", err=True)
     print_summary(

@@ -26,6 +26,7 @@ from kohaku_delta.weights.weight_delta import DenseDelta, KronDelta, load_delta
 
 NUMBERS = 1 << 19  # of a tensor computed at a time
 SHOWN = 10
+CONTENT_HASH = "modelspec.hash_sha256"
 EPSILON = np.finfo(np.float32).eps
 
 
@@ -64,12 +65,14 @@ def bake(
     base: Path,
     lokr_file: Path,
     recipe: Bake,
+    side: int,
     out: Path,
     force: bool = False,
     threads: int = 2 * THREADS,
     numbers: int = NUMBERS,
 ) -> BakeResult:
-    """Write base + scale · LoKr to `out`. `threads` (half of them wait for the disk) and `numbers` do not change a bit.
+    """Write base + scale · LoKr to `out`. side: of the pictures that the model is made for, in pixels. `threads` (half
+    of them wait for the disk) and `numbers` do not change a bit.
 
     Raises UserError for another base than the LoKr's, entries without a tensor, other shapes, and values that are not
     finite.
@@ -124,7 +127,8 @@ def bake(
                     "that it was trained on with --base, or pass --force."
                 )
 
-        written = safetensors_io.write(out, model.specs, produce, _metadata(recipe), sources=[base, lokr_file])
+        metadata = _metadata(recipe, side)
+        written = safetensors_io.write(out, model.specs, produce, metadata, [base, lokr_file], CONTENT_HASH)
         return BakeResult(written, len(updates), left_out)
 
 
@@ -248,13 +252,18 @@ def _output_chunks(
         yield from ((name, start, min(start + step, total), here) for start in range(0, total, step))
 
 
-def _metadata(recipe: Bake) -> dict[str, str]:
-    metadata = {
-        "format": "pt",
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": recipe.title,
-        "modelspec.prediction_type": "epsilon",
+def _metadata(recipe: Bake, side: int) -> dict[str, str]:
+    """What a WebUI shows of the file, by Stability's ModelSpec. The hash of the contents is added when it is known."""
+    values = {
+        "sai_model_spec": "1.0.0",
+        "architecture": "stable-diffusion-xl-v1-base",
+        "implementation": "https://github.com/Stability-AI/generative-models",
+        "title": recipe.title,
+        "resolution": f"{side}x{side}",
+        "prediction_type": "epsilon",
+        "author": recipe.author,
+        "description": recipe.description,
+        "date": recipe.date,
+        "license": recipe.license,
     }
-    return metadata | ({"modelspec.license": recipe.license} if recipe.license else {})
+    return {"format": "pt"} | {f"modelspec.{name}": value for name, value in values.items() if value}

@@ -122,6 +122,7 @@ class Merge(StrictModel):
     donor_embeddings: list[str]
     compute_dtype: Literal["float32", "float16"]
     output_dtype: Dtype
+    extra_tensors: Literal["refuse", "drop"]
 
 
 class Model(StrictModel):

@@ -259,7 +259,7 @@ CONV = "lora_unet_input_blocks_1_0_in_layers_2"
             "would hold NaN or infinity as F16",
         ),
         ({f"{CONV}.lokr_w1": torch.zeros(8, 8)}, "has no lokr_w2_a"),
-        ({f"{CONV}.lora_up.weight": torch.zeros(8, 8)}, "cannot be baked here"),
+        ({f"{CONV}.lora_up.weight": torch.zeros(8, 8)}, "is a LoRA"),
         (
             {
                 f"{CONV}.diff": torch.zeros(24, 24, 3, 3),

@@ -20,6 +20,7 @@ from kohaku_delta.formats.safetensors_header import content_digest
 from kohaku_delta.formats.safetensors_io import SafetensorsFile, WriteResult
 from kohaku_delta.parallel import THREADS, ordered_map
 from kohaku_delta.params import Bake
+from kohaku_delta.sdxl import checkpoint_checks
 from kohaku_delta.sdxl.tensor_names import Layout, TensorMapping, TensorNameMap
 from kohaku_delta.weights import lokr_format
 from kohaku_delta.weights.weight_delta import DenseDelta, KronDelta, load_delta
@@ -56,6 +57,7 @@ class BakeResult:
     written: WriteResult
     tensors: int  # that were changed
     left_out: list[str] = field(default_factory=list)  # modules that matched no tensor (force)
+    embeddings: list[str] = field(default_factory=list)  # tensors that belong to no module (drop_extra)
 
 
 Chunk = tuple[str, int, int, list[LoadedUpdate]]
@@ -68,16 +70,27 @@ def bake(
     side: int,
     out: Path,
     force: bool = False,
+    drop_extra: bool = False,
     threads: int = 2 * THREADS,
     numbers: int = NUMBERS,
 ) -> BakeResult:
-    """Write base + scale · LoKr to `out`. side: of the pictures that the model is made for, in pixels. `threads` (half
-    of them wait for the disk) and `numbers` do not change a bit.
+    """Write base + scale · LoKr to `out`. side: of the pictures that the model is made for, in pixels. drop_extra:
+    leave out embeddings that are bundled with the LoKr. `threads` (half of them wait for the disk) and `numbers` do not
+    change a bit.
 
     Raises UserError for another base than the LoKr's, entries without a tensor, other shapes, and values that are not
     finite.
     """
     with safetensors_io.open_file(base) as model, safetensors_io.open_file(lokr_file) as trained:
+        for file in (model, trained):
+            checkpoint_checks.require_epsilon(file)
+        checkpoint_checks.require_floats(model)
+        embeddings = lokr_format.embeddings(trained)
+        if embeddings and not drop_extra:
+            raise UserError(
+                f"{lokr_file} bundles embeddings, which are no part of a model: "
+                f"{checkpoint_checks.list_names(embeddings)}. --drop-extra leaves them out."
+            )
         updates, left_out = plan_updates(model, trained, force)
         for _ in ordered_map(lambda update: load_update(model, trained, update), sum(updates.values(), []), threads):
             pass  # every entry is read and checked before the first byte is written
@@ -129,7 +142,7 @@ def bake(
 
         metadata = _metadata(recipe, side)
         written = safetensors_io.write(out, model.specs, produce, metadata, [base, lokr_file], CONTENT_HASH)
-        return BakeResult(written, len(updates), left_out)
+        return BakeResult(written, len(updates), left_out, embeddings)
 
 
 def plan_updates(
@@ -138,10 +151,7 @@ def plan_updates(
     """The updates of each tensor by its name, and the modules that match no tensor. Raises UserError for such modules
     without `force`, and for entries that the tensors cannot take.
     """
-    try:
-        modules_by_name = TensorNameMap(Layout.of(model.specs)).by_lora()
-    except UserError as refusal:
-        raise UserError(f"{model.path}: {refusal.message}") from None
+    modules_by_name = TensorNameMap(Layout.of(model.specs)).by_lora()
     updates: dict[str, list[WeightUpdate]] = {}
     left_out: list[str] = []
     names: dict[TensorMapping, str] = {}

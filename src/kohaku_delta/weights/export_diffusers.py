@@ -8,6 +8,7 @@ pictures look washed out.
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from kohaku_delta.formats import dtypes, safetensors_io
 from kohaku_delta.formats.safetensors_header import TensorSpec
 from kohaku_delta.formats.safetensors_io import SafetensorsFile
 from kohaku_delta.params import Model
-from kohaku_delta.sdxl import model_loading
+from kohaku_delta.sdxl import checkpoint_checks, model_loading
 from kohaku_delta.sdxl.diffusers_layout import PLACES, diffusers_name, to_diffusers
 from kohaku_delta.sdxl.tensor_names import PARTS, Layout, TensorNameMap
 from kohaku_delta.sdxl.tokenizer import BEGIN, END
@@ -50,15 +51,32 @@ SCHEDULER = {  # SDXL 1.0's own
 PADS = {"tokenizer": END, "tokenizer_2": "!"}  # SDXL's second tokenizer pads with token 0, which is also a "!" of texts
 
 
-def export(checkpoint: Path, tokenizers: Mapping[str, tuple[Path, Path]], model: Model, out: Path) -> int:
-    """Write the diffusers folder of a checkpoint; return the bytes of its tensors. tokenizers: {"tokenizer":
-    (vocab.json, merges.txt), "tokenizer_2": …}.
+@dataclass
+class ExportResult:
+    bytes: int  # of the tensors
+    left_out: list[str]  # tensors outside SDXL's four parts
 
-    Raises UserError for a checkpoint with missing, extra or other-shaped tensors, for NaN and infinity, and for
-    tokenizers with more tokens than the text encoders.
+
+def export(
+    checkpoint: Path, tokenizers: Mapping[str, tuple[Path, Path]], model: Model, out: Path, drop_extra: bool = False
+) -> ExportResult:
+    """Write the diffusers folder of a checkpoint. tokenizers: {"tokenizer": (vocab.json, merges.txt), "tokenizer_2":
+    …}; drop_extra: leave out the tensors outside SDXL's four parts.
+
+    Raises UserError for a checkpoint with missing, extra or other-shaped tensors, for another prediction than epsilon,
+    for NaN and infinity, for dtypes that are not computed with, and for tokenizers with more tokens than the text
+    encoders.
     """
     with safetensors_io.open_file(checkpoint) as file:
-        shapes = {name: spec.shape for name, spec in file.specs.items()}
+        checkpoint_checks.require_epsilon(file)
+        checkpoint_checks.require_floats(file)
+        extra = checkpoint_checks.outside(file.specs)
+        if extra and not drop_extra:
+            raise UserError(
+                f"{checkpoint} holds tensors that are no part of SDXL: {checkpoint_checks.list_names(extra)}. No SDXL "
+                "program computes with them; --drop-extra leaves them out."
+            )
+        shapes = {name: spec.shape for name, spec in file.specs.items() if name not in set(extra)}
         configs = model_loading.require_architecture(checkpoint, shapes, model)
         ends = {
             folder: _special_tokens(folder, files[0], configs[part]["vocab_size"])
@@ -74,7 +92,7 @@ def export(checkpoint: Path, tokenizers: Mapping[str, tuple[Path, Path]], model:
             for part in PARTS:
                 written += _tensors(file, part, names, aside / PLACES[part])
                 _json(aside / Path(PLACES[part]).parent / "config.json", _config(part, configs[part], ends))
-    return written
+    return ExportResult(written, extra)
 
 
 def _tensors(file: SafetensorsFile, part: str, names: TensorNameMap, place: Path) -> int:

@@ -136,6 +136,12 @@ def test_what_is_no_part_of_sdxl_is_named_with_its_remedy_and_left_out_by_it(bas
         merge.copy_published_base(checkpoint, "0" * 64, tmp_path / "out.safetensors", drop_extra=True)
 
 
+def test_training_and_preview_name_the_remedy_for_what_is_no_part_of_sdxl(base, tmp_path):
+    checkpoint = changed(base, tmp_path / "more.safetensors", EXTRA)
+    with pytest.raises(UserError, match="not known: alphas_cumprod(.|\n)*merge.extra_tensors: drop"):
+        model_loading.load(checkpoint, tiny_sdxl.MODEL)
+
+
 def test_an_unknown_tensor_inside_a_part_is_refused_however_it_is_asked(base, tmp_path):
     more = changed(base, tmp_path / "more.safetensors", {"model.diffusion_model.adapter.weight": torch.zeros(2)})
     with pytest.raises(UserError, match="not known: model.diffusion_model.adapter.weight"):

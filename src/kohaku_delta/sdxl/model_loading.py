@@ -190,7 +190,9 @@ def require_architecture(path, shapes: Mapping[str, tuple[int, ...]], model: Mod
     except UserError as refusal:
         raise UserError(f"{path}: {refusal.message}") from None
     if faults:
-        raise UserError(f"{path} is not the SDXL checkpoint that its shapes suggest:" + first_lines(faults))
+        extra = checkpoint_checks.outside(shapes)
+        remedy = "\nThe merge stage leaves out what is no part of SDXL (merge.extra_tensors: drop)." if extra else ""
+        raise UserError(f"{path} is not the SDXL checkpoint that its shapes suggest:" + first_lines(faults) + remedy)
     return configs
 
 

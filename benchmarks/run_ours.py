@@ -32,9 +32,11 @@ def main(what: str, folder: Path, out: Path, numbers: int, threads: int) -> None
     if what == "merge":
         written = merge.merge(
             files["sdxl"], {name: files[name] for name in ("gamma", "beta")}, recipe.merge, out, threads, numbers
-        )
+        ).written
     else:
-        written = bake.bake(files["gamma"], files["lokr"], recipe.bake, out, threads=threads, numbers=numbers).written
+        written = bake.bake(
+            files["gamma"], files["lokr"], recipe.bake, recipe.model.side, out, threads=threads, numbers=numbers
+        ).written
     click.echo(written.sha256)
 
 

@@ -12,6 +12,7 @@ import click
 from kohaku_delta import params as recipes
 from kohaku_delta import paths
 from kohaku_delta.cli.stage_command import FILE, StageCommand, print_summary
+from kohaku_delta.sdxl import checkpoint_checks
 from kohaku_delta.weights import bake
 
 
@@ -21,9 +22,13 @@ from kohaku_delta.weights import bake
 @click.option("--lokr", type=FILE, default=paths.LOKR, help="The trained LoKr.")
 @click.option("--out", type=FILE, default=paths.FINAL, help="The result.")
 @click.option("--force", is_flag=True, help="Accept another base, and leave out entries that match no tensor.")
-def main(params: Path, base: Path, lokr: Path, out: Path, force: bool) -> None:
+@click.option("--drop-extra", is_flag=True, help="Leave out embeddings that are bundled with the LoKr, and list them.")
+def main(params: Path, base: Path, lokr: Path, out: Path, force: bool, drop_extra: bool) -> None:
     """Add the trained differences to the base."""
-    baked = bake.bake(base, lokr, recipes.load(params).bake, out, force)
+    recipe = recipes.load(params)
+    baked = bake.bake(base, lokr, recipe.bake, recipe.model.side, out, force, drop_extra)
+    if baked.embeddings:
+        click.echo(f"bake: left out {checkpoint_checks.list_names(baked.embeddings)}", err=True)
     for module in baked.left_out:
         click.echo(f"bake: left out {module}, which matches no tensor", err=True)
     print_summary(

@@ -15,6 +15,7 @@ from kohaku_delta import numerics, paths
 from kohaku_delta import params as recipes
 from kohaku_delta.cli.stage_command import FILE, StageCommand, print_summary
 from kohaku_delta.hub import inputs_manifest as listed
+from kohaku_delta.sdxl import checkpoint_checks
 
 
 @click.command(cls=StageCommand)
@@ -24,7 +25,18 @@ from kohaku_delta.hub import inputs_manifest as listed
 @click.option("--tokenizer", type=FILE, help="Folder with vocab.json and merges.txt.  [default: tokenizer of --inputs]")
 @click.option("--tokenizer-2", type=FILE, help="For the second text encoder.  [default: tokenizer_2 of --inputs]")
 @click.option("--out", type=FILE, default=paths.DIFFUSERS, help="The folder.")
-def main(params: Path, inputs: Path, model: Path, tokenizer: Path | None, tokenizer_2: Path | None, out: Path) -> None:
+@click.option(
+    "--drop-extra", is_flag=True, help="Leave out tensors outside U-Net, VAE and text encoders, and list them."
+)
+def main(
+    params: Path,
+    inputs: Path,
+    model: Path,
+    tokenizer: Path | None,
+    tokenizer_2: Path | None,
+    out: Path,
+    drop_extra: bool,
+) -> None:
     """Write the folder that StableDiffusionXLPipeline.from_pretrained loads."""
     recipe = recipes.load(params).model
     tokenizers = {
@@ -34,8 +46,12 @@ def main(params: Path, inputs: Path, model: Path, tokenizer: Path | None, tokeni
     numerics.prepare()
     from kohaku_delta.weights import export_diffusers  # imports torch, after the numerics are set
 
-    written = export_diffusers.export(model, tokenizers, recipe, out)
-    print_summary("export", f"{written:,} bytes of tensors, vae scaling factor {recipe.vae_scaling_factor} → {out}")
+    exported = export_diffusers.export(model, tokenizers, recipe, out, drop_extra)
+    if exported.left_out:
+        click.echo(f"export: left out {checkpoint_checks.list_names(exported.left_out)}", err=True)
+    print_summary(
+        "export", f"{exported.bytes:,} bytes of tensors, vae scaling factor {recipe.vae_scaling_factor} → {out}"
+    )
 
 
 if __name__ == "__main__":

@@ -43,14 +43,18 @@ def main(
     """Give both parents the donor's embeddings and add them up, or copy the published base."""
     recipe = recipes.load(params).merge
     if recipe.start == "published":
-        written = merge.copy_published_base(
+        merged = merge.copy_published_base(
             delta_base or listed.path(inputs, "delta_base"),
             None if delta_base else listed.sha256(inputs, "delta_base"),
             out,
+            recipe.extra_tensors == "drop",
         )
     else:
         parents = {"gamma": gamma or listed.path(inputs, "gamma"), "beta": beta or listed.path(inputs, "beta")}
-        written = merge.merge(sdxl or listed.path(inputs, "sdxl"), parents, recipe, out)
+        merged = merge.merge(sdxl or listed.path(inputs, "sdxl"), parents, recipe, out)
+    for note in merged.notes:
+        click.echo(f"merge: {note}", err=True)
+    written = merged.written
     print_summary(
         "merge", f"{written.bytes:,} bytes, sha256 {written.sha256[:16]}…, contents {written.digest[:16]}… → {out}"
     )

@@ -1,5 +1,5 @@
-"""preview: what the training changed. Reads base and final, selection, inputs; writes preview.png (a labelled grid) and
-held-out.json (losses, distances).
+"""preview: what the training changed. Reads base and final, selection, inputs; writes preview.png (a labelled grid),
+samples/ (its pictures, one by one) and held-out.json (losses, distances).
 """
 
 import os
@@ -36,6 +36,7 @@ from kohaku_delta.cli.stage_command import FILE, StageCommand, print_summary
 @click.option("--base", type=FILE, default=paths.BASE)
 @click.option("--model", type=FILE, default=paths.FINAL, help="The baked checkpoint.")
 @click.option("--out", type=FILE, default=paths.PREVIEW)
+@click.option("--samples", type=FILE, default=paths.SAMPLES, help="The folder of the pictures.")
 @click.option("--held-out", type=FILE, default=paths.HELD_OUT)
 def main(params: Path, **files) -> None:
     """Draw base beside final, and measure both on posts that were not selected."""
@@ -51,7 +52,7 @@ def main(params: Path, **files) -> None:
         summary = f"held-out loss {losses} on {measured['posts']} posts"
     if "flat" in measured:
         summary += f", distance {base['distance']['mean']:.1f} → {final['distance']['mean']:.1f}"
-    print_summary("preview", f"{summary} → {files['out']}, {files['held_out']}")
+    print_summary("preview", f"{summary} → {files['out']}, {files['samples']}, {files['held_out']}")
 
 
 if __name__ == "__main__":

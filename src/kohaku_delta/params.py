@@ -3,10 +3,11 @@ shows every value.
 """
 
 import math
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from kohaku_delta import strict_model, yaml_file
 from kohaku_delta.strict_model import StrictModel
@@ -17,6 +18,7 @@ Pixels = Annotated[int, Field(gt=0, multiple_of=8)]  # SDXL's VAE makes one late
 Byte = Annotated[int, Field(ge=0, le=255)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "float16", "bfloat16"]
+Text = Annotated[str, Field(min_length=1)]
 
 
 def _numbers(mapping: Any) -> Any:
@@ -132,6 +134,7 @@ class Merge(StrictModel):
     donor_embeddings: list[str]
     compute_dtype: Literal["float32", "float16"]
     output_dtype: Dtype
+    extra_tensors: Literal["refuse", "drop"]
 
 
 class Model(StrictModel):
@@ -233,8 +236,20 @@ class Execution(StrictModel):
 
 class Bake(StrictModel):
     scale: float
-    title: Annotated[str, Field(min_length=1)]
+    title: Text
+    author: Text | None
+    description: Text | None
+    date: Text | None
     license: str | None
+
+    @field_validator("date")
+    @classmethod
+    def _iso_date(cls, date: str | None) -> str | None:
+        try:
+            datetime.fromisoformat(date or "2000-01-01")
+        except ValueError:
+            raise ValueError(f"{date!r:.40} is no date in ISO 8601, as 2024-03-05 is") from None
+        return date
 
 
 class Preview(StrictModel):

@@ -26,6 +26,7 @@ CURVES = "build/curves.csv"  # train
 FINAL = "build/kohaku-xl-delta.safetensors"  # bake: the release's checkpoint
 DIFFUSERS = "build/diffusers"  # export: folder
 PREVIEW = "build/preview.png"  # preview
+SAMPLES = "build/samples"  # preview: folder of its pictures, with their settings
 HELD_OUT = "build/held-out.json"  # preview: loss on posts that were not trained on
 MILESTONES_CSV = "build/milestones.csv"  # milestones: held-out loss of base, milestones and final model
 MILESTONES_PNG = "build/milestones.png"  # milestones: the preview's prompts as each of them draws them

@@ -215,7 +215,9 @@ def test_a_rotated_picture_on_a_background_is_kept_with_its_turned_size_and_trai
     for changes in ({}, {"alpha_background": [255, 255, 255], "exif_rotation": True}):
         parameters = recipe.filter.model_copy(update=changes)
         files = tars.tars_in(folder)
-        posts, _ = filtering.filter_posts(Database(path), files, [1, 1001], parameters, recipe.caption, None, expected=())
+        posts, _ = filtering.filter_posts(
+            Database(path), files, [1, 1001], parameters, recipe.caption, None, expected=()
+        )
         sizes[bool(changes)] = list(zip(posts["width"].to_pylist(), posts["height"].to_pylist(), strict=True))
         stored = tmp_path / "posts.parquet"
         parquet.write(posts, stored, filtering.decoding(parameters).metadata)

@@ -55,6 +55,7 @@ def make(place: Path, params: dict | None = None, dataset: dict = DATASET, texts
         **{f"{name}-kxl-delta.json": "{}" for name in ("artists", "characters")},
         **{f"statistics/{name}.png": png(90, 60) for name in PICTURES},
         "preview.png": png(120, 60),
+        "samples/final-00.png": png(30, 30),
         "milestones.png": png(180, 60),
         "milestones.csv": "step,held_out_loss,held_out_loss_training\n0,0.5,0.5\n2,0.375,0.375\n5,0.25,0.25\n",
         "milestones/delta-lokr-step00000002.safetensors": "a LoKr",

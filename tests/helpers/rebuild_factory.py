@@ -23,6 +23,7 @@ from kohaku_delta import params
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import captions
 from kohaku_delta.formats import parquet, safetensors_io
+from kohaku_delta.preview import image_grid, samples
 from kohaku_delta.provenance import import_closure
 from kohaku_delta.training import checkpointing, journal, run_folders, schedule, tensor_fingerprints, trainer
 from kohaku_delta.weights import lokr_format
@@ -119,17 +120,29 @@ def write(folder: Path) -> Path:
         "dataset.json",
         "held-out.json",
         "curves.csv",
-        "preview.png",
         "milestones.csv",
         "milestones.png",
     ):
         (build / name).write_text(f"{name}\n")
+    _preview(build, recipe)
     for name in ("diffusers/unet/model.safetensors", "diffusers/model_index.json", "statistics/years.png"):
         (build / name).parent.mkdir(parents=True, exist_ok=True)
         (build / name).write_text(f"{name}\n")
     lock(folder)
     records(folder)
     return folder
+
+
+def _preview(build: Path, recipe) -> None:
+    generator, preview = np.random.default_rng(2), recipe.preview
+    pictures = {
+        model: list(generator.integers(0, 256, (len(preview.prompts), preview.height, preview.width, 3), np.uint8))
+        for model in ("base", "final")
+    }
+    (build / "preview.png").write_bytes(image_grid.draw_grid(preview.prompts, pictures, {}, preview.columns, "title"))
+    files = {"base": build / "delta-base.safetensors", "final": build / "kohaku-xl-delta.safetensors"}
+    named = {model: (path.stem, sha256(path.read_bytes())) for model, path in files.items()}
+    samples.write_samples(build / "samples", preview, pictures, named)
 
 
 def _pin(folder: Path, path: Path) -> dict:

@@ -123,6 +123,18 @@ def later_milestone(folder):
     path.write_bytes(path.with_name(path.name.replace("4.", "8.")).read_bytes())
 
 
+def other_picture(folder):
+    """The trained model's picture under the base's name."""
+    place = folder / "build" / "samples"
+    (place / "base-01.png").write_bytes((place / "final-01.png").read_bytes())
+
+
+def other_final_model(folder):
+    """Another checkpoint, from which no sample was drawn."""
+    path = folder / "build" / "kohaku-xl-delta.safetensors"
+    safetensors_io.save(path, {name: tensor + np.float16(1) for name, tensor in load_file(path).items()})
+
+
 def journaled(change, chained):
     """The journal with changed rows: as a text editor would leave it, or with a new chain between the honest beginning
     and end.

@@ -19,6 +19,7 @@ from kohaku_delta import params
 from kohaku_delta.cli.main import main
 from kohaku_delta.formats import safetensors_io
 from kohaku_delta.sdxl import model_loading
+from kohaku_delta.sdxl.tensor_names import SDXL, TensorNameMap
 from kohaku_delta.verify import compare_tensors, tensor_sources
 from kohaku_delta.weights import export_diffusers, lokr_format
 
@@ -114,10 +115,57 @@ def test_neighbours_are_one_ulp_apart_across_zero_too(kind):
     assert measure(1.0, float("inf")).largest == float("inf")
 
 
-def test_a_wider_dtype_of_the_same_numbers_differs_by_nothing_but_is_not_equal(checkpoint, tmp_path):
-    changed(checkpoint, tmp_path / "b.safetensors", lambda held: held.update({OUT: held[OUT].float()}))
-    code, message = ask(checkpoint, tmp_path / "b.safetensors")
-    assert code == 1 and message.splitlines()[-1].split() == ["0", "0", "F16", "100", "%", OUT]
+def test_only_the_dtype_differs_is_said_when_it_is_so(checkpoint, tmp_path):
+    other = tmp_path / "b.safetensors"
+    changed(checkpoint, other, lambda held: held.update({name: held[name].float() for name in (OUT, QUANT)}))
+    code, message = ask(checkpoint, other)
+    kinds = f"2 of {len(load_file(checkpoint)):,} tensors are F16 in {checkpoint} and F32 in {other}"
+    assert code == 1 and message == f"only the dtype differs: {kinds}; every value is equal\n"
+
+
+def test_a_rounded_copy_differs_in_its_dtype_only_and_one_other_value_is_more(tmp_path):
+    values = {"x": torch.randn(4000, generator=torch.Generator().manual_seed(1)), "y": torch.arange(4)}
+    save_file(values, tmp_path / "a.safetensors")
+    save_file(values | {"x": values["x"].bfloat16()}, tmp_path / "b.safetensors")
+    code, message = ask(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert code == 1 and message.startswith("only the dtype differs: 1 of 2 tensors are F32 in ")
+    assert message.endswith("every value is equal once it is rounded to the coarser dtype\n")
+    for other in (
+        {"x": torch.cat([values["x"].bfloat16()[:-1], torch.tensor([9.0]).bfloat16()])},  # another value
+        {"x": values["x"].bfloat16(), "y": torch.arange(1, 5)},  # another tensor
+        {"x": values["x"].bfloat16(), "z": torch.zeros(1)},  # one more tensor
+    ):
+        save_file(values | other, tmp_path / "b.safetensors")
+        assert ask(tmp_path / "a.safetensors", tmp_path / "b.safetensors")[1].startswith("different: ")
+    save_file({"x": torch.tensor([1e5])}, tmp_path / "a.safetensors")
+    save_file({"x": torch.tensor([1e5]).half()}, tmp_path / "b.safetensors")  # infinite: more than another dtype
+    assert ask(tmp_path / "a.safetensors", tmp_path / "b.safetensors")[1].startswith("different: ")
+
+
+def test_a_lokr_is_the_same_under_the_names_of_another_trainer(trained, tmp_path):
+    lokr_format.write_lokr(tmp_path / "a.safetensors", trained, RECIPE, "base")
+    held = load_file(tmp_path / "a.safetensors")
+    entries = {entry.lora: entry for entry in TensorNameMap(SDXL).entries if entry.path.endswith(".weight")}
+
+    def renamed(name: str, prefix: str) -> str:
+        module, _, suffix = name.partition(".")
+        path = entries[module].path.removesuffix(".weight").removeprefix("text_model.").replace(".", "_")
+        return f"{prefix.format(part=entries[module].part)}_{path}.{suffix}"
+
+    theirs = {renamed(name, "lora_{part}"): value for name, value in held.items()}
+    assert len(theirs.keys() - held.keys()) > 100
+    save_file(theirs, tmp_path / "b.safetensors")
+    code, message = ask(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert code == 0 and message.startswith(f"same tensors in another container: all {len(held):,} are equal")
+    assert "have the names of another trainer, of the same layers" in message
+    unet = {name: value for name, value in held.items() if name.startswith("lora_unet_")}
+    save_file({renamed(name, "lycoris"): value * 2 for name, value in unet.items()}, tmp_path / "c.safetensors")
+    code, message = ask(tmp_path / "a.safetensors", tmp_path / "c.safetensors")
+    assert code == 1 and "differences kron(w1, w2)" in message, "compared by product too"
+    twice = {"lora_unet_input_blocks_0_0.diff": torch.zeros(2), "lora_unet_conv_in.diff": torch.zeros(2)}
+    save_file(twice, tmp_path / "d.safetensors")
+    code, message = ask(tmp_path / "d.safetensors", tmp_path / "d.safetensors")
+    assert code == 2 and "two names of one layer" in message
 
 
 def test_missing_and_other_shaped_tensors_are_listed(checkpoint, tmp_path):

@@ -27,8 +27,10 @@ from tampering import (
     other_alpha,
     other_code,
     other_command,
+    other_final_model,
     other_norm,
     other_params,
+    other_picture,
     other_weights,
     param_changed_during_run,
     picture,
@@ -105,6 +107,10 @@ ATTACKS = {
         (journaled(losses_of_nan, True), True, "chain/numbers", "has losses that are NaN or infinite"),
     "an update that moved nothing, chained anew":
         (journaled(no_update, True), True, "chain/numbers", "left every weight as it was"),
+    "another picture under a sample's name":
+        (other_picture, True, "chain/samples", "build/samples/base-01.png is not the picture in preview.png"),
+    "samples of another checkpoint":
+        (other_final_model, True, "chain/samples", "final-00.png names other settings, or another checkpoint"),
     "a record from another run":
         (record_edited("schedule", record_of_another_run), False, "lock/records",
          "the record of schedule is of another run: it wrote build/schedule.parquet"),

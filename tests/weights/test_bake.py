@@ -1,3 +1,5 @@
+import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from kohaku_delta.sdxl.tensor_names import Layout, TensorNameMap
 from kohaku_delta.weights import bake, lokr_format
 
 RECIPE = params.load(Path(__file__).parents[2] / "params.yaml")
-ONE = Bake(scale=1.0, title="Toy", license=None)
+ONE = Bake(scale=1.0, title="Toy", author=None, description=None, date=None, license=None)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def merged_by_lycoris(models, adapters, scale=1.0):
 
 def test_baked_is_lycoris_merge_in_fp32_rounded_once_and_all_else_keeps_its_bits(trained, tmp_path):
     base, lokr_file, models, adapters = trained
-    baked = bake.bake(base, lokr_file, ONE, tmp_path / "out.safetensors")
+    baked = bake.bake(base, lokr_file, ONE, 128, tmp_path / "out.safetensors")
     before, after = load_file(base), load_file(tmp_path / "out.safetensors")
     assert before.keys() == after.keys()
     theirs = merged_by_lycoris(models, adapters)
@@ -74,7 +76,7 @@ def test_baked_is_lycoris_merge_in_fp32_rounded_once_and_all_else_keeps_its_bits
 def test_same_bytes_for_any_piece_size_and_number_of_threads(trained, tmp_path):
     base, lokr_file, *_ = trained
     runs = [
-        bake.bake(base, lokr_file, ONE, tmp_path / "out.safetensors", numbers=numbers, threads=threads)
+        bake.bake(base, lokr_file, ONE, 128, tmp_path / "out.safetensors", numbers=numbers, threads=threads)
         for numbers, threads in ((500, 1), (1 << 20, 3), (3000, 2))
     ]
     assert len({run.written.sha256 for run in runs}) == 1
@@ -82,7 +84,7 @@ def test_same_bytes_for_any_piece_size_and_number_of_threads(trained, tmp_path):
 
 def test_forward_with_the_lokr_at_run_time_equals_the_baked_model(trained, tmp_path):
     base, lokr_file, *_ = trained
-    bake.bake(base, lokr_file, ONE, tmp_path / "out.safetensors")
+    bake.bake(base, lokr_file, ONE, 128, tmp_path / "out.safetensors")
     baked = model_loading.load(tmp_path / "out.safetensors", tiny_sdxl.MODEL)
     live = model_loading.load(base, tiny_sdxl.MODEL)
     adapters = tiny_sdxl.lokr(live, RECIPE.lokr.preset)
@@ -153,6 +155,7 @@ def test_factored_tucker_and_dora_entries_are_baked_as_lycoris_computes_them(tra
         base,
         one_entry(tmp_path, trained, tensors),
         ONE.model_copy(update={"scale": scale}),
+        128,
         tmp_path / "out.safetensors",
     )
     after = load_file(tmp_path / "out.safetensors")
@@ -176,7 +179,7 @@ def test_full_differences_and_the_transposed_projection_are_baked(trained, tmp_p
         "lora_te1_encoder_layers_0_mlp_fc1.diff_b": torch.randn(96, generator=generator),  # transformers 5's name
         "lycoris_mid_block_attentions_0_proj_in.diff": torch.randn(48, 48, generator=generator),  # SimpleTuner's name
     }
-    bake.bake(base, one_entry(tmp_path, trained, diffs), ONE, tmp_path / "out.safetensors")
+    bake.bake(base, one_entry(tmp_path, trained, diffs), ONE, 128, tmp_path / "out.safetensors")
     after = load_file(tmp_path / "out.safetensors")
     unet, te1, te2 = (
         "model.diffusion_model.input_blocks.1.0.in_layers.2",
@@ -202,16 +205,17 @@ def test_another_base_is_refused_and_force_overrules(trained, tmp_path):
     _, lokr_file, *_ = trained
     tiny_sdxl.write(tmp_path / "other.safetensors", 6)
     with pytest.raises(UserError, match="was trained on another base"):
-        bake.bake(tmp_path / "other.safetensors", lokr_file, ONE, tmp_path / "out.safetensors")
+        bake.bake(tmp_path / "other.safetensors", lokr_file, ONE, 128, tmp_path / "out.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.safetensors"]
-    bake.bake(tmp_path / "other.safetensors", lokr_file, ONE, tmp_path / "out.safetensors", force=True)
+    bake.bake(tmp_path / "other.safetensors", lokr_file, ONE, 128, tmp_path / "out.safetensors", force=True)
 
 
 def test_the_same_base_in_another_container_is_the_same_base(trained, tmp_path):
     base, lokr_file, *_ = trained
     save_file(load_file(base), tmp_path / "same.safetensors", {"note": "other header, other bytes"})
     ours, theirs = (
-        bake.bake(path, lokr_file, ONE, tmp_path / "out.safetensors") for path in (base, tmp_path / "same.safetensors")
+        bake.bake(path, lokr_file, ONE, 128, tmp_path / "out.safetensors")
+        for path in (base, tmp_path / "same.safetensors")
     )
     assert ours.written == theirs.written
 
@@ -221,15 +225,15 @@ def test_a_base_with_infinity_in_a_tensor_that_no_entry_changes_is_refused(train
     tensors["first_stage_model.decoder.conv_out.bias"][1] = torch.inf
     save_file(tensors, tmp_path / "bad.safetensors")
     with pytest.raises(UserError, match="decoder.conv_out.bias holds NaN or infinity: .*bad.safetensors is damaged"):
-        bake.bake(tmp_path / "bad.safetensors", trained[1], ONE, tmp_path / "out.safetensors", force=True)
+        bake.bake(tmp_path / "bad.safetensors", trained[1], ONE, 128, tmp_path / "out.safetensors", force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
 
 
 def test_no_word_about_the_base_needs_force(trained, tmp_path):
     one = one_entry(tmp_path, trained, {"lora_te2_text_projection.diff": torch.zeros(64, 64)}, metadata={})
     with pytest.raises(UserError, match="does not say which base"):
-        bake.bake(trained[0], one, ONE, tmp_path / "out.safetensors")
-    bake.bake(trained[0], one, ONE, tmp_path / "out.safetensors", force=True)
+        bake.bake(trained[0], one, ONE, 128, tmp_path / "out.safetensors")
+    bake.bake(trained[0], one, ONE, 128, tmp_path / "out.safetensors", force=True)
 
 
 CONV = "lora_unet_input_blocks_1_0_in_layers_2"
@@ -255,7 +259,7 @@ CONV = "lora_unet_input_blocks_1_0_in_layers_2"
             "would hold NaN or infinity as F16",
         ),
         ({f"{CONV}.lokr_w1": torch.zeros(8, 8)}, "has no lokr_w2_a"),
-        ({f"{CONV}.lora_up.weight": torch.zeros(8, 8)}, "cannot be baked here"),
+        ({f"{CONV}.lora_up.weight": torch.zeros(8, 8)}, "is a LoRA"),
         (
             {
                 f"{CONV}.diff": torch.zeros(24, 24, 3, 3),
@@ -268,7 +272,7 @@ CONV = "lora_unet_input_blocks_1_0_in_layers_2"
 def test_an_entry_that_does_not_fit_is_named_and_nothing_is_left(trained, tmp_path, tensors, said):
     one = one_entry(tmp_path, trained, tensors)
     with pytest.raises(UserError, match=said):
-        bake.bake(trained[0], one, ONE, tmp_path / "out.safetensors")
+        bake.bake(trained[0], one, ONE, 128, tmp_path / "out.safetensors")
     assert list(tmp_path.iterdir()) == [one]
 
 
@@ -278,7 +282,7 @@ def test_an_infinite_alpha_is_harmless_where_both_halves_are_whole(trained, tmp_
         f"{CONV}.lokr_w2": torch.ones(3, 3, 3, 3),
         f"{CONV}.alpha": torch.tensor(torch.inf),
     }
-    bake.bake(trained[0], one_entry(tmp_path, trained, tensors), ONE, tmp_path / "out.safetensors")
+    bake.bake(trained[0], one_entry(tmp_path, trained, tensors), ONE, 128, tmp_path / "out.safetensors")
     key = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
     assert torch.equal(load_file(tmp_path / "out.safetensors")[key], (load_file(trained[0])[key].float() + 1).half())
 
@@ -288,7 +292,7 @@ def test_a_bfloat16_base_stays_bfloat16(trained, tmp_path):
         name: value.bfloat16() if value.is_floating_point() else value for name, value in load_file(trained[0]).items()
     }
     save_file(wide, tmp_path / "base.safetensors")
-    bake.bake(tmp_path / "base.safetensors", trained[1], ONE, tmp_path / "out.safetensors", force=True)
+    bake.bake(tmp_path / "base.safetensors", trained[1], ONE, 128, tmp_path / "out.safetensors", force=True)
     after = load_file(tmp_path / "out.safetensors")
     key, stored = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight", load_file(trained[1])
     delta = torch.kron(stored[f"{CONV}.lokr_w1"].float()[..., None, None], stored[f"{CONV}.lokr_w2"].float())
@@ -325,3 +329,28 @@ def test_by_hand_a_wrong_base_is_one_sentence_and_exit_code_1(trained, tmp_path)
     assert (
         done.returncode == 0 and done.stderr == "" and done.stdout.startswith("bake: ") and done.stdout.count("\n") == 1
     )
+
+
+def test_the_header_says_what_programs_look_for_and_the_hash_of_the_contents_is_modelspecs(trained, tmp_path):
+    base, lokr_file, *_ = trained
+    recipe = RECIPE.bake.model_copy(update={"date": "2024-03-05", "license": None})
+    written = bake.bake(base, lokr_file, recipe, 1024, tmp_path / "out.safetensors").written
+    raw = (tmp_path / "out.safetensors").read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    said = json.loads(raw[8:start])["__metadata__"]
+    must = {"sai_model_spec", "architecture", "implementation", "title", "resolution"}
+    should = {"description", "author", "date", "hash_sha256"}
+    assert {f"modelspec.{name}" for name in must | should | {"prediction_type"}} | {"format"} == set(said)
+    assert said["modelspec.resolution"] == "1024x1024" and said["modelspec.date"] == "2024-03-05"
+    assert said["modelspec.prediction_type"] == "epsilon"
+    assert said["modelspec.hash_sha256"] == "0x" + hashlib.sha256(raw[start:]).hexdigest()
+    assert written.sha256 == hashlib.sha256(raw).hexdigest() and written.bytes == len(raw)
+    assert bake.bake(base, lokr_file, recipe, 1024, tmp_path / "again.safetensors").written == written
+
+
+def test_a_date_that_is_none_is_refused():
+    for date in ("2024-03-05", "2024-03-05T10:00:00Z", None):
+        assert Bake.model_validate(ONE.model_dump() | {"date": date}).date == date
+    for date in ("5.3.2024", "today", ""):
+        with pytest.raises(ValueError, match="ISO 8601|at least 1"):
+            Bake.model_validate(ONE.model_dump() | {"date": date})

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import random
 import string
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import tiny_sdxl
 from kohaku_delta.errors import UserError
 from kohaku_delta.sdxl import model_loading
+from kohaku_delta.sdxl.tokenizer import ClipTokenizer, is_plain
 from kohaku_delta.weights import export_diffusers
 
 
@@ -75,6 +77,68 @@ def test_pipeline_loads_offline_with_the_single_files_numbers_and_sdxls_scaling_
         generator=torch.Generator().manual_seed(1),
     ).images
     assert image.shape == (1, 128, 128, 3)
+
+
+@pytest.mark.parametrize(
+    "pipeline, options",
+    [
+        ("AutoPipelineForText2Image", {}),
+        ("DiffusionPipeline", {}),
+        ("DiffusionPipeline", {"torch_dtype": torch.float16}),
+        ("DiffusionPipeline", {"dtype": torch.bfloat16}),
+        ("DiffusionPipeline", {"torch_dtype": torch.float32}),
+    ],
+)
+def test_every_usual_way_to_load_the_folder_gives_one_dtype_and_draws(exported, pipeline, options):
+    import diffusers
+
+    loaded = getattr(diffusers, pipeline).from_pretrained(exported / "diffusers", local_files_only=True, **options)
+    parts = (loaded.unet, loaded.vae, loaded.text_encoder, loaded.text_encoder_2)
+    assert {part.dtype for part in parts} == {next(iter(options.values()), torch.float32)}
+    loaded.set_progress_bar_config(disable=True)
+    drawn = loaded("1girl, love live!", num_inference_steps=1, width=64, height=64, output_type="np").images
+    assert drawn.shape == (1, 64, 64, 3)
+
+
+def test_the_single_file_loads_with_the_folder_as_its_configuration(exported):
+    from diffusers import StableDiffusionXLPipeline
+
+    loaded = StableDiffusionXLPipeline.from_single_file(
+        str(exported / "model.safetensors"), config=str(exported / "diffusers"), local_files_only=True
+    )
+    again = StableDiffusionXLPipeline.from_pretrained(exported / "diffusers", local_files_only=True)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        theirs, ours = (getattr(pipeline, name).float().state_dict() for pipeline in (loaded, again))
+        theirs = {
+            path.removeprefix("text_model."): value for path, value in theirs.items() if "position_ids" not in path
+        }
+        ours = {path.removeprefix("text_model."): value for path, value in ours.items()}
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(value, theirs[path]) for path, value in ours.items())
+
+
+def test_exported_tokenizers_give_the_ids_of_the_training_padding_included(tmp_path):
+    from transformers import CLIPTokenizer
+
+    table = json.loads(Path("tests/sdxl/clip_token_ids.json").read_text())  # transformers 4.36 and ftfy on CLIP's files
+    (tmp_path / "vocab.json").write_text(json.dumps(table["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *table["merges"]]) + "\n")
+    files = tmp_path / "vocab.json", tmp_path / "merges.txt"
+    training = ClipTokenizer(*files)
+    generator = random.Random(1)
+    plain = [chr(code) for code in range(32, 127) if chr(code) != "&"]  # ftfy reads & as the start of an HTML entity
+    texts = ["".join(generator.choices(plain, k=generator.randrange(90))) for _ in range(2000)]
+    texts += [text for text, _ in table["texts"] if is_plain(text) and "<|" not in text]
+    texts += ["love live!", "!", "! !", "!!", "!?", "k-on! (series)", "yuru yuri!, girls und panzer!!!", "x!x"]
+    for folder, pad in (("tokenizer", training.eos_token_id), ("tokenizer_2", 0)):
+        export_diffusers._tokenizer(tmp_path / folder, files, export_diffusers.PADS[folder])
+        exported = CLIPTokenizer.from_pretrained(tmp_path / folder)
+        exported.save_pretrained(tmp_path / f"{folder}, saved again")
+        for loaded in (exported, CLIPTokenizer.from_pretrained(tmp_path / f"{folder}, saved again")):
+            found = loaded(texts, padding="max_length", max_length=77, truncation=True)["input_ids"]
+            for text, ids in zip(texts, found, strict=True):
+                body = training.encode(text)[:75]
+                assert ids == [training.bos_token_id, *body, training.eos_token_id] + [pad] * (75 - len(body)), text
 
 
 def test_folder_is_the_same_bytes_again(exported, tokenizer, tmp_path):

@@ -58,10 +58,20 @@ def _compare(a: Path, b: Path, worst: int) -> bool:
         lines = [f"same LoKr from other factors: all {found.tensors:,} differences kron(w1, w2) are equal, bit for bit"]
     elif found.same_tensors:
         lines = [f"same tensors in another container: all {found.tensors:,} are equal, bit for bit"]
+    elif found.only_dtype:
+        lines = [_only_dtype(found, a, b)]
     else:
         lines = _differences(found, a, b, worst)
     click.echo("\n".join([*lines, *(f"  {sentence}" for sentence in found.container)]))
     return found.same_tensors
+
+
+def _only_dtype(found: Comparison, a: Path, b: Path) -> str:
+    pairs = sorted({each.cast for each in found.differences if each.cast})
+    kinds = ", ".join(f"{one} in {a} and {other} in {b}" for one, other in pairs)
+    rounded = " once it is rounded to the coarser dtype" if found.unequal else ""
+    count = len(found.differences)
+    return f"only the dtype differs: {count:,} of {found.tensors:,} tensors are {kinds}; every value is equal{rounded}"
 
 
 def _differences(found: Comparison, a: Path, b: Path, worst: int) -> list[str]:

@@ -18,6 +18,7 @@ import numpy as np
 from kohaku_delta import atomic_files
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import direct_io, dtypes, safetensors_header
+from kohaku_delta.formats.hashing import hash_file
 from kohaku_delta.formats.safetensors_header import TensorSpec, content_digest
 
 PIECE = 4 << 20  # bytes
@@ -106,20 +107,25 @@ def write(
     produce: Callable[[list[str]], Iterable[tuple[str, Buffer]]],
     metadata: Mapping[str, str] | None = None,
     sources: Iterable[Path] = (),
+    content_key: str | None = None,
 ) -> WriteResult:
     """Write a file in one pass. `produce(order)` yields (name, bytes) pieces of the tensors in that order; a failure
-    leaves no file. Raises UserError if `path` is one of `sources`, ValueError if the pieces are not those of `specs`.
+    leaves no file. content_key: the metadata key of the sha256 of all tensors in the file's order, 0x…, as ModelSpec
+    defines it. It is known at the end, so the header is written again, and the file's own sha256 takes a reading.
+
+    Raises UserError if `path` is one of `sources`, ValueError if the pieces are not those of `specs`.
     """
     path = Path(path)
     if path.exists() and any(os.path.samefile(path, source) for source in sources):
         raise UserError(f"{path} is an input and the output at once. Name another file with --out.")
-    head, order = safetensors_header.build_header(specs, metadata or {})
+    metadata = dict(metadata or {}) | ({content_key: f"0x{'0' * 64}"} if content_key else {})
+    head, order = safetensors_header.build_header(specs, metadata)
     if len(head) - 8 > safetensors_header.MAX_HEADER:
         raise UserError(
             f"{path}: the header would have {len(head) - 8} bytes, and at most {safetensors_header.MAX_HEADER} are "
             "read back. Shorten the metadata."
         )
-    whole, hashes = hashlib.sha256(head), {}
+    whole, hashes = hashlib.sha256(b"" if content_key else head), {}
     total = len(head) + sum(spec.nbytes for spec in specs.values())
     with atomic_files.atomic_write(path) as file, ThreadPoolExecutor(2) as pool:
         os.posix_fallocate(file.fileno(), 0, total)  # fails now if the disk is too full
@@ -141,7 +147,11 @@ def write(
         for produced, _ in pieces:
             raise ValueError(f"{produced} came after the last tensor")
         disk.close()
-    return WriteResult(total, whole.hexdigest(), content_digest(specs, hashes))
+        if content_key:
+            head, _ = safetensors_header.build_header(specs, metadata | {content_key: f"0x{whole.hexdigest()}"})
+            os.pwrite(file.fileno(), head, 0)
+    sha256 = hash_file(path) if content_key else whole.hexdigest()
+    return WriteResult(total, sha256, content_digest(specs, hashes))
 
 
 def save(

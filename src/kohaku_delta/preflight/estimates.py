@@ -37,7 +37,7 @@ NCCL_SHARED = GB  # NVIDIA's NCCL documentation asks for --shm-size=1g in a cont
 ACTIVATIONS, ACTIVATIONS_SOURCE = 970, "970 bytes per pixel and image, planned with fake tensors (docs/performance.md)"
 # What no tensor shows: CUDA's context, the kernels' workspaces, NCCL, fragmentation. An assumption, not measured.
 GPU_SPARE = 4 * GB
-CPU_STEP = 1.25  # times its tensors: without a GPU a step at full size took 14.9 GB for 12.1 (docs/rehearsal.md)
+CPU_STEP = 1.35  # times its tensors: a resumed step at full size took 16.1 GB for 12.1 (docs/rehearsal.md)
 PROCESS = GB // 2  # a rank without its model: 0.43 GB measured (Python, torch, diffusers, transformers)
 DECODED_PER_SECOND = 21  # images per core
 DECODED_SOURCE = "measured for 2048 × 1536 (docs/performance.md)"

@@ -10,14 +10,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from kohaku_delta import atomic_files
+from kohaku_delta.formats.hashing import hash_file
 from kohaku_delta.params import Recipe
-from kohaku_delta.preview import checkpoint_measurement, image_grid, picture_distance, references
+from kohaku_delta.preview import checkpoint_measurement, image_grid, picture_distance, references, samples
 
 
 def compare_base_and_final(recipe: Recipe, files: dict[str, Path]) -> dict:
-    """Writes the grid and the measurements, and returns {"posts": n, "base": {"loss": {"sdxl": x, "training": y}},
-    "final": …}. With references, each also has "distance" (picture_distance.mean_distances), and so has "flat",
-    pictures of one colour. Without a held-out post: {"posts": 0, "reason": …}.
+    """Writes the grid, its pictures and the measurements, and returns {"posts": n, "base": {"loss": {"sdxl": x,
+    "training": y}}, "final": …}. With references, each also has "distance" (picture_distance.mean_distances), and so
+    has "flat", pictures of one colour. Without a held-out post: {"posts": 0, "reason": …}.
     """
     preview = recipe.preview
     data = checkpoint_measurement.read_held_out_data(recipe, files)
@@ -29,6 +30,8 @@ def compare_base_and_final(recipe: Recipe, files: dict[str, Path]) -> dict:
         pictures[name], losses = checkpoint_measurement.measure_checkpoint(recipe, data, checkpoints[name])
         if losses:
             measured[name] = {"loss": losses}
+    named = {name: (path.stem, hash_file(path)) for name, path in checkpoints.items()}
+    samples.write_samples(files["samples"], preview, pictures, named)
     title = f"no held-out loss: {data.reason}"
     if data.posts.num_rows:
         base, final = (measured[name]["loss"]["sdxl"] for name in ("base", "final"))

@@ -62,7 +62,7 @@ def measure_lokr(recipe: Recipe, data: HeldOutData, base: Path, lokr: Path, besi
     """Measures base + LoKr, baked into a temporary file beside the path `beside`."""
     with atomic_files.scratch_dir(beside) as folder:
         checkpoint = folder / "model.safetensors"
-        bake.bake(base, lokr, recipe.bake, checkpoint)
+        bake.bake(base, lokr, recipe.bake, recipe.model.side, checkpoint)
         return checkpoint_measurement.measure_checkpoint(recipe, data, checkpoint)
 
 

@@ -101,6 +101,13 @@ class Artifact:
         commits = {record.revision.commit for record in self.records.values() if record.revision}
         return commits.pop() if len(commits) == 1 else None
 
+    def sha256(self, out: str) -> str | None:
+        """The sha256 of an output: of the file if it exists, else as its record says; None if there is neither."""
+        if out in self.digests:
+            return self.digests[out].sha256
+        record = self.records.get(self.writers.get(out, ""))
+        return record.outputs[out].sha256 if record and out in record.outputs else None
+
     def output(self, name: str) -> Path | None:
         """The path of a file under build/; None if it does not exist."""
         path = self.folder / "build" / name

@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from kohaku_delta.errors import UserError, first_lines
 from kohaku_delta.formats import safetensors_io
 from kohaku_delta.params import Model
+from kohaku_delta.sdxl import checkpoint_checks
 from kohaku_delta.sdxl.tensor_names import (
     LOGIT_SCALE,
     NO_PARAMETER,
@@ -160,6 +161,8 @@ def load(
     """
     path = Path(path)
     with safetensors_io.open_file(path) as file:
+        checkpoint_checks.require_epsilon(file)
+        checkpoint_checks.require_floats(file)
         shapes = {name: spec.shape for name, spec in file.specs.items()}
         modules = build(require_architecture(path, shapes, model), parts, attention)
         names = TensorNameMap(Layout.of(shapes))
@@ -187,7 +190,9 @@ def require_architecture(path, shapes: Mapping[str, tuple[int, ...]], model: Mod
     except UserError as refusal:
         raise UserError(f"{path}: {refusal.message}") from None
     if faults:
-        raise UserError(f"{path} is not the SDXL checkpoint that its shapes suggest:" + first_lines(faults))
+        extra = checkpoint_checks.outside(shapes)
+        remedy = "\nThe merge stage leaves out what is no part of SDXL (merge.extra_tensors: drop)." if extra else ""
+        raise UserError(f"{path} is not the SDXL checkpoint that its shapes suggest:" + first_lines(faults) + remedy)
     return configs
 
 

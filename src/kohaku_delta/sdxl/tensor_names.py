@@ -21,6 +21,7 @@ PREFIX = {
     "te2": "conditioner.embedders.1.model.",
     "vae": "first_stage_model.",
 }
+POSITION_EMBEDDING = PREFIX["te1"] + "embeddings.position_embedding.weight"
 POSITION_IDS = PREFIX["te1"] + "embeddings.position_ids"  # int64 0…76, a constant that old transformers stored
 LOGIT_SCALE = PREFIX["te2"] + "logit_scale"  # a number that only CLIP's own training used
 NO_PARAMETER = (POSITION_IDS, LOGIT_SCALE)

@@ -2,7 +2,7 @@
 
 A check GROUP/name is in the module check_GROUP. Exceptions: more lock/* checks are in check_lock_inputs,
 check_lock_records and check_training_states (lock/work); chain/stages is in check_lock_records, chain/weights and
-chain/milestones in check_training_states.
+chain/milestones in check_training_states, chain/samples in check_preview.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from kohaku_delta.verify import (
     check_lock,
     check_lock_inputs,
     check_lock_records,
+    check_preview,
     check_release,
     check_training_states,
 )
@@ -70,6 +71,7 @@ def audit(
     yield check_training_states.check_final_weights(rebuild, journal)
     yield check_training_states.check_milestones(rebuild, journal)
     yield check_training_states.check_saved_states(rebuild, journal)
+    yield check_preview.check_samples(rebuild)
     yield from check_release.check_release(rebuild, published)
     yield check_fidelity.check_quirks(rebuild)
     yield check_fidelity.check_untrained_layer(rebuild)

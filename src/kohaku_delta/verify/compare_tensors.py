@@ -8,6 +8,7 @@ coarser of two dtypes: the number of its steps between two values.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,12 @@ class Difference:
     unequal: int = 0
     largest: float = 0.0
     ulps: int = 0
-    cast: bool = False  # the dtypes differ
+    cast: tuple[str, str] | None = None  # the dtypes, if they differ
+
+    @property
+    def only_cast(self) -> bool:
+        """Whether the values are equal once they are rounded to the coarser dtype, and finite."""
+        return self.cast is not None and not self.ulps and self.largest < inf
 
     @property
     def equal_share(self) -> float:
@@ -59,6 +65,12 @@ class Comparison:
     @property
     def same_tensors(self) -> bool:
         return not (self.differences or self.only[0] or self.only[1] or self.other_shape)
+
+    @property
+    def only_dtype(self) -> bool:
+        """Whether tensors differ, and all of these in their dtype only."""
+        same_names = not (self.only[0] or self.only[1] or self.other_shape)
+        return bool(self.differences) and same_names and all(each.only_cast for each in self.differences)
 
     @property
     def same_bytes(self) -> bool:
@@ -87,7 +99,7 @@ def compare_files(a: Path, b: Path, threads: int = THREADS, piece: int = PIECE) 
                 "can be compared."
             )
         comparison = _compare(one, other, threads, piece)
-        if first.is_lokr and second.is_lokr and not comparison.same_tensors:
+        if first.is_lokr and second.is_lokr and not (comparison.same_tensors or comparison.only_dtype):
             comparison = _compare(first.differences(), second.differences(), threads, piece)
             comparison.by_product = True
         comparison.container = container
@@ -140,7 +152,7 @@ def _pieces(
 def measure_difference(name: str, a: np.ndarray, b: np.ndarray, dtype_a: str, dtype_b: str) -> Difference:
     """How two flat arrays of stored numbers differ: by bits if they have one dtype, by value if they have two."""
     dtype = min(dtype_a, dtype_b, key=lambda kind: SIGNIFICAND.get(kind, 0))
-    difference = Difference(name, dtype, a.size, cast=dtype_a != dtype_b)
+    difference = Difference(name, dtype, a.size, cast=(dtype_a, dtype_b) if dtype_a != dtype_b else None)
     unequal = _bits(a) != _bits(b) if dtype_a == dtype_b else None
     if unequal is not None and not unequal.any():
         return difference
@@ -199,9 +211,15 @@ def _container_differences(a: TensorSource, b: TensorSource) -> list[str]:
     one, other = a.files[""], b.files[""]
     if headers[0] == headers[1]:
         return []
+    sentences = []
+    if a.is_lokr and b.is_lokr and set(a.stored()) == set(b.stored()) and set(one.specs) != set(other.specs):
+        renamed = len(one.specs.keys() - other.specs.keys())
+        sentences.append(f"{renamed:,} tensors have the names of another trainer, of the same layers")
     if keys := _differing_keys(one.metadata, other.metadata):
-        return [f"metadata differ: {', '.join(keys)}"]
-    return ["the headers differ in the order or spacing of their entries"] if one.specs == other.specs else []
+        sentences.append(f"metadata differ: {', '.join(keys)}")
+    if not sentences and one.specs == other.specs:
+        sentences.append("the headers differ in the order or spacing of their entries")
+    return sentences
 
 
 def _differing_keys(one: Mapping, other: Mapping) -> list:

@@ -7,6 +7,7 @@ only the requested rows are in memory. A checkpoint can also be viewed as the fo
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 
@@ -16,12 +17,25 @@ from kohaku_delta.errors import UserError
 from kohaku_delta.formats import dtypes, safetensors_io
 from kohaku_delta.formats.safetensors_io import SafetensorsFile
 from kohaku_delta.sdxl.diffusers_layout import PLACES, diffusers_name, to_diffusers
-from kohaku_delta.sdxl.tensor_names import NO_PARAMETER, Layout, TensorNameMap
+from kohaku_delta.sdxl.tensor_names import NO_PARAMETER, SDXL, Layout, TensorNameMap
 from kohaku_delta.weights import lokr_format
 from kohaku_delta.weights.weight_delta import delta_shape, load_delta
 
-LORA_PREFIXES = ("lora_", "lycoris_")
+LORA_PREFIXES = ("lora_", "lycoris_", lokr_format.EMBEDDING)
 COMPONENTS = tuple(dict.fromkeys(Path(place).parts[0] for place in PLACES.values()))
+
+
+@cache
+def _lora_names() -> dict[str, str]:
+    """A module's name in a LoKr file, as any trainer writes it → as kohya's do. Smaller models have no other names."""
+    return {name: entry.lora or name for name, (entry, _) in TensorNameMap(SDXL).by_lora().items()}
+
+
+def kohya_name(name: str) -> str:
+    """The name of a LoKr file's module or tensor as kohya's trainers write it; the name itself if none is known."""
+    module, dot, suffix = name.partition(".")
+    return _lora_names().get(module, module) + dot + suffix
+
 
 ReadPart = Callable[[int, int], np.ndarray]  # (start, stop) → these numbers of the flat tensor, as stored
 
@@ -64,6 +78,9 @@ class TensorSource:
             component = f"{Path(place).parts[0]}/" if place else ""
             for name in file.specs:
                 key = component + (name.removeprefix("text_model.") if component.startswith("text_encoder") else name)
+                key = kohya_name(key) if self.is_lokr else key
+                if key in tensors and self.is_lokr:
+                    raise UserError(f"{self.path} has two names of one layer, {name} and {key}. The file is damaged.")
                 if key in tensors:
                     raise UserError(
                         f"{self.path} has two tensors {key}, one of them in {place}: keep one variant of each "
@@ -76,13 +93,14 @@ class TensorSource:
         """What a LoKr file adds to each parameter of each module, in float32 (products of two float16 numbers are exact
         in it).
         """
-        file, tensors = self.files[""], {}
+        file = self.files[""]
+        tensors = {name: _stored(file, name) for name in lokr_format.embeddings(file)}
         for module, (kind, parts) in lokr_format.group_by_module(file).items():
             for name, bias in (("weight", False), ("bias", True)):
                 if (shape := delta_shape(file, module, kind, parts, bias)) is not None:
-                    tensors[f"{module}.{name}"] = _difference(file, module, kind, parts, shape, bias)
+                    tensors[f"{kohya_name(module)}.{name}"] = _difference(file, module, kind, parts, shape, bias)
             if "dora_scale" in parts:
-                tensors[f"{module}.dora_scale"] = _stored(file, parts["dora_scale"])
+                tensors[f"{kohya_name(module)}.dora_scale"] = _stored(file, parts["dora_scale"])
         return tensors
 
     def as_folder(self) -> dict[str, LazyTensor]:

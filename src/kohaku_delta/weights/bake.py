@@ -20,12 +20,14 @@ from kohaku_delta.formats.safetensors_header import content_digest
 from kohaku_delta.formats.safetensors_io import SafetensorsFile, WriteResult
 from kohaku_delta.parallel import THREADS, ordered_map
 from kohaku_delta.params import Bake
+from kohaku_delta.sdxl import checkpoint_checks
 from kohaku_delta.sdxl.tensor_names import Layout, TensorMapping, TensorNameMap
 from kohaku_delta.weights import lokr_format
 from kohaku_delta.weights.weight_delta import DenseDelta, KronDelta, load_delta
 
 NUMBERS = 1 << 19  # of a tensor computed at a time
 SHOWN = 10
+CONTENT_HASH = "modelspec.hash_sha256"
 EPSILON = np.finfo(np.float32).eps
 
 
@@ -55,6 +57,7 @@ class BakeResult:
     written: WriteResult
     tensors: int  # that were changed
     left_out: list[str] = field(default_factory=list)  # modules that matched no tensor (force)
+    embeddings: list[str] = field(default_factory=list)  # tensors that belong to no module (drop_extra)
 
 
 Chunk = tuple[str, int, int, list[LoadedUpdate]]
@@ -64,17 +67,30 @@ def bake(
     base: Path,
     lokr_file: Path,
     recipe: Bake,
+    side: int,
     out: Path,
     force: bool = False,
+    drop_extra: bool = False,
     threads: int = 2 * THREADS,
     numbers: int = NUMBERS,
 ) -> BakeResult:
-    """Write base + scale · LoKr to `out`. `threads` (half of them wait for the disk) and `numbers` do not change a bit.
+    """Write base + scale · LoKr to `out`. side: of the pictures that the model is made for, in pixels. drop_extra:
+    leave out embeddings that are bundled with the LoKr. `threads` (half of them wait for the disk) and `numbers` do not
+    change a bit.
 
     Raises UserError for another base than the LoKr's, entries without a tensor, other shapes, and values that are not
     finite.
     """
     with safetensors_io.open_file(base) as model, safetensors_io.open_file(lokr_file) as trained:
+        for file in (model, trained):
+            checkpoint_checks.require_epsilon(file)
+        checkpoint_checks.require_floats(model)
+        embeddings = lokr_format.embeddings(trained)
+        if embeddings and not drop_extra:
+            raise UserError(
+                f"{lokr_file} bundles embeddings, which are no part of a model: "
+                f"{checkpoint_checks.list_names(embeddings)}. --drop-extra leaves them out."
+            )
         updates, left_out = plan_updates(model, trained, force)
         for _ in ordered_map(lambda update: load_update(model, trained, update), sum(updates.values(), []), threads):
             pass  # every entry is read and checked before the first byte is written
@@ -124,8 +140,9 @@ def bake(
                     "that it was trained on with --base, or pass --force."
                 )
 
-        written = safetensors_io.write(out, model.specs, produce, _metadata(recipe), sources=[base, lokr_file])
-        return BakeResult(written, len(updates), left_out)
+        metadata = _metadata(recipe, side)
+        written = safetensors_io.write(out, model.specs, produce, metadata, [base, lokr_file], CONTENT_HASH)
+        return BakeResult(written, len(updates), left_out, embeddings)
 
 
 def plan_updates(
@@ -134,10 +151,7 @@ def plan_updates(
     """The updates of each tensor by its name, and the modules that match no tensor. Raises UserError for such modules
     without `force`, and for entries that the tensors cannot take.
     """
-    try:
-        modules_by_name = TensorNameMap(Layout.of(model.specs)).by_lora()
-    except UserError as refusal:
-        raise UserError(f"{model.path}: {refusal.message}") from None
+    modules_by_name = TensorNameMap(Layout.of(model.specs)).by_lora()
     updates: dict[str, list[WeightUpdate]] = {}
     left_out: list[str] = []
     names: dict[TensorMapping, str] = {}
@@ -248,13 +262,18 @@ def _output_chunks(
         yield from ((name, start, min(start + step, total), here) for start in range(0, total, step))
 
 
-def _metadata(recipe: Bake) -> dict[str, str]:
-    metadata = {
-        "format": "pt",
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": recipe.title,
-        "modelspec.prediction_type": "epsilon",
+def _metadata(recipe: Bake, side: int) -> dict[str, str]:
+    """What a WebUI shows of the file, by Stability's ModelSpec. The hash of the contents is added when it is known."""
+    values = {
+        "sai_model_spec": "1.0.0",
+        "architecture": "stable-diffusion-xl-v1-base",
+        "implementation": "https://github.com/Stability-AI/generative-models",
+        "title": recipe.title,
+        "resolution": f"{side}x{side}",
+        "prediction_type": "epsilon",
+        "author": recipe.author,
+        "description": recipe.description,
+        "date": recipe.date,
+        "license": recipe.license,
     }
-    return metadata | ({"modelspec.license": recipe.license} if recipe.license else {})
+    return {"format": "pt"} | {f"modelspec.{name}": value for name, value in values.items() if value}

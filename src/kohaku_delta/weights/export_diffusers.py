@@ -8,6 +8,7 @@ pictures look washed out.
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from kohaku_delta.formats import dtypes, safetensors_io
 from kohaku_delta.formats.safetensors_header import TensorSpec
 from kohaku_delta.formats.safetensors_io import SafetensorsFile
 from kohaku_delta.params import Model
-from kohaku_delta.sdxl import model_loading
+from kohaku_delta.sdxl import checkpoint_checks, model_loading
 from kohaku_delta.sdxl.diffusers_layout import PLACES, diffusers_name, to_diffusers
 from kohaku_delta.sdxl.tensor_names import PARTS, Layout, TensorNameMap
 from kohaku_delta.sdxl.tokenizer import BEGIN, END
@@ -47,18 +48,35 @@ SCHEDULER = {  # SDXL 1.0's own
     "timestep_spacing": "leading",
     "use_karras_sigmas": False,
 }
-PADS = {"tokenizer": END, "tokenizer_2": "!"}  # SDXL's second tokenizer pads with token 0
+PADS = {"tokenizer": END, "tokenizer_2": "!"}  # SDXL's second tokenizer pads with token 0, which is also a "!" of texts
 
 
-def export(checkpoint: Path, tokenizers: Mapping[str, tuple[Path, Path]], model: Model, out: Path) -> int:
-    """Write the diffusers folder of a checkpoint; return the bytes of its tensors. tokenizers: {"tokenizer":
-    (vocab.json, merges.txt), "tokenizer_2": …}.
+@dataclass
+class ExportResult:
+    bytes: int  # of the tensors
+    left_out: list[str]  # tensors outside SDXL's four parts
 
-    Raises UserError for a checkpoint with missing, extra or other-shaped tensors, for NaN and infinity, and for
-    tokenizers with more tokens than the text encoders.
+
+def export(
+    checkpoint: Path, tokenizers: Mapping[str, tuple[Path, Path]], model: Model, out: Path, drop_extra: bool = False
+) -> ExportResult:
+    """Write the diffusers folder of a checkpoint. tokenizers: {"tokenizer": (vocab.json, merges.txt), "tokenizer_2":
+    …}; drop_extra: leave out the tensors outside SDXL's four parts.
+
+    Raises UserError for a checkpoint with missing, extra or other-shaped tensors, for another prediction than epsilon,
+    for NaN and infinity, for dtypes that are not computed with, and for tokenizers with more tokens than the text
+    encoders.
     """
     with safetensors_io.open_file(checkpoint) as file:
-        shapes = {name: spec.shape for name, spec in file.specs.items()}
+        checkpoint_checks.require_epsilon(file)
+        checkpoint_checks.require_floats(file)
+        extra = checkpoint_checks.outside(file.specs)
+        if extra and not drop_extra:
+            raise UserError(
+                f"{checkpoint} holds tensors that are no part of SDXL: {checkpoint_checks.list_names(extra)}. No SDXL "
+                "program computes with them; --drop-extra leaves them out."
+            )
+        shapes = {name: spec.shape for name, spec in file.specs.items() if name not in set(extra)}
         configs = model_loading.require_architecture(checkpoint, shapes, model)
         ends = {
             folder: _special_tokens(folder, files[0], configs[part]["vocab_size"])
@@ -73,10 +91,8 @@ def export(checkpoint: Path, tokenizers: Mapping[str, tuple[Path, Path]], model:
                 _tokenizer(aside / folder, files, PADS[folder])
             for part in PARTS:
                 written += _tensors(file, part, names, aside / PLACES[part])
-                _json(
-                    aside / Path(PLACES[part]).parent / "config.json", _config(part, configs[part], file, names, ends)
-                )
-    return written
+                _json(aside / Path(PLACES[part]).parent / "config.json", _config(part, configs[part], ends))
+    return ExportResult(written, extra)
 
 
 def _tensors(file: SafetensorsFile, part: str, names: TensorNameMap, place: Path) -> int:
@@ -103,17 +119,15 @@ def _tensors(file: SafetensorsFile, part: str, names: TensorNameMap, place: Path
     return safetensors_io.write(place, specs, produce, {"format": "pt"}).bytes
 
 
-def _config(part: str, config: dict, file: SafetensorsFile, names: TensorNameMap, ends: Mapping[str, dict]) -> dict:
+def _config(part: str, config: dict, ends: Mapping[str, dict]) -> dict:
     if part in ("unet", "vae"):
         return {"_class_name": INDEX[part][1], **config}
     folder = {"te1": "text_encoder", "te2": "text_encoder_2"}[part]
-    dtype = next(
-        spec.dtype for name, spec in file.specs.items() if name in names.by_key and names.by_key[name][0].part == part
-    )
     return config | {
         "architectures": [INDEX[folder][1]],
         "model_type": "clip_text_model",
-        "dtype": {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}.get(dtype, "float32"),
+        # what a call without a dtype loads: diffusers takes float32 for U-Net and VAE, transformers takes this
+        "dtype": "float32",
         **ends[folder.replace("text_encoder", "tokenizer")],
     }
 
@@ -147,16 +161,10 @@ def _tokenizer(folder: Path, files: tuple[Path, Path], pad: str) -> None:
         (folder / name).write_bytes(Path(source).read_bytes())
     tokens = {"bos_token": BEGIN, "eos_token": END, "pad_token": pad, "unk_token": END}
     _json(folder / "special_tokens_map.json", tokens)
-    _json(
-        folder / "tokenizer_config.json",
-        tokens
-        | {
-            "add_prefix_space": False,
-            "do_lower_case": True,
-            "model_max_length": 77,
-            "tokenizer_class": "CLIPTokenizer",
-        },
-    )
+    config = {"add_prefix_space": False, "do_lower_case": True, "model_max_length": 77}
+    # a text that spells the padding token does not mean padding: "love live!" ends in "!", not in token 0
+    config |= {"split_special_tokens": True} if pad != END else {}
+    _json(folder / "tokenizer_config.json", tokens | config | {"tokenizer_class": "CLIPTokenizer"})
 
 
 def _json(path: Path, content: dict) -> None:

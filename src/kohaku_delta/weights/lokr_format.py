@@ -10,6 +10,7 @@ everything after the header.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,6 +28,16 @@ KINDS = {
     "lokr": tuple("lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 alpha dora_scale".split()),  # noqa: SIM905
     "norm": ("w_norm", "b_norm"),
     "full": ("diff", "diff_b", "alpha", "dora_scale"),
+}
+
+EMBEDDING = "bundle_emb."
+# the tensors that tell another kind of file
+OTHER_KINDS = {
+    "LoHa": re.compile(r"\.hada_\w+$"),
+    "LoRA (or LoCon)": re.compile(r"\.lora(_up|_down|_mid|_A|_B)?\.([\w.]+\.)?weight$|\.lora\.(up|down)\.weight$"),
+    "OFT (or BOFT)": re.compile(r"\.oft_\w+(\.weight)?$"),
+    "GLoRA": re.compile(r"\.[ab][12]\.weight$"),
+    "(IA)³": re.compile(r"\.on_input$"),
 }
 
 
@@ -113,12 +124,23 @@ def metadata(recipe: Recipe, base_digest: str) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
+def embeddings(file: SafetensorsFile) -> list[str]:
+    """The tensors of embeddings that are bundled with a LoKr file: textual inversions, no part of any module."""
+    return [name for name in file.specs if name.startswith(EMBEDDING)]
+
+
 def group_by_module(file: SafetensorsFile) -> dict[str, tuple[str, dict[str, str]]]:
-    """module name → (kind, {suffix: tensor name}) of an open LoKr file, sorted. Raises UserError for a tensor that is
-    not part of a LoKr, a norm difference or a full difference.
+    """module name → (kind, {suffix: tensor name}) of an open LoKr file, sorted, without bundled embeddings. Raises
+    UserError for a tensor that is not part of a LoKr, a norm difference or a full difference.
     """
     modules: dict[str, dict[str, str]] = {}
-    for name in file.specs:
+    for name in sorted(file.specs.keys() - set(embeddings(file))):
+        for other, telling in OTHER_KINDS.items():
+            if telling.search(name):
+                raise UserError(
+                    f"{file.path} is a {other}: it has the tensor {name!r:.160}. Only LoKr files, norm differences and "
+                    "full differences are read here; name a LoKr file with --lokr."
+                )
         module, _, suffix = name.partition(".")
         modules.setdefault(module, {})[suffix] = name
     found = {}
@@ -127,12 +149,12 @@ def group_by_module(file: SafetensorsFile) -> dict[str, tuple[str, dict[str, str
         unknown = [suffix for suffix in parts if kind is None or suffix not in KINDS[kind]]
         if kind is None or unknown:
             raise UserError(
-                f"{file.path}: {module}.{unknown[0]} is no part of a LoKr, a norm difference or a full difference. "
-                "Other kinds (LoRA, LoHa …) cannot be baked here; name a LoKr file with --lokr."
+                f"{file.path}: {parts[unknown[0]]!r:.160} is no part of a LoKr, a norm difference or a full "
+                "difference. Name a LoKr file with --lokr."
             )
         found[module] = kind, parts
     if not found:
-        raise UserError(f"{file.path} has no tensors. Name a LoKr file with --lokr.")
+        raise UserError(f"{file.path} has no tensors of a LoKr. Name a LoKr file with --lokr.")
     return found
 
 

@@ -4,14 +4,17 @@ so it has the same bytes on every host.
 Before the sum both parents get the donor's token and position embeddings back (`merge.donor_embeddings`), as in the
 release: two halves of one number add up to that number, so these tensors of the result are the donor's, bit for bit.
 What is not a sum of weights:
-- position_ids and logit_scale are no parameters: they come from the donor unchanged, and the parents may lack them.
+- position_ids and logit_scale are no parameters: they come from the donor, and the parents may lack them. position_ids
+  are always 0 … 76: some programs stored them rounded or in another dtype.
 - The VAE is summed like everything else; parents that share one VAE (both of the release's do) keep it, bit for bit.
-- A tensor that only the donor or only a parent has, or that has another shape, is an error.
+- A tensor that only the donor or only a parent has, or that has another shape, is an error. What lies outside SDXL's
+  four parts is left out if `merge.extra_tensors` is `drop`.
 """
 
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +22,21 @@ import numpy as np
 from kohaku_delta import atomic_files
 from kohaku_delta.errors import UserError, first_lines
 from kohaku_delta.formats import dtypes, safetensors_io
-from kohaku_delta.formats.safetensors_header import TensorSpec
+from kohaku_delta.formats.hashing import hash_file
+from kohaku_delta.formats.safetensors_header import TensorSpec, content_digest
 from kohaku_delta.formats.safetensors_io import SafetensorsFile, WriteResult
 from kohaku_delta.parallel import THREADS, ordered_map
 from kohaku_delta.params import Merge
-from kohaku_delta.sdxl.tensor_names import NO_PARAMETER, Layout, TensorNameMap
+from kohaku_delta.sdxl import checkpoint_checks
+from kohaku_delta.sdxl.tensor_names import NO_PARAMETER, POSITION_EMBEDDING, POSITION_IDS, Layout, TensorNameMap
 
 NUMBERS = 1 << 19  # of a tensor computed at a time; a megabyte of fp16, so that the disk reads in large pieces
+
+
+@dataclass
+class MergeResult:
+    written: WriteResult
+    notes: list[str] = field(default_factory=list)  # what was left out or repaired of the files, a sentence each
 
 
 def merge(
@@ -35,7 +46,7 @@ def merge(
     out: Path,
     threads: int = 2 * THREADS,
     numbers: int = NUMBERS,
-) -> WriteResult:
+) -> MergeResult:
     """Write the weighted sum of `parents` ({"gamma": path, "beta": path}) to `out`. `threads` (half of them wait for
     the disk) and `numbers` do not change a bit.
 
@@ -46,11 +57,14 @@ def merge(
     with ExitStack() as stack:
         base = stack.enter_context(safetensors_io.open_file(donor))
         files = [stack.enter_context(safetensors_io.open_file(parents[name])) for name in recipe.weights]
-        _check(base, files, recipe)
+        kept, notes = _check(base, files, recipe)
+        positions = _repaired_position_ids(base, notes)
         specs = {
             name: spec if name in NO_PARAMETER else TensorSpec(dtypes.NAMES[recipe.output_dtype], spec.shape)
-            for name, spec in base.specs.items()
+            for name, spec in kept.items()
         }
+        if positions is not None:
+            specs[POSITION_IDS] = TensorSpec("I64", positions.shape)
 
         def values(file: SafetensorsFile, name: str, start: int, count: int) -> np.ndarray:
             dtype = file.specs[name].dtype
@@ -60,6 +74,8 @@ def merge(
 
         def sum_chunk(chunk: tuple[str, int, int]) -> tuple[str, safetensors_io.Buffer]:
             name, start, count = chunk
+            if name == POSITION_IDS and positions is not None:
+                return name, positions
             if name in NO_PARAMETER:
                 return name, base.read_bytes(name)
             dtype = specs[name].dtype
@@ -78,7 +94,8 @@ def merge(
         def produce(order: list[str]) -> Iterator[tuple[str, safetensors_io.Buffer]]:
             return ordered_map(sum_chunk, _output_chunks(order, specs, numbers), threads)
 
-        return safetensors_io.write(out, specs, produce, _metadata(recipe), sources=[donor, *parents.values()])
+        written = safetensors_io.write(out, specs, produce, _metadata(recipe), sources=[donor, *parents.values()])
+        return MergeResult(written, notes)
 
 
 def weighted_sum(values: list[np.ndarray], weights: list[float], compute_dtype: str) -> np.ndarray:
@@ -96,22 +113,87 @@ def weighted_sum(values: list[np.ndarray], weights: list[float], compute_dtype: 
     return total.astype(np.float32, copy=False)
 
 
-def copy_published_base(published: Path, sha256: str | None, out: Path) -> WriteResult:
-    """Copy the published delta base unchanged. Raises UserError if it is not a whole SDXL checkpoint, or if a `sha256`
-    is given and differs.
+def copy_published_base(published: Path, sha256: str | None, out: Path, drop_extra: bool = False) -> MergeResult:
+    """Copy the published delta base, with broken position_ids repaired, and without extra tensors if `drop_extra`;
+    unchanged if there is nothing of both. Raises UserError if it is not a whole SDXL checkpoint, holds NaN or infinity,
+    or if a `sha256` is given and differs.
     """
-    whole = hashlib.sha256()
+    notes: list[str] = []
     with safetensors_io.open_file(published) as file:
-        names = TensorNameMap(Layout.of(file.specs))
-        _raise_mismatch(published, names.missing(file.specs), names.unknown(file.specs), [])
-        digest, size = file.digest(), file.size
+        kept = _usable(file, drop_extra, notes)
+        names = TensorNameMap(Layout.of(kept))
+        _raise_mismatch(published, names.missing(kept), names.unknown(kept), [])
+        positions = _repaired_position_ids(file, notes)
+        digest = content_digest(file.specs, {name: _finite_sha256(file, name) for name in file.specs})
+        if not notes:
+            return MergeResult(_copy(published, sha256, out, digest))
+        if sha256:
+            _require_sha256(published, hash_file(published), sha256)
+        specs = kept if positions is None else kept | {POSITION_IDS: TensorSpec("I64", positions.shape)}
+
+        def produce(order: list[str]) -> Iterator[tuple[str, safetensors_io.Buffer]]:
+            for name in order:
+                if name == POSITION_IDS and positions is not None:
+                    yield name, positions
+                else:
+                    yield from ((name, piece) for piece in file.iter_chunks(name))
+
+        return MergeResult(safetensors_io.write(out, specs, produce, file.metadata, sources=[published]), notes)
+
+
+def _copy(published: Path, sha256: str | None, out: Path, digest: str) -> WriteResult:
+    whole, size = hashlib.sha256(), 0
     with open(published, "rb") as source, atomic_files.atomic_write(out) as target:
         while piece := source.read(safetensors_io.PIECE):
             whole.update(piece)
-            target.write(piece)
-        if sha256 and whole.hexdigest() != sha256:
-            raise UserError(f"{published} has the sha256 {whole.hexdigest()}; {sha256} was expected. Fetch it again.")
+            size += target.write(piece)
+        if sha256:
+            _require_sha256(published, whole.hexdigest(), sha256)
     return WriteResult(size, whole.hexdigest(), digest)
+
+
+def _require_sha256(path: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise UserError(f"{path} has the sha256 {found}; {expected} was expected. Fetch it again.")
+
+
+def _usable(file: SafetensorsFile, drop_extra: bool, notes: list[str]) -> dict[str, TensorSpec]:
+    """The tensors of a file that are part of SDXL; a note names those that are not, if they may be left out."""
+    checkpoint_checks.require_epsilon(file)
+    checkpoint_checks.require_floats(file)
+    extra = checkpoint_checks.outside(file.specs)
+    if extra and not drop_extra:
+        raise UserError(
+            f"{file.path} holds tensors that are no part of SDXL: {checkpoint_checks.list_names(extra)}. No SDXL "
+            "program computes with them; merge.extra_tensors: drop in params.yaml leaves them out."
+        )
+    if extra:
+        notes.append(f"left out of {file.path}: {checkpoint_checks.list_names(extra)}")
+    return {name: spec for name, spec in file.specs.items() if name not in set(extra)}
+
+
+def _repaired_position_ids(file: SafetensorsFile, notes: list[str]) -> np.ndarray | None:
+    """0 … 76, int64 (1, 77), if the file has something else under that name; None if there is nothing to repair."""
+    spec = file.specs.get(POSITION_IDS)
+    if spec is None or POSITION_EMBEDDING not in file.specs:
+        return None
+    count = file.specs[POSITION_EMBEDDING].shape[0]
+    right = np.arange(count, dtype=np.int64)
+    is_whole = spec.dtype == "I64" and spec.shape in ((1, count), (count,))
+    if is_whole and np.array_equal(file.read(POSITION_IDS).reshape(-1), right):
+        return None
+    notes.append(f"{file.path}: {POSITION_IDS} is not 0 … {count - 1} as whole numbers, and was repaired")
+    return right[None]
+
+
+def _finite_sha256(file: SafetensorsFile, name: str) -> str:
+    """The sha256 of a tensor's bytes. Raises UserError for NaN and infinity."""
+    digest, dtype = hashlib.sha256(), file.specs[name].dtype
+    for piece in file.iter_chunks(name):
+        digest.update(piece)
+        if not dtypes.finite(np.frombuffer(piece, dtypes.NUMPY[dtype]), dtype):
+            raise UserError(f"{file.path}: {name} holds NaN or infinity: the file is damaged. Fetch it again.")
+    return digest.hexdigest()
 
 
 def _output_chunks(order: list[str], specs: Mapping[str, TensorSpec], numbers: int) -> Iterator[tuple[str, int, int]]:
@@ -122,15 +204,17 @@ def _output_chunks(order: list[str], specs: Mapping[str, TensorSpec], numbers: i
         yield from ((name, start, min(step, count - start)) for start in range(0, count, step))
 
 
-def _check(base: SafetensorsFile, files: list[SafetensorsFile], recipe: Merge) -> None:
-    try:
-        names = TensorNameMap(Layout.of(base.specs))
-    except UserError as refusal:
-        raise UserError(f"{base.path}: {refusal.message}") from None
-    _raise_mismatch(base.path, names.missing(base.specs), names.unknown(base.specs), [])
-    parameters = {name: spec for name, spec in base.specs.items() if name not in NO_PARAMETER}
+def _check(
+    base: SafetensorsFile, files: list[SafetensorsFile], recipe: Merge
+) -> tuple[dict[str, TensorSpec], list[str]]:
+    """(the donor's tensors that go into the result, notes). Raises UserError for files that cannot be added up."""
+    notes: list[str] = []
+    kept = {file: _usable(file, recipe.extra_tensors == "drop", notes) for file in (base, *files)}
+    names = TensorNameMap(Layout.of(kept[base]))
+    _raise_mismatch(base.path, names.missing(kept[base]), names.unknown(kept[base]), [])
+    parameters = {name: spec for name, spec in kept[base].items() if name not in NO_PARAMETER}
     for file in (base, *files):
-        own = {name: spec for name, spec in file.specs.items() if name not in NO_PARAMETER}
+        own = {name: spec for name, spec in kept[file].items() if name not in NO_PARAMETER}
         other = [
             f"{name} is {own[name].dtype} {list(own[name].shape)}, not a float of {list(spec.shape)}"
             for name, spec in parameters.items()
@@ -140,6 +224,7 @@ def _check(base: SafetensorsFile, files: list[SafetensorsFile], recipe: Merge) -
     unknown = [name for name in recipe.donor_embeddings if name not in parameters]
     if unknown:
         raise UserError(f"merge.donor_embeddings names {_join(unknown)}, which is no tensor of {base.path}.")
+    return kept[base], notes
 
 
 def _raise_mismatch(path: Path, missing: list[str], unknown: list[str], other: list[str]) -> None:

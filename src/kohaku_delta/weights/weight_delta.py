@@ -53,18 +53,32 @@ def load_delta(
     """The difference of an entry's weight (or bias) in the module's `shape`. `parts`: suffix → tensor name. Raises
     UserError for parts that do not give that shape, and for values that are not finite.
     """
-    read = {suffix: file.float32(name) for suffix, name in parts.items()}
+    whole = ("U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64")  # an alpha may be one; weights may not
+    read = {
+        suffix: file.read(name).astype(np.float32)
+        if suffix == "alpha" and file.specs[name].dtype in whole
+        else file.float32(name)
+        for suffix, name in parts.items()
+    }
     for suffix, values in read.items():
         # alpha means nothing if both factors are whole; some trainers left it infinite then
         if not np.isfinite(values).all() and not (suffix == "alpha" and {"lokr_w1", "lokr_w2"} <= set(parts)):
             raise UserError(
                 f"{file.path}: {parts[suffix]} holds NaN or infinity. The file is damaged, or its training diverged."
             )
+    if "alpha" in read and read["alpha"].size != 1:
+        raise UserError(
+            f"{file.path}: {parts['alpha']} has {read['alpha'].size} numbers, and alpha is one number: the file is "
+            "damaged."
+        )
     if kind != "lokr":
         values = read[{"norm": "b_norm" if bias else "w_norm", "full": "diff_b" if bias else "diff"}[kind]]
         if values.size != prod(shape):
             raise _other_shape(file, module, values.shape, shape)
         return DenseDelta(values, shape)
+    found = delta_shape(file, module, kind, parts, bias) or ()  # before anything is multiplied: factors can be small
+    if found[0] != shape[0] or prod(found) != prod(shape):
+        raise _other_shape(file, module, found, shape)
     w1, w2, rank = read.get("lokr_w1"), read.get("lokr_w2"), None
     try:
         if w1 is None:
@@ -76,12 +90,12 @@ def load_delta(
                 w2 = np.einsum("ij...,ip,jr->pr...", read["lokr_t2"], a, b)
             else:
                 w2 = (a @ b.reshape(rank, -1)).reshape(a.shape[0], -1, *(shape[2:] if b.ndim == 2 else b.shape[2:]))
-    except KeyError as missing:
-        raise UserError(f"{file.path}: {module} has no {missing.args[0]}: the file is not whole.") from None
     except ValueError:
         raise UserError(f"{file.path}: the factors of {module} do not fit each other: the file is damaged.") from None
+    if rank == 0:
+        raise UserError(f"{file.path}: the factors of {module} have rank 0: the file is damaged.")
     # if both factors are whole, LyCORIS takes scale 1, whatever alpha is
-    scale = 1.0 if rank is None else float(read["alpha"]) / rank if "alpha" in read and read["alpha"].size == 1 else 1.0
+    scale = 1.0 if rank is None or "alpha" not in read else float(read["alpha"].reshape(-1)[0]) / rank
     if (
         w1.ndim != 2
         or w2.ndim < 2
@@ -109,10 +123,10 @@ def delta_shape(
             (_, b), (_, d), (_, _, *kernel) = shapes["lokr_w2_a"], shapes["lokr_w2_b"], shapes["lokr_t2"]
         else:
             (b, _), (_, d, *kernel) = shapes["lokr_w2_a"], shapes["lokr_w2_b"]
-    except (KeyError, ValueError, IndexError):
-        raise UserError(
-            f"{file.path}: the factors of {module} are not whole or do not fit each other: the file is damaged."
-        ) from None
+    except KeyError as missing:
+        raise UserError(f"{file.path}: {module} has no {missing.args[0]}: the file is not whole.") from None
+    except (ValueError, IndexError):
+        raise UserError(f"{file.path}: the factors of {module} do not fit each other: the file is damaged.") from None
     return a * b, c * d, *kernel
 
 

@@ -10,11 +10,13 @@ Two people with the same kind of card and the same libraries must find the same 
 """
 
 import json
+import logging
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -355,7 +357,7 @@ def require_memory(card: str, total: int, free: int, planned: int) -> None:
 
 def new_figures(release: Recipe) -> dict:
     return {
-        "checks": dict.fromkeys(CHECKS, False),
+        "checks": dict.fromkeys(CHECKS),
         "micro_batches_of_a_step": release.schedule.micro_batches,
         "seconds": {},
     }
@@ -386,7 +388,7 @@ def table(figures: dict) -> str:
         ("card", f"{show('card')}, driver {show('driver')}"),
         ("architecture, multiprocessors", f"{facts.get('architecture')}, {facts.get('multiprocessors')}"),
         ("libraries", ", ".join(f"{name} {value}" for name, value in figures.get("versions", {}).items())),
-        *((CHECKS[name], "yes" if ok else "NO") for name, ok in figures["checks"].items()),
+        *((CHECKS[name], {True: "yes", False: "NO", None: "not measured"}[ok]) for name, ok in figures["checks"].items()),
         ("fingerprints: gradient, weights, optimizer", " ".join(figures.get("fingerprints", {}).values()) or "not measured"),
         ("peak of a step (planned)", f"{show('peak_gib', ' GiB')} ({show('planned_peak_gib', ' GiB')})"),
         ("always in use (planned)", f"{show('weights_gib', ' GiB')} ({show('planned_weights_gib', ' GiB')})"),
@@ -414,6 +416,8 @@ def main(rounds: int, work: Path) -> None:
         click.echo(f"no CUDA card here: steps, speed and memory at full size are not measured ({reason})")
         return
     numerics.enforce("cuda")
+    logging.getLogger("diffusers").setLevel(logging.ERROR)  # it comments on casts
+    warnings.simplefilter("ignore", FutureWarning)
     release, work = params.load(ROOT / "params.yaml"), ROOT / work
     recipe, configs = check_recipe(release), synthetic_checkpoints.configs(1.0)
     work.mkdir(parents=True, exist_ok=True)

@@ -184,7 +184,8 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
 
     gradient_reduction.lanes_of_rank(recipe.schedule.lanes, rank, ranks)
     if device == "cuda":
-        select_gpu(rank)
+        with readable_errors(work, rank):
+            select_gpu(rank)
     tokenizer_files, tokenizers = load_tokenizers(files)
     tars = tar_paths(files)
     depends = run_dependencies(recipe, files, tokenizer_files, list(tars.values()))

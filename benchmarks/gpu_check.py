@@ -9,6 +9,7 @@ and tests/integration/test_cuda.py, which also kills a training on the card. Fig
 Two people with the same kind of card and the same libraries must find the same fingerprints.
 """
 
+import gc
 import json
 import logging
 import statistics
@@ -187,6 +188,12 @@ def peak_bytes(device: str) -> int | None:
     return peak
 
 
+def free_memory() -> None:
+    """A model whose layers have a LoKr is a cycle: layer → its forward → LoKr → layer."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def bytes_in_use(device: str) -> int | None:
     return torch.cuda.memory_allocated() if device == "cuda" else None
 
@@ -314,8 +321,7 @@ def measure_forms(recipe: Recipe, configs: dict[str, dict], device: str, rounds:
             except torch.OutOfMemoryError:
                 click.echo("    not measured: the card's memory is full")
             parts = once = works = None  # type: ignore[assignment]
-            if device == "cuda":
-                torch.cuda.empty_cache()
+            free_memory()
 
     def ratio(name: str, over: str) -> float | None:
         return round(seconds[name] / seconds[over], 4) if {name, over} <= seconds.keys() else None
@@ -431,7 +437,7 @@ def main(rounds: int, work: Path) -> None:
             require_memory(figures["card"], total, free, max(planned.values()))
             with tempfile.TemporaryDirectory(dir=work) as folder:
                 check_steps(recipe, configs, "cuda", Path(folder), figures)
-            torch.cuda.empty_cache()
+            free_memory()
             measure_forms(recipe, configs, "cuda", rounds, figures)
             run_small_training(figures)
     finally:

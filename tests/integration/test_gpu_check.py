@@ -1,5 +1,6 @@
 """`make gpu-check` on tiny models and the CPU: the code that a card runs, and what it says where there is none."""
 
+import gc
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
+from diffusers.models import UNet2DConditionModel
 
 import gpu_check
 import memory_plan
@@ -40,6 +42,7 @@ def test_a_step_again_saved_and_loaded_and_as_two_ranks_is_the_same(figures):
     assert len(set(figures["fingerprints"].values())) == 3 and figures["journal_cost"] > 0
 
 
+@pytest.mark.slow
 def test_what_is_drawn_is_the_same_in_every_run(figures, tmp_path):
     """The fingerprints are compared between machines."""
     assert checked(tmp_path)["fingerprints"] == figures["fingerprints"]
@@ -61,12 +64,14 @@ def test_a_card_that_computes_otherwise_the_second_time_is_found(tmp_path, monke
     assert not checks["deterministic"] and not checks["resumed"] and not checks["two_ranks"]
 
 
+@pytest.mark.slow
 def test_a_wrong_sum_over_the_ranks_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check.gradient_reduction, "all_reduce_tree", lambda part, ranks: part)
     checks = checked(tmp_path)["checks"]
     assert checks["resumed"] and not checks["two_ranks"]
 
 
+@pytest.mark.slow
 def test_a_step_that_overflows_is_repeated_with_a_smaller_scale(tmp_path, monkeypatch):
     fill = gpu_check.fill_with_drawn_numbers
 
@@ -85,9 +90,22 @@ def test_a_step_that_overflows_is_repeated_with_a_smaller_scale(tmp_path, monkey
     assert figures["overflows"] and all(figures["checks"][name] for name in OF_STEPS)
 
 
-def test_every_form_of_the_lokr_is_timed(figures):
+def test_every_form_of_the_lokr_is_timed_with_one_model_in_memory_at_a_time(figures, monkeypatch):
     numerics.enforce()
-    gpu_check.measure_forms(tiny_release.recipe(), tiny_sdxl.CONFIGS, "cpu", 1, figures)
+    drawn, alive = gpu_check.drawn_context, []
+
+    def count(*arguments):
+        alive.append(sum(type(each) is UNet2DConditionModel for each in gc.get_objects()))
+        return drawn(*arguments)
+
+    monkeypatch.setattr(gpu_check, "drawn_context", count)
+    gpu_check.free_memory()
+    gc.disable()  # it would collect in time by chance
+    try:
+        gpu_check.measure_forms(tiny_release.recipe(), tiny_sdxl.CONFIGS, "cpu", 1, figures)
+    finally:
+        gc.enable()
+    assert len(alive) == 3 and len(set(alive)) == 1
     assert all(figures[name] > 0 for name in figures if "ratio" in name) and figures["images_per_second"] > 0
     table = gpu_check.table(figures)
     assert "| the step again: same losses and gradient of each lane | yes |" in table

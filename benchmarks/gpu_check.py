@@ -1,10 +1,11 @@
 """Does a card hold the promises at SDXL's real size? `make gpu-check`: about ten minutes, no network, no data.
 
-Everything is drawn here: weights of SDXL's shapes, pictures, captions, noise. One step is eight lanes of one micro-batch
-each, with the release's batch, size, precision, preset and optimizer. It is computed, then again from its saved state,
-then in the layout of two ranks: losses, gradients, weights and optimizer must have the same fingerprints. Then memory
-against the plan (memory_plan.py), the forms of the LoKr, the cost of determinism and of the journal (step_timing.py),
-and tests/integration/test_cuda.py, which also kills a training on the card. Figures: work/bench/gpu-check.json.
+Everything is drawn here: weights of SDXL's shapes, pictures, captions, noise. One step has a micro-batch in each of the
+eight lanes, with the release's batch, size, precision, preset and optimizer. It is computed, then again from its saved
+state, then in the layout of two ranks: losses, gradients, weights and optimizer must have the same fingerprints. Then
+memory against the plan (memory_plan.py), the forms of the LoKr, the cost of determinism and of the journal
+(step_timing.py), and tests/integration/test_cuda.py, which also kills a training on the card. Figures:
+work/bench/gpu-check.json.
 
 Two people with the same kind of card and the same libraries must find the same fingerprints.
 """
@@ -271,7 +272,7 @@ def check_steps(recipe: Recipe, configs: dict[str, dict], device: str, folder: P
 def resumed(
     kind: type[RecordingLoop], recipe: Recipe, context: TrainingContext, folder: Path, done: int
 ) -> RecordingLoop:
-    """A loop with a new optimizer whose weights were overwritten, and loaded again from the state after `done` steps."""
+    """A loop with a new optimizer; its weights are overwritten, then loaded from the state after `done` steps."""
     for tensor in context.adapter.tensors().values():
         tensor.fill_(-1)
     loop = kind(recipe, context, folder)
@@ -285,17 +286,10 @@ def attention_forms(recipe: Recipe, configs: dict[str, dict], device: str) -> di
     unet, chunks = configs["unet"], recipe.train.max_token_length // memory_plan.CHUNK
     half = getattr(torch, recipe.train.precision)
     heads, width = configs["te2"]["num_attention_heads"], configs["te2"]["hidden_size"]
+    unet_heads, unet_width = unet["attention_head_dim"][1], unet["block_out_channels"][1]
     shapes = {
         "VAE": ((1, 1, (side // 8) ** 2, configs["vae"]["block_out_channels"][-1]), torch.float32),
-        "U-Net": (
-            (
-                count,
-                unet["attention_head_dim"][1],
-                (side // 16) ** 2,
-                unet["block_out_channels"][1] // unet["attention_head_dim"][1],
-            ),
-            half,
-        ),
+        "U-Net": ((count, unet_heads, (side // 16) ** 2, unet_width // unet_heads), half),
         "text encoder 2": ((count * chunks, heads, memory_plan.CHUNK + 2, width // heads), half),
     }
     forms = {}
@@ -362,11 +356,7 @@ def require_memory(card: str, total: int, free: int, planned: int) -> None:
 
 
 def new_figures(release: Recipe) -> dict:
-    return {
-        "checks": dict.fromkeys(CHECKS),
-        "micro_batches_of_a_step": release.schedule.micro_batches,
-        "seconds": {},
-    }
+    return {"checks": dict.fromkeys(CHECKS), "micro_batches_of_a_step": release.schedule.micro_batches, "seconds": {}}
 
 
 def describe_card() -> dict:
@@ -389,13 +379,14 @@ def table(figures: dict) -> str:
         value = figures.get(name)
         return "not measured" if value is None else f"{value}{unit}"
 
-    facts = figures.get("numerics", {})
+    answers = {True: "yes", False: "NO", None: "not measured"}
+    prints, facts = figures.get("fingerprints", {}), figures.get("numerics", {})
     rows = [
         ("card", f"{show('card')}, driver {show('driver')}"),
         ("architecture, multiprocessors", f"{facts.get('architecture')}, {facts.get('multiprocessors')}"),
         ("libraries", ", ".join(f"{name} {value}" for name, value in figures.get("versions", {}).items())),
-        *((CHECKS[name], {True: "yes", False: "NO", None: "not measured"}[ok]) for name, ok in figures["checks"].items()),
-        ("fingerprints: gradient, weights, optimizer", " ".join(figures.get("fingerprints", {}).values()) or "not measured"),
+        *((CHECKS[name], answers[ok]) for name, ok in figures["checks"].items()),
+        ("fingerprints: gradient, weights, optimizer", " ".join(prints.values()) or "not measured"),
         ("peak of a step (planned)", f"{show('peak_gib', ' GiB')} ({show('planned_peak_gib', ' GiB')})"),
         ("always in use (planned)", f"{show('weights_gib', ' GiB')} ({show('planned_weights_gib', ' GiB')})"),
         ("the VAE's encoding alone", show("vae_gib", " GiB")),
@@ -444,7 +435,9 @@ def main(rounds: int, work: Path) -> None:
         (work / "gpu-check.json").write_text(json.dumps(figures, indent=1) + "\n")
     click.echo(f"\n{table(figures)}\n→ {work / 'gpu-check.json'}")
     if failed := [CHECKS[name] for name, ok in figures["checks"].items() if not ok]:
-        raise UserError(f"This card does not hold: {'; '.join(failed)}. Do not train with it before that is understood.")
+        raise UserError(
+            f"This card does not hold: {'; '.join(failed)}. Do not train with it before that is understood."
+        )
 
 
 if __name__ == "__main__":

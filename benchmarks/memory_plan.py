@@ -4,8 +4,8 @@ bytes, alive as long as the real one would be.
 The step is the loop's own (training/training_loop.py) on torch's fake tensors: the release's preset, batch, precision
 and checkpointing, one micro-batch in each lane of one of some cards. torch's CPU build has no fake card, so the
 operators are the CPU's, except that norms give float32 as with CUDA's autocast. Attention uses its flash form, which
-never stores the scores, like the card's memory-efficient one (the VAE's in float32 too). Not included: workspaces of kernels, fragmentation of the
-allocator, and CUDA's own 0.5 GiB or so.
+never stores the scores, like the card's memory-efficient one, the VAE's in float32 too. Not included: workspaces of
+kernels, fragmentation of the allocator, and CUDA's own 0.5 GiB or so.
 """
 
 import weakref

@@ -40,13 +40,7 @@ from step_timing import (
     with_lokr_form,
 )
 
-KEYS = (
-    "loop_overhead",
-    "forward_speed_ratio_lycoris",
-    "deterministic_cost",
-    "planned_peak_gib",
-    "journal_cost",
-)
+KEYS = ("loop_overhead", "forward_speed_ratio_lycoris", "deterministic_cost", "planned_peak_gib", "journal_cost")
 
 
 def miniature(recipe, folder: Path, form: str) -> TrainingContext:

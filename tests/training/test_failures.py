@@ -419,7 +419,7 @@ def test_a_fault_ends_all_processes_with_its_cause_last_and_the_last_step_saved(
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.44 GiB. GPU 0 has 23 GiB"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
-        RuntimeError("NCCL error in: NCCLUtils.cpp:94, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
+        RuntimeError("NCCL error in: NCCLUtils.cpp:94, unhandled error\nLast error:\nCuda failure 2 'out of memory'"),
     ],
     ids=["torch", "cuBLAS", "CUDA", "NCCL"],
 )

@@ -99,7 +99,7 @@ def enforce(device: str = "cpu") -> None:
 
 
 def cuda_error() -> str:
-    """Why torch finds no CUDA device, in torch's words: no card, an old driver, a build for CPUs; "" if it finds one."""
+    """Why torch finds no CUDA device, in its words: no card, an old driver, a build for CPUs; "" if it finds one."""
     import torch
 
     if torch.cuda.is_available():

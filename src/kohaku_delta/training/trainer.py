@@ -230,9 +230,9 @@ def readable_errors(work: Path, rank: int) -> Iterator[None]:
     except Exception as error:
         if gradient_reduction.gpu_is_full(error):
             raise UserError(
-                f"The GPU's memory is full ({str(error).splitlines()[0].split('. ')[0]}). Saved steps are kept. End other "
-                "programs that use the card, or go on with one that has more memory. A smaller schedule.batch_size fits "
-                "too, but is another training with other bits."
+                f"The GPU's memory is full ({str(error).splitlines()[0].split('. ')[0]}). Saved steps are kept. End "
+                "other programs that use the card, or go on with one that has more memory. A smaller "
+                "schedule.batch_size fits too, but is another training with other bits."
             ) from None
         if "can't allocate memory" in str(error) or "Insufficient memory" in str(error):  # torch; OpenCV
             raise UserError(NO_MEMORY) from None

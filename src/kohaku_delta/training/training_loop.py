@@ -284,7 +284,8 @@ class TrainingLoop:
                     if self.stopping:
                         return
             except BaseException as error:
-                traceback.clear_frames(error.__traceback__)  # they hold the graph; saving needs a little of the GPU's memory
+                # its frames hold the graph, and saving needs a little of the GPU's memory
+                traceback.clear_frames(error.__traceback__)
                 with suppress(OSError):  # the error that is under way says more
                     self.save_finished_step(done)
                 if self.failed_together and self.ranks > 1:  # the first rank that ends would end rank 0 as it saves

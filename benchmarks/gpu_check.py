@@ -199,6 +199,14 @@ def bytes_in_use(device: str) -> int | None:
     return torch.cuda.memory_allocated() if device == "cuda" else None
 
 
+def bytes_taken(device: str) -> int | None:
+    """What is not free on the card: torch's pool, workspaces of kernels, CUDA's context, other programs."""
+    if device != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
 def hexadecimal(fingerprint: int) -> str:
     return f"{fingerprint % 2**64:016x}"
 
@@ -237,6 +245,7 @@ def check_steps(recipe: Recipe, configs: dict[str, dict], device: str, folder: P
         row, gradient = run_step(loop, done, words), loop.gradients[-1]
         seconds = (time.perf_counter() - began) / micro_batches
         figures |= {"peak_gib": gib(peak_bytes(device)), "weights_gib": gib(bytes_in_use(device))}
+        figures["taken_gib"] = gib(bytes_taken(device))
         cost = statistics.median(step_timing.time_journal(loop) for _ in range(3))
         figures["journal_cost"] = round(cost / seconds / figures["micro_batches_of_a_step"], 5)
         figures["fingerprints"] = {
@@ -329,6 +338,32 @@ def measure_forms(recipe: Recipe, configs: dict[str, dict], device: str, rounds:
     }
 
 
+def measure_layouts(recipe: Recipe, configs: dict[str, dict], device: str, rounds: int, figures: dict) -> None:
+    """Forward and backward of a convolution of the U-Net's first level, in torch's usual layout and in channels_last,
+    which the training does not use.
+    """
+    width, side = configs["unet"]["block_out_channels"][0], recipe.model.side // 8
+    half = getattr(torch, recipe.train.precision)
+
+    def convolve(layout: torch.memory_format) -> float:
+        x = torch.ones((recipe.schedule.batch_size, width, side, side), dtype=half, device=device)
+        x = x.to(memory_format=layout).requires_grad_()
+        layer = nn.Conv2d(width, width, 3, padding=1, dtype=half, device=device).to(memory_format=layout)
+        step_timing.synchronize(device)
+        began = time.perf_counter()
+        for _ in range(10):
+            layer(x).backward(x.detach())
+        step_timing.synchronize(device)
+        return time.perf_counter() - began
+
+    with part(figures, "a convolution in two layouts"):
+        works = {"usual": torch.contiguous_format, "last": torch.channels_last}
+        seconds = step_timing.alternate_rounds(
+            rounds, {name: partial(convolve, layout) for name, layout in works.items()}
+        )
+        figures["channels_last_speed_ratio"] = round(seconds["last"] / seconds["usual"], 4)
+
+
 def run_small_training(figures: dict) -> None:
     """tests/integration/test_cuda.py, with the miniature's data, which is in the repository."""
     with part(figures, CHECKS["small_training"]):
@@ -389,12 +424,14 @@ def table(figures: dict) -> str:
         ("fingerprints: gradient, weights, optimizer", " ".join(prints.values()) or "not measured"),
         ("peak of a step (planned)", f"{show('peak_gib', ' GiB')} ({show('planned_peak_gib', ' GiB')})"),
         ("always in use (planned)", f"{show('weights_gib', ' GiB')} ({show('planned_weights_gib', ' GiB')})"),
+        ("taken on the card after it, with pool and context", show("taken_gib", " GiB")),
         ("the VAE's encoding alone", show("vae_gib", " GiB")),
         ("attention", ", ".join(f"{name}: {form}" for name, form in figures.get("attention", {}).items())),
         ("a micro-batch", f"{show('seconds_per_micro_batch', ' s')}, {show('images_per_second')} images/s"),
         ("LyCORIS's default form takes", show("forward_speed_ratio_lycoris", " times as long")),
         ("its bypass form", show("forward_speed_ratio_lycoris_bypass", " times as long")),
         ("deterministic takes", show("deterministic_speed_ratio", " times as long")),
+        ("a convolution takes in channels_last", show("channels_last_speed_ratio", " times as long")),
         ("the journal, of a step", show("journal_cost")),
         ("a state is saved in", show("save_seconds", " s")),
         ("killed and resumed", show("small_training")),
@@ -430,6 +467,7 @@ def main(rounds: int, work: Path) -> None:
                 check_steps(recipe, configs, "cuda", Path(folder), figures)
             free_memory()
             measure_forms(recipe, configs, "cuda", rounds, figures)
+            measure_layouts(recipe, configs, "cuda", rounds, figures)
             run_small_training(figures)
     finally:
         (work / "gpu-check.json").write_text(json.dumps(figures, indent=1) + "\n")

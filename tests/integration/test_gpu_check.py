@@ -104,6 +104,7 @@ def test_every_form_of_the_lokr_is_timed_with_one_model_in_memory_at_a_time(figu
         gpu_check.measure_forms(tiny_release.recipe(), tiny_sdxl.CONFIGS, "cpu", 1, figures)
     finally:
         gc.enable()
+    gpu_check.measure_layouts(tiny_release.recipe(), tiny_sdxl.CONFIGS, "cpu", 1, figures)
     assert len(alive) == 3 and len(set(alive)) == 1
     assert all(figures[name] > 0 for name in figures if "ratio" in name) and figures["images_per_second"] > 0
     table = gpu_check.table(figures)
@@ -141,6 +142,7 @@ def card(monkeypatch):
 def run(monkeypatch, tmp_path, check_steps, small_training=True):
     monkeypatch.setattr(gpu_check, "check_steps", check_steps)
     monkeypatch.setattr(gpu_check, "measure_forms", lambda *arguments: arguments[-1].update(images_per_second=1.5))
+    monkeypatch.setattr(gpu_check, "measure_layouts", lambda *_: None)
     monkeypatch.setattr(
         gpu_check, "run_small_training", lambda figures: figures["checks"].update(small_training=small_training)
     )

@@ -6,12 +6,13 @@ LINT_VENV ?= .venv-lint
 REPRO ?=
 RECIPE ?= miniature
 BENCH ?=
+REHEARSAL ?=
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 # --quiet shows only the stages' own lines; it hides DVC's errors too, so a failure names the command that shows them.
 failed = { echo "Error: DVC failed. If no line above says why, this shows it: $(1)" >&2; exit 1; }
 
-.PHONY: repro begin report test test-slow lint miniature-data bench-dataset bench-checkpoint bench-train bench-audit gpu-check image image-check wheels environment lock
+.PHONY: repro rehearsal begin report test test-slow lint miniature-data bench-dataset bench-checkpoint bench-train bench-audit gpu-check image image-check wheels environment lock
 
 repro: $(VENV)/requirements.txt
 	@dvc pull --quiet --remote embedded data.dvc || $(call failed,dvc pull --remote embedded data.dvc)
@@ -62,6 +63,10 @@ bench-train: $(VENV)/requirements.txt
 gpu-check:
 	@python -c "import torch" 2> /dev/null || { echo "Error: no Python with the recipe's libraries: make environment LOCK=cuda" >&2; exit 1; }
 	@python benchmarks/gpu_check.py $(BENCH)
+
+# The release at its real size on synthetic inputs, without a GPU: three hours, 60 GB of disk. REHEARSAL="--recipe pilot train": a part of the pilot's.
+rehearsal: $(VENV)/requirements.txt
+	@python rehearsal/rehearse.py $(REHEARSAL)
 
 # How fast outputs are hashed, compared with sha256sum. Needs 14 GB of disk; BENCH="--gib 1" for less.
 bench-audit: $(VENV)/requirements.txt

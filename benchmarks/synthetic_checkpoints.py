@@ -1,8 +1,8 @@
 """Checkpoints with SDXL's tensor names and, at scale 1, its shapes (6.9 GB of fp16). Scale and seed decide every byte.
 
 Run `python benchmarks/synthetic_checkpoints.py work/bench/files`. One block of numbers is drawn and repeated over all
-tensors, so a file is written at the disk's speed. Below scale 1 the widths shrink, in steps of one attention head;
-names, depths and the preset's targets stay.
+tensors, so a file is written at the disk's speed. Weights of norms are 1, so that a training finds finite losses. Below
+scale 1 the widths shrink, in steps of one attention head; names, depths and the preset's targets stay.
 """
 
 import logging
@@ -96,15 +96,19 @@ def tile_block(block: np.ndarray, start: int, count: int) -> Iterator[np.ndarray
         count, place = count - len(piece), 0
 
 
-def checkpoint(path: Path, seed: int, scale: float = 1.0) -> WriteResult:
-    """A checkpoint in the layout of sd_xl_base_1.0.safetensors."""
+def checkpoint(path: Path, seed: int, scale: float = 1.0, spread: float = 0.02) -> WriteResult:
+    """A checkpoint in the layout of sd_xl_base_1.0.safetensors. spread: standard deviation of what is neither an
+    embedding (0.02) nor a norm's weight (1).
+    """
     tensors = model_loading.to_checkpoint(model_loading.build(configs(scale)))
     specs = {
         name: TensorSpec("I64" if name == POSITION_IDS else "F16", tuple(value.shape))
         for name, value in tensors.items()
     }
     constants = {name: tensors[name].numpy().astype("<i8" if name == POSITION_IDS else "<f2") for name in NO_PARAMETER}
-    block = drawn(seed)
+    norms = [name for name, value in tensors.items() if value.ndim == 1 and name.endswith(".weight")]
+    constants |= {name: np.ones(specs[name].count, "<f2") for name in norms}
+    block, embeddings = drawn(seed, spread), drawn(seed)
 
     def produce(order: list[str]) -> Iterator[tuple[str, np.ndarray]]:
         place = 0
@@ -112,7 +116,8 @@ def checkpoint(path: Path, seed: int, scale: float = 1.0) -> WriteResult:
             if name in constants:
                 yield name, constants[name].reshape(-1)
                 continue
-            yield from ((name, piece) for piece in tile_block(block, place, specs[name].count))
+            numbers = embeddings if "embedding" in name else block
+            yield from ((name, piece) for piece in tile_block(numbers, place, specs[name].count))
             place += specs[name].count
 
     return safetensors_io.write(path, specs, produce, {"format": "pt"})

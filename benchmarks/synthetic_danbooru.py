@@ -143,7 +143,7 @@ def vocabulary(count: int) -> pa.Table:
 def spread(posts: int, seed: int) -> np.ndarray:
     """The ids: ascending, over the whole range, on so many residues mod 1000 that tars are as long as the real ones."""
     rng = np.random.default_rng([seed, 0])
-    residues = np.sort(rng.choice(1000, size=int(np.clip(posts * 1000 // LAST + 1, 2, 1000)), replace=False))
+    residues = np.sort(rng.choice(1000, size=int(np.clip(posts // 7100 + 1, 2, 1000)), replace=False))
     pool = (np.arange(LAST // 1000)[:, None] * 1000 + residues).reshape(-1)
     pool = pool[pool > 0]
     if posts > len(pool):
@@ -242,22 +242,23 @@ def rows(posts: Posts, tags: pa.Table, seed: int, later: bool) -> pa.Table:
     return pa.table(columns)
 
 
-def members(posts: Posts, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def members(posts: Posts, seed: int, every: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which tar holds which post: (tar, id, picture), all int64; main tars below 1000, the recent ones from 1000, the
-    add-on tar 2000.
+    add-on tar 2000. every: one in so many posts of each tar has a picture.
     """
     rng = np.random.default_rng([seed, 3, int(posts.id[0])])
     absent = np.isin(posts.odd, [ODD.index(name) for name in ("deleted", "banned", "hidden", "film", "missing")])
+    absent |= posts.id // 1000 % every != 0
     ids = posts.id[~absent]
     tar = np.select([ids >= ADDED, ids >= RECENT], [2000, ids % 1000 + 1000], ids % 1000)
-    again = posts.id[(posts.odd == ODD.index("in two tars")) & (posts.id < RECENT)]
+    again = posts.id[(posts.odd == ODD.index("in two tars")) & (posts.id < RECENT) & ~absent]
     tar, ids = np.concatenate([tar, again % 1000 + 1000]), np.concatenate([ids, again])
     return tar, ids, rng.integers(0, 64, len(ids))
 
 
-def pictures() -> np.ndarray:
-    """64 webp files of many shapes, each padded to a tar's block, and their sizes in the last two bytes: (64, 514)
-    uint8.
+def pictures(side: int | None = None) -> np.ndarray:
+    """64 webp files of many shapes, or squares of `side` pixels, each padded to a tar's block, and their sizes in the
+    last two bytes: (64, 514) uint8.
     """
     rng = np.random.default_rng(4)
     files = []
@@ -266,10 +267,9 @@ def pictures() -> np.ndarray:
             rng.uniform(3e5, 4e6),
             rng.choice([1, 3 / 4, 2 / 3, 4 / 3, 3 / 2, 16 / 9, 9 / 16, 1 / 3, 3]) * rng.uniform(0.95, 1.05),
         )
+        size = (side, side) if side else (int((area * ratio) ** 0.5), int((area / ratio) ** 0.5))
         file = io.BytesIO()
-        Image.new("RGB", (int((area * ratio) ** 0.5), int((area / ratio) ** 0.5)), (place * 3, 100, 200)).save(
-            file, "WEBP", lossless=True, method=0
-        )
+        Image.new("RGB", size, (place * 3, 100, 200)).save(file, "WEBP", lossless=True, method=0)
         data = file.getvalue()
         files.append(data.ljust(512, b"\0") + len(data).to_bytes(2, "little"))
     return np.frombuffer(b"".join(files), np.uint8).reshape(64, 514)
@@ -305,9 +305,11 @@ def blocks(ids: np.ndarray, picture: np.ndarray, files: np.ndarray) -> bytes:
     return data.tobytes()
 
 
-def write(folder: Path, posts: int, seed: int, later: bool) -> int:
-    """The collection into `folder` (danbooru2023.db, images/). Returns the number of tag pairs."""
-    tags, ids, files = vocabulary(max(2000, posts // 15)), spread(posts, seed), pictures()
+def write(folder: Path, posts: int, seed: int, later: bool, side: int | None = None, every: int = 1) -> int:
+    """The collection into `folder` (danbooru2023.db, images/): one in `every` posts with a picture, a square of `side`
+    pixels or of many shapes. Returns the number of tag pairs.
+    """
+    tags, ids, files = vocabulary(max(2000, posts // 15)), spread(posts, seed), pictures(side)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     path = folder / "danbooru2023.db"
     for old in (path, *(folder / "images").glob("data-*.tar")):
@@ -338,7 +340,7 @@ def write(folder: Path, posts: int, seed: int, later: bool) -> int:
             now = np.arange(len(chunk.post)) % LATE != 0
             late.append(np.stack([chunk.id[chunk.post[~now]], numbers[chunk.tag[~now]]]))
             pairs = _relate(cursor, pairs, chunk.id[chunk.post[now]], numbers[chunk.tag[now]])
-            tar, post, picture = members(chunk, seed)
+            tar, post, picture = members(chunk, seed, every)
             order = np.argsort(tar, kind="stable")
             cuts = np.flatnonzero(np.diff(tar[order])) + 1
             for part in np.split(order, cuts):

@@ -132,6 +132,7 @@ class Model(StrictModel):
 class Schedule(StrictModel):
     seed: int
     epochs: Positive
+    max_steps: Positive | None
     batch_size: Positive
     micro_batches: Positive
     lanes: Positive

@@ -42,3 +42,8 @@ def milestone_name(step: int) -> str:
 def stamps_path(inputs: Path) -> Path:
     """Where the stamps of the verified inputs are kept: beside inputs.json, as inputs.verified.json."""
     return inputs.with_name(f"{inputs.stem}.verified.json")
+
+
+def pin_list_path(folder: Path, name: str) -> Path:
+    """The list of the pins of the input `name`, beside the params.yaml of `folder`."""
+    return folder / f"pins-{name}.csv"

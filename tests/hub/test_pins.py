@@ -3,6 +3,8 @@
 import csv
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,11 @@ from ruamel.yaml import YAML
 from fake_hub import REVISION, STRANGER, trust_fake_hub
 from kohaku_delta.cli.pin import pin
 from kohaku_delta.errors import UserError
-from kohaku_delta.hub import inputs_manifest, mirror
+from kohaku_delta.hub import inputs_manifest, mirror, pins
 from kohaku_delta.params import load
+from kohaku_delta.preflight import host_facts
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = [f"images/data-{number:04d}.tar" for number in range(4)]
 INPUTS = f"""
     one: {{url: hf://owner/model@{REVISION}/one.safetensors, bytes: null, sha256: null}}   # in one line
@@ -131,6 +135,30 @@ def test_a_filled_recipe_downloads_and_says_how_each_file_was_known(hub, params)
         2,
         3,
     ]
+
+
+def test_the_confined_download_stage_reads_the_list_of_a_span(params):
+    folder = params.parent
+    (folder / "images").mkdir()
+    for number, name in enumerate(NAMES):
+        (folder / name).write_bytes(bytes([number]) * 1000)
+    listed = pins.format_pin_list(
+        [
+            (Path(name).name, 1000, hashlib.sha256(bytes([number]) * 1000).hexdigest())
+            for number, name in enumerate(NAMES)
+        ]
+    )
+    (folder / "pins-tars.csv").write_bytes(listed)
+    span = {"url": "file://images/data-{0000..0004}.tar", "bytes": 4000, "sha256": hashlib.sha256(listed).hexdigest()}
+    text = params.read_text()
+    end = text.index("\nselection:")
+    first = text.index("    one:")
+    params.write_text(f"{text[:first]}    tars: {json.dumps([span])}\n{text[end:]}")
+    done = subprocess.run([sys.executable, ROOT / "stages" / "download.py"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and "4 files, 4,000 bytes" in done.stdout, done.stdout + done.stderr
+    assert host_facts._missing_inputs(load(params), folder) == ()
+    (folder / NAMES[2]).unlink()
+    assert host_facts._missing_inputs(load(params), folder) == (NAMES[2],)
 
 
 @pytest.mark.parametrize(

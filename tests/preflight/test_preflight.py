@@ -308,6 +308,27 @@ def test_main_memory_at_the_start_is_what_a_process_was_measured_to_take(release
     assert estimates.host_memory(with_ranks(2), release) == 2 * estimates.host_memory(with_ranks(1), release)
 
 
+def test_a_training_on_the_cpu_holds_a_whole_step_in_main_memory(release):
+    cpu = with_ranks(1).model_copy(update={"train": RELEASE.train.model_copy(update={"device": "cpu"})})
+    step = estimates.total(estimates.gpu_memory_parts(cpu, release))
+    assert estimates.host_memory(cpu, release) > step > estimates.host_memory(with_ranks(1), release)
+
+
+@pytest.mark.parametrize(
+    "kind, counted", [("hardlink,symlink", False), ("reflink", False), ("reflink,copy", True), ("", True)]
+)
+def test_dvcs_cache_needs_room_only_where_it_is_a_second_copy(tmp_path, monkeypatch, kind, counted):
+    subprocess.run(["dvc", "init", "--no-scm", "--quiet"], cwd=tmp_path, check=True)
+    subprocess.run(["dvc", "cache", "dir", str(tmp_path / "elsewhere")], cwd=tmp_path, check=True, capture_output=True)
+    if kind:
+        subprocess.run(["dvc", "config", "cache.type", kind], cwd=tmp_path, check=True)
+    assert Path(host_facts._ask_dvc(tmp_path, "cache", "dir")) == tmp_path / "elsewhere"
+    folders = host_facts._without_second_copies(tmp_path, GOOD.folders)
+    assert ("cache" in folders) == counted
+    apart = GOOD.folders | {"cache": replace(GOOD.folders["cache"], device=2)}
+    assert "cache" in host_facts._without_second_copies(tmp_path, apart)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_buffers_are_those_that_the_tree_holds(ranks):
     import torch

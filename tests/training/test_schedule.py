@@ -54,6 +54,15 @@ def test_b_and_the_steps_follow_the_releases_formula():
     assert [steps(b) for b in (916_384, 916_385, 916_416, 916_417)] == [28_637, 28_638, 28_638, 28_639]
 
 
+@pytest.mark.parametrize("max_steps", [1, 57, 58, 10**6])
+def test_max_steps_keeps_the_first_steps_of_the_whole_schedule(max_steps):
+    table = posts(5003)
+    whole, counts = schedule.build_schedule(table, RELEASE)
+    first, same_counts = schedule.build_schedule(table, RELEASE.model_copy(update={"max_steps": max_steps}))
+    assert first.to_pylist() == [row for row in whole.to_pylist() if row["step"] < max_steps]
+    assert same_counts == counts
+
+
 def test_a_bucket_has_one_ragged_micro_batch_at_most_and_no_mixed_ones():
     table = posts(5003)
     sizes = dict(

@@ -73,6 +73,7 @@ def bucket_counts(path: Path, parameters: Schedule) -> dict:
         buckets.append([int(number) for number in match.groups()])
     batches = sum(math.ceil(count / parameters.batch_size) for _, _, count in buckets)
     steps = parameters.epochs * math.ceil(batches / parameters.micro_batches)
+    steps = min(steps, parameters.max_steps or steps)
     return {"buckets": buckets, "micro_batches": batches, "steps": steps}
 
 

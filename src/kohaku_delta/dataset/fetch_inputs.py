@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kohaku_delta import paths
 from kohaku_delta.danbooru import partial_download
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import selection
@@ -36,7 +37,7 @@ def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> d
     tars = [
         pin
         for span in _as_list(download.inputs["tars"])
-        for pin in pins.expand_span(span, pins.pin_list_path(folder, "tars"))
+        for pin in pins.expand_span(span, paths.pin_list_path(folder, "tars"))
     ]
     if any(not pin.url.startswith("hf://") or pins.hub_file(pin).revision is None for pin in tars):
         raise UserError(

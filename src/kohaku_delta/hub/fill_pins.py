@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.hub import client, pins
 from kohaku_delta.hub.client import RemoteFile
@@ -90,7 +91,7 @@ def _filled_span(name: str, pin: Pin, folder: Path, edit: PinEdit) -> Pin:
         raise UserError(
             f"{pin.url} has a list and lacks bytes or revision. Set its bytes and sha256 to null, then run this again."
         )
-    wanted = pins.expand_span(pin, pins.pin_list_path(folder, name))
+    wanted = pins.expand_span(pin, paths.pin_list_path(folder, name))
     remote = _list_files(wanted)
     found = [file for file in (pins.hub_file(each).file for each in wanted) if file in remote]
     rows = [(file.rpartition("/")[2], remote[file].size, remote[file].sha256) for file in found]
@@ -100,7 +101,7 @@ def _filled_span(name: str, pin: Pin, folder: Path, edit: PinEdit) -> Pin:
             f"Correct the url in params.yaml (download.inputs.{name})."
         )
     content = pins.format_pin_list(rows)
-    edit.files[pins.pin_list_path(folder, name)] = content
+    edit.files[paths.pin_list_path(folder, name)] = content
     if absent := len(wanted) - len(rows):
         edit.remarks.append(f"{name}: {absent:,} of {len(wanted):,} files do not exist, and are left out")
     if unknown := sum(sha256 is None for *_, sha256 in rows):

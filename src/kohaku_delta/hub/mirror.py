@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.hub import client, file_download, pins, progress, verified_files
 from kohaku_delta.hub.verified_files import VerifiedFile
@@ -107,7 +108,7 @@ def list_input_files(parameters: Download, folder: Path, skip: frozenset[str] | 
         if name in skip:
             continue
         for span in pinned if isinstance(pinned, list) else [pinned]:
-            for pin in pins.expand_span(span, pins.pin_list_path(folder, name)):
+            for pin in pins.expand_span(span, paths.pin_list_path(folder, name)):
                 if pin.url.startswith("file://"):
                     path = folder / pin.url.removeprefix("file://")
                 elif pins.hub_file(pin).revision is not None:

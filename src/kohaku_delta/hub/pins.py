@@ -83,11 +83,6 @@ def expand_span(pin: Pin, pin_list: Path) -> list[Pin]:
     return [Pin(url=url, bytes=listed[url][0], sha256=listed[url][1]) for url in urls if url in listed]
 
 
-def pin_list_path(folder: Path, name: str) -> Path:
-    """The list of the input `name`, beside the params.yaml of `folder`."""
-    return folder / f"pins-{name}.csv"
-
-
 def format_pin_list(files: list[tuple[str, int, str | None]]) -> bytes:
     """The content of a list of (file, bytes, sha256)."""
     text = io.StringIO()

@@ -131,7 +131,8 @@ def _time_rows(recipe: Recipe, gpus: tuple[Gpu, ...], seconds: float | None) -> 
     steps, ranks, save_every = estimates.steps(recipe), recipe.execution.ranks, recipe.execution.save_every
     if steps is None:
         return [PlanRow("steps", "not known", "the schedule stage counts them")]
-    rows = [PlanRow("steps", f"{steps:,}", "the model card; the schedule stage counts them again")]
+    source = "the model card; the schedule stage counts them again"
+    rows = [PlanRow("steps", f"{steps:,}", "schedule.max_steps" if steps == recipe.schedule.max_steps else source)]
     if kept := estimates.milestones(recipe):
         source = f"steps {kept[0]:,} to {kept[-1]:,}, each with its LoKr file"
         rows.append(PlanRow("states kept for good", f"{len(kept)}", source))

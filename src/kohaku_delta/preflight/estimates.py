@@ -70,7 +70,8 @@ def needed_pins(recipe: Recipe) -> list[tuple[str, Pin]]:
 
 def steps(recipe: Recipe) -> int | None:
     """Steps of the whole training; None if only the schedule stage will know."""
-    return recipe.published.dataset.steps if recipe.published else None
+    known = recipe.published.dataset.steps if recipe.published else None
+    return min(recipe.schedule.max_steps or known, known) if known else recipe.schedule.max_steps
 
 
 def posts(recipe: Recipe) -> int | None:
@@ -222,10 +223,14 @@ def gpu_memory(recipe: Recipe, model: ParameterCounts) -> int:
 
 
 def host_memory(recipe: Recipe, model: ParameterCounts) -> int:
-    """Main memory while the ranks start: each holds the base, a float32 LoKr and the tables, until the GPU has them."""
+    """Main memory while the ranks start: each holds the base, a float32 LoKr and the tables, until the GPU has them.
+    Without a GPU a training step is held there too.
+    """
     vae = (4 - ITEM_BYTES[recipe.merge.output_dtype]) * model.vae
-    per_rank = checkpoint_bytes(recipe, model) + vae + 4 * model.lokr + POST_BYTES * (posts(recipe) or 0) + PROCESS
-    return recipe.execution.ranks * per_rank
+    most = checkpoint_bytes(recipe, model) + vae + 4 * model.lokr
+    if recipe.train.device == "cpu":
+        most = max(most, total(gpu_memory_parts(recipe, model)))
+    return recipe.execution.ranks * (most + POST_BYTES * (posts(recipe) or 0) + PROCESS)
 
 
 def shared_memory(recipe: Recipe) -> int:

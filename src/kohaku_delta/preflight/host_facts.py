@@ -16,10 +16,11 @@ from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
-from kohaku_delta import strict_model
+from kohaku_delta import paths, strict_model
 from kohaku_delta.danbooru import schema
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.errors import UserError
+from kohaku_delta.hub import pins
 from kohaku_delta.params import Pin, Recipe
 from kohaku_delta.preflight import estimates
 from kohaku_delta.preflight.parameter_counts import ParameterCounts
@@ -80,8 +81,8 @@ class Host:
 def inspect_host(recipe: Recipe, params: Path) -> Host:
     """This host, as seen from the folder of `params`."""
     folder = params.parent
-    root = (folder / recipe.root).resolve()
     found = _probe(params)
+    cache = Path(_ask_dvc(folder, "cache", "dir") or folder / recipe.root / ".dvc" / "cache")
     return Host(
         locked=locked_versions(recipe, folder),
         model=ParameterCounts(**found["model"]) if found["model"] else None,
@@ -99,12 +100,15 @@ def inspect_host(recipe: Recipe, params: Path) -> Host:
         nccl=found["nccl"],
         memory=_memory(),
         shared_memory=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
-        folders={
-            "mirror": _disk_folder(folder / recipe.download.mirror),
-            "build": _disk_folder(folder / "build"),
-            "cache": _disk_folder(root / ".dvc" / "cache"),
-            "work": _disk_folder(folder / recipe.execution.work, _unfinished_runs(folder / recipe.execution.work)),
-        },
+        folders=_without_second_copies(
+            folder,
+            {
+                "mirror": _disk_folder(folder / recipe.download.mirror),
+                "build": _disk_folder(folder / "build"),
+                "cache": _disk_folder(cache),
+                "work": _disk_folder(folder / recipe.execution.work, _unfinished_runs(folder / recipe.execution.work)),
+            },
+        ),
         missing_inputs=_missing_inputs(recipe, folder),
         database=database_error(recipe, folder),
     )
@@ -143,6 +147,22 @@ def _driver() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else ""
+
+
+def _ask_dvc(folder: Path, *command: str) -> str:
+    """The first line that a DVC command prints in `folder`; "" if it fails."""
+    try:
+        done = subprocess.run(["dvc", *command], cwd=folder, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else ""
+
+
+def _without_second_copies(folder: Path, folders: dict[str, DiskFolder]) -> dict[str, DiskFolder]:
+    """Without DVC's cache if it shares the outputs' file system and links them (cache.type), and so needs no room."""
+    types = {kind.strip() for kind in _ask_dvc(folder, "config", "cache.type").split(",")}
+    linked = types <= {"reflink", "hardlink", "symlink"} and folders["cache"].device == folders["build"].device
+    return {name: each for name, each in folders.items() if name != "cache" or not linked}
 
 
 def _memory() -> int:
@@ -189,9 +209,10 @@ def _local_path(pin: Pin, folder: Path) -> Path | None:
 
 def _missing_inputs(recipe: Recipe, folder: Path) -> tuple[str, ...]:
     return tuple(
-        pin.url.removeprefix("file://")
-        for _, pin in estimates.needed_pins(recipe)
-        if (path := _local_path(pin, folder)) and not path.is_file()
+        each.url.removeprefix("file://")
+        for name, pin in estimates.needed_pins(recipe)
+        for each in pins.expand_span(pin, paths.pin_list_path(folder, name))
+        if (path := _local_path(each, folder)) and not path.is_file()
     )
 
 

@@ -142,7 +142,7 @@ def _sources(inputs: Inputs, recipe: Recipe, place: Path) -> list[InputSource]:
     sources = []
     for name, entry in inputs.inputs.items():
         entries = recipe.download.inputs.get(name, [])
-        listing = pins.pin_list_path(place, name)
+        listing = paths.pin_list_path(place, name)
         expanded = [
             pin
             for each in (entries if isinstance(entries, list) else [entries])

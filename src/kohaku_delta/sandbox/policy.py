@@ -134,7 +134,7 @@ def policy_for(script: Path, entry: dict[str, Any], context: click.Context) -> S
 
         written |= {Path(mirror), Path(constants.HF_HOME)}
         allowed += [paths.stamps_path(options["out"]), os.path.join(recipe_folder, recipe.supplied)]
-        allowed += [mirror, constants.HF_HOME, os.path.expanduser("~/.netrc"), *_local_pins(recipe, recipe_folder)]
+        allowed += [mirror, constants.HF_HOME, os.path.expanduser("~/.netrc"), *_pinned_files(recipe, recipe_folder)]
 
     watched = _real_paths([root, recipe_folder, mirror, *input_folders, *_home_folders()]) - {"/"}
     return StagePolicy(
@@ -204,11 +204,17 @@ def _home_folders() -> set[str]:
         return {os.path.expanduser("~")}
 
 
-def _local_pins(recipe: Recipe, folder: str) -> list[str]:
-    """The files of file:// pins; of a span of files, their folder."""
-    pins = [pin for item in recipe.download.inputs.values() for pin in (item if isinstance(item, list) else [item])]
-    files = [pin.url.removeprefix("file://") for pin in pins if pin.url.startswith("file://")]
-    return [os.path.join(folder, os.path.dirname(path) if "{" in path else path) for path in files]
+def _pinned_files(recipe: Recipe, folder: str) -> list[str]:
+    """The files of file:// pins (of a span of files, their folder), and the lists of pins."""
+    inputs = recipe.download.inputs
+    files = [
+        pin.url.removeprefix("file://")
+        for item in inputs.values()
+        for pin in (item if isinstance(item, list) else [item])
+        if pin.url.startswith("file://")
+    ]
+    lists = [str(paths.pin_list_path(Path(folder), name)) for name in inputs]
+    return [os.path.join(folder, os.path.dirname(path) if "{" in path else path) for path in files] + lists
 
 
 def _network(stage: str, options: dict[str, Any], recipe: Recipe) -> str:

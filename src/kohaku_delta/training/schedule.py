@@ -7,6 +7,7 @@ A visit's counter is epoch · N + row of the post in posts.parquet, so it does n
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import Schedule
@@ -43,7 +44,7 @@ def _epoch(epoch: int, bucket_of: np.ndarray, parameters: Schedule) -> tuple[np.
 
 
 def build_schedule(posts: pa.Table, parameters: Schedule) -> tuple[pa.Table, list[tuple[tuple[int, int], int]]]:
-    """The schedule (SCHEMA), and (bucket, number of images) of each bucket that occurs.
+    """The schedule (SCHEMA) up to `max_steps`, and (bucket, number of images) of each bucket that occurs in an epoch.
 
     posts: post_id, width, height, ascending by post_id. Raises UserError if there are none.
     """
@@ -76,7 +77,10 @@ def build_schedule(posts: pa.Table, parameters: Schedule) -> tuple[pa.Table, lis
         ]
         tables.append(pa.Table.from_arrays(columns, schema=SCHEMA))
         steps += -(-len(starts) // parameters.micro_batches)
-    return pa.concat_tables(tables), [(sizes[index], int(n)) for index, n in zip(occurring, images, strict=True)]
+    whole = pa.concat_tables(tables)
+    last = steps if parameters.max_steps is None else parameters.max_steps
+    schedule = whole.filter(pc.less(whole["step"], last))
+    return schedule, [(sizes[index], int(n)) for index, n in zip(occurring, images, strict=True)]
 
 
 def bucket_lines(counts: list[tuple[tuple[int, int], int]]) -> str:

@@ -146,7 +146,7 @@ def check_pins(rebuild: Artifact) -> Check:
             rows: dict[str, tuple[int, str | None]] = {}
             if span and pin.sha256:  # the pin is that of pins-<input>.csv
                 try:
-                    rows = pins.read_pin_list(pins.pin_list_path(rebuild.folder, name), pin)
+                    rows = pins.read_pin_list(paths.pin_list_path(rebuild.folder, name), pin)
                 except UserError as error:
                     yield error.message.replace(f"{rebuild.folder}/", "")
             urls = _url_pattern(pin.url, span)

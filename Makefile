@@ -12,7 +12,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 # --quiet shows only the stages' own lines; it hides DVC's errors too, so a failure names the command that shows them.
 failed = { echo "Error: DVC failed. If no line above says why, this shows it: $(1)" >&2; exit 1; }
 
-.PHONY: repro rehearsal pilot begin report test test-slow lint miniature-data bench-dataset bench-checkpoint bench-train bench-audit image image-check wheels environment lock
+.PHONY: repro rehearsal pilot begin report test test-slow lint miniature-data bench-dataset bench-checkpoint bench-train bench-audit gpu-check image image-check wheels environment lock
 
 repro: $(VENV)/requirements.txt
 	@dvc pull --quiet --remote embedded data.dvc || $(call failed,dvc pull --remote embedded data.dvc)
@@ -65,6 +65,12 @@ bench-checkpoint: $(VENV)/requirements.txt
 # After `make repro`: a training step against LyCORIS's forward, against bare forward and backward, and its memory at full size.
 bench-train: $(VENV)/requirements.txt
 	python benchmarks/train.py $(BENCH)
+
+# On a machine with a card (`make environment LOCK=cuda`, or the image): does it hold the promises at SDXL's real size? Ten minutes; work/bench/gpu-check.json.
+# No prerequisite: the environment of the CPU's lock would hide the card.
+gpu-check:
+	@python -c "import torch" 2> /dev/null || { echo "Error: no Python with the recipe's libraries: make environment LOCK=cuda" >&2; exit 1; }
+	@python benchmarks/gpu_check.py $(BENCH)
 
 # The release at its real size on synthetic inputs, without a GPU: three hours, 60 GB of disk. REHEARSAL="--recipe pilot train": a part of the pilot's.
 rehearsal: $(VENV)/requirements.txt

@@ -4,8 +4,8 @@ bytes, alive as long as the real one would be.
 The step is the loop's own (training/training_loop.py) on torch's fake tensors: the release's preset, batch, precision
 and checkpointing, one micro-batch in each lane of one of some cards. torch's CPU build has no fake card, so the
 operators are the CPU's, except that norms give float32 as with CUDA's autocast. Attention uses its flash form, which
-never stores the scores, like the card's memory-efficient one. Not included: workspaces of kernels, fragmentation of the
-allocator, and CUDA's own 0.5 GiB or so.
+never stores the scores, like the card's memory-efficient one, the VAE's in float32 too. Not included: workspaces of
+kernels, fragmentation of the allocator, and CUDA's own 0.5 GiB or so.
 """
 
 import weakref
@@ -79,24 +79,23 @@ class Planned(Sdxl):
 
 
 def models(
-    recipe: Recipe, device: str, kind: type[Sdxl] = Sdxl, fill: Callable[[nn.Module], None] | None = None
+    recipe: Recipe, configs: dict[str, dict], device: str, fill: Callable[[nn.Module], None], kind: type[Sdxl] = Sdxl
 ) -> tuple[Sdxl, LokrAdapter]:
-    """SDXL at full size with the recipe's adapter. `fill` gives the modules their tensors; by default small random
-    numbers.
+    """An SDXL of these configurations on `device`, and the recipe's adapter, which is not moved there. `fill` gives a
+    module its tensors in place of its shapes.
     """
     precision = getattr(torch, recipe.train.precision)
     with torch.device("meta"):
-        made = model_loading.build(synthetic_checkpoints.configs(1.0))
+        made = model_loading.build(configs)
     for name, module in made.items():
         module.to(torch.float32 if name == "vae" else precision)
         module.requires_grad_(False)
     adapter = LokrAdapter(made, recipe.lokr, getattr(torch, recipe.train.weights))
     for module in made.values():
-        (fill or partial(random, device=device))(module)
-    fill(adapter) if fill else adapter.to(device)
+        fill(module)
     model = kind(
         made,
-        synthetic_checkpoints.WORDS["eos_token_id"],
+        configs["te2"]["eos_token_id"],
         recipe.model.vae_scaling_factor,
         recipe.train.min_snr_gamma,
         device,
@@ -105,15 +104,6 @@ def models(
     if recipe.train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model, adapter
-
-
-def random(module: nn.Module, device: str) -> None:
-    """Weights near those of a fresh network, and buffers of zeros."""
-    module.to_empty(device=device)
-    for name, weight in module.named_parameters():
-        weight.data.fill_(1.0) if "norm" in name and name.endswith("weight") else weight.data.normal_(0, 0.02)
-    for buffer in module.buffers():
-        buffer.zero_()
 
 
 def batch(count: int, side: int, tokens: int) -> Batch:
@@ -160,7 +150,8 @@ def peak_bytes(recipe: Recipe, schedule, ranks: int) -> dict[str, int]:
         for name in ("group_norm", "layer_norm"):
             patch = mock.patch.object(torch.nn.functional, name, norm_of_cuda(getattr(torch.nn.functional, name)))
             stack.enter_context(patch)
-        model, adapter = models(recipe, "cpu", Planned, fill)
+        model, adapter = models(recipe, synthetic_checkpoints.configs(1.0), "cpu", fill, Planned)
+        fill(adapter)
         stack.enter_context(fakes)
         stack.enter_context(live)
         stack.enter_context(mock.patch("torch.distributed.all_gather_single", gather_copies))

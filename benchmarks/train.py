@@ -4,8 +4,7 @@ figure that was not measured is null.
 Run `make bench-train` after `make repro`. On any machine: the miniature's forward and backward with the LoKr computed
 from its factors (ours), by LyCORIS's default and by its bypass form; deterministic against not; the loop against bare
 forward and backward; the cost of the journal; the gain from workers; and the memory of a full-size step, planned with
-fake tensors (memory_plan.py). On a CUDA card also one micro-batch of SDXL at full size, with random weights. Figures:
-work/bench/train.json.
+fake tensors (memory_plan.py). Figures: work/bench/train.json. `make gpu-check` measures SDXL at full size on a card.
 """
 
 import json
@@ -14,8 +13,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,33 +28,19 @@ import torch
 from kohaku_delta import params
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
-from kohaku_delta.training import batch_builder, journal, tensor_fingerprints, trainer
+from kohaku_delta.training import batch_builder, trainer
 from kohaku_delta.training.training_loop import TrainingContext, TrainingLoop
-
-FORMS = ("factors", "delta", "bypass")
-KEYS = (
-    "loop_overhead",
-    "forward_speed_ratio_lycoris",
-    "deterministic_cost",
-    "peak_gib",
-    "planned_peak_gib",
-    "images_per_second",
-    "journal_cost",
+from step_timing import (
+    FORMS,
+    alternate_rounds,
+    nondeterministic,
+    time_forward_backward,
+    time_journal,
+    use_bypass_form,
+    with_lokr_form,
 )
 
-
-def with_lokr_form(recipe, form: str):
-    """The recipe with the LoKr computed in this way."""
-    return recipe.model_copy(
-        update={"lokr": recipe.lokr.model_copy(update={"forward": "factors" if form == "factors" else "delta"})}
-    )
-
-
-def use_bypass_form(adapter, form: str) -> None:
-    if form == "bypass":
-        for entry in adapter.entries.values():
-            if hasattr(entry, "lokr_w1"):
-                entry.bypass_mode = True
+KEYS = ("loop_overhead", "forward_speed_ratio_lycoris", "deterministic_cost", "planned_peak_gib", "journal_cost")
 
 
 def miniature(recipe, folder: Path, form: str) -> TrainingContext:
@@ -79,43 +62,6 @@ def miniature(recipe, folder: Path, form: str) -> TrainingContext:
     return made
 
 
-def time_forward_backward(parts: TrainingContext, batches: list) -> float:
-    """Seconds of forward and backward of these micro-batches."""
-    cuda = parts.model.device == "cuda"
-    began = time.perf_counter()
-    for batch in batches:
-        parts.model.losses(batch).mean().backward()
-        for _, weight in parts.adapter.trained():
-            weight.grad = None
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def alternate_rounds(rounds: int, works: dict[str, Callable[[], float]]) -> dict[str, float]:
-    """The median seconds of each, after one turn that is not counted."""
-    found = {name: [work() for _ in range(1)] for name, work in works.items()}
-    for _ in range(rounds):
-        for name, work in works.items():
-            found[name].append(work())
-    return {name: statistics.median(seconds[1:]) for name, seconds in found.items()}
-
-
-def nondeterministic(work: Callable[[], float]) -> Callable[[], float]:
-    """The same without torch's deterministic mode."""
-
-    def loose() -> float:
-        torch.use_deterministic_algorithms(False)
-        torch.backends.cudnn.deterministic = False
-        try:
-            return work()
-        finally:
-            torch.backends.cudnn.deterministic = True
-            torch.use_deterministic_algorithms(True)
-
-    return loose
-
-
 def time_training_loop(recipe, parts: TrainingContext, steps: int, workers: int) -> float:
     """Seconds of the loop's first steps: reading, lanes, optimizer, journal, and what it saves."""
     recipe = recipe.model_copy(update={"execution": recipe.execution.model_copy(update={"workers": workers})})
@@ -126,24 +72,6 @@ def time_training_loop(recipe, parts: TrainingContext, steps: int, workers: int)
             if done == steps:
                 break
         return time.perf_counter() - began
-
-
-def time_journal(loop: TrainingLoop) -> float:
-    """Seconds that a step's journal row takes, its fingerprints included."""
-    lane = torch.zeros(sum(weight.numel() for _, weight in loop.trained), device=loop.model.device)
-    began = time.perf_counter()
-    for _ in loop.lanes:
-        tensor_fingerprints.tensor_fingerprint(lane)
-    weights = tensor_fingerprints.fingerprints(loop.adapter.tensors())
-    (
-        tensor_fingerprints.combine(weights),
-        tensor_fingerprints.combine(tensor_fingerprints.fingerprints(loop.optimizer.tensors())),
-        tensor_fingerprints.short_fingerprints(weights),
-    )
-    journal.visits_digest(loop.micro_batches(0).to_pylist())
-    if loop.model.device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def bench_miniature(recipe, folder: Path, rounds: int, steps: int) -> dict:
@@ -197,48 +125,6 @@ def bench_miniature(recipe, folder: Path, rounds: int, steps: int) -> dict:
     }
 
 
-def bench_full_size(recipe, rounds: int, schedule) -> dict:
-    """The figures of one micro-batch of SDXL at full size on a card, in place of the miniature's."""
-    import memory_plan
-
-    batch = memory_plan.batch(recipe.schedule.batch_size, recipe.model.side, recipe.train.max_token_length)
-    seconds = {}
-    for form in FORMS:
-        parts = TrainingContext(*memory_plan.models(with_lokr_form(recipe, form), "cuda"), None, schedule, {})
-        use_bypass_form(parts.adapter, form)
-        torch.cuda.reset_peak_memory_stats()
-        once = partial(time_forward_backward, parts, [batch])
-        seconds |= alternate_rounds(rounds, {form: once})
-        if form == "factors":
-            seconds |= alternate_rounds(rounds, {"loose": nondeterministic(once)})
-        click.echo(
-            f"{form}: {recipe.schedule.batch_size / seconds[form]:.2f} images/s, "
-            f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB without the lanes' buffers"
-        )
-        if form == "factors":
-            loop = TrainingLoop(recipe, parts, Path("."))
-            for _ in loop.lanes:
-                loop.lane_gradient(1, iter([batch]), 1, [])
-            gradient = loop.lane_gradient(1, iter([batch]), 1, [])
-            loop.optimizer.step(0, gradient, loop.scaler)
-            peak = torch.cuda.max_memory_allocated() / 2**30
-            cost = statistics.median(time_journal(loop) for _ in range(3)) / (
-                recipe.schedule.micro_batches * seconds[form]
-            )
-            del loop, gradient
-        del parts, once
-        torch.cuda.empty_cache()
-    return {
-        "images_per_second": round(recipe.schedule.batch_size / seconds["factors"], 3),
-        "forward_speed_ratio_lycoris": round(seconds["delta"] / seconds["factors"], 3),
-        "forward_speed_ratio_lycoris_bypass": round(seconds["bypass"] / seconds["factors"], 3),
-        "deterministic_cost": round(seconds["factors"] / seconds["loose"] - 1, 4),
-        "peak_gib": round(peak, 2),
-        "journal_cost": round(cost, 5),
-        "card": torch.cuda.get_device_name(),
-    }
-
-
 @click.command()
 @click.option("--rounds", default=3, show_default=True, help="Turns of each; their median counts.")
 @click.option("--steps", default=2, show_default=True, help="Of the miniature's training, for the loop's overhead.")
@@ -265,11 +151,7 @@ def main(rounds: int, steps: int, work: Path) -> None:
         figures["planned_peak_gib"] |= {str(ranks): round(max(planned.values()) / 2**30, 2)}
         phases = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in planned.items())
         click.echo(f"a full-size step on one of {ranks} cards, GiB at its peak (planned): {phases}")
-    if torch.cuda.is_available():
-        numerics.enforce("cuda")
-        figures |= bench_full_size(release, rounds, schedule)
-    else:
-        click.echo("no CUDA card here: images/s and peak memory at full size are not measured")
+    click.echo("images/s and memory at full size on a CUDA card: `make gpu-check`")
     work = ROOT / work
     work.mkdir(parents=True, exist_ok=True)
     (work / "train.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -1,4 +1,6 @@
-"""Twenty fp16 steps with two lanes on one GPU give the same bytes twice and after a kill. Skipped without a GPU."""
+"""Twenty fp16 steps with two lanes on one GPU give the same bytes twice, after a kill, and on two GPUs. Skipped without
+a GPU.
+"""
 
 import os
 import signal
@@ -19,18 +21,18 @@ def trained(tmp_path_factory):
     return train(tmp_path_factory.mktemp("gpu"))
 
 
-def train(folder, kill: bool = False):
+def train(folder, kill: bool = False, ranks: int = 1):
     sections = {"schedule": {"batch_size": 2, "micro_batches": 4, "lanes": 2}}
     tiny_training.write(
         folder, 8 * STEPS, sections, device="cuda", precision="float16", weights="float16", gradient_checkpointing=True
     )
     if kill:
-        process = subprocess.Popen(tiny_training.command(1), cwd=folder, start_new_session=True)
+        process = subprocess.Popen(tiny_training.command(ranks), cwd=folder, start_new_session=True)
         while not list(folder.glob("work/*/step-00000005")) and process.poll() is None:
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    done = tiny_training.run(folder)
+    done = tiny_training.run(folder, ranks)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -42,3 +44,9 @@ def test_twenty_steps_on_a_gpu_are_the_same_bytes_twice(trained, tmp_path):
 
 def test_twenty_steps_on_a_gpu_survive_a_kill_bit_for_bit(trained, tmp_path):
     assert tiny_training.outs(train(tmp_path, kill=True)) == tiny_training.outs(trained)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch finds one CUDA device; two ranks need two")
+@pytest.mark.parametrize("kill", [False, True])
+def test_twenty_steps_on_two_gpus_are_the_bytes_of_one(trained, tmp_path, kill):
+    assert tiny_training.outs(train(tmp_path, kill, ranks=2)) == tiny_training.outs(trained)

@@ -61,7 +61,20 @@ def test_cuda_that_is_not_there_is_refused():
         "import sys; sys.path.insert(0, 'src'); from kohaku_delta import numerics; numerics.enforce('cuda')",
         CUDA_VISIBLE_DEVICES="",
     )
-    assert done.returncode and "no CUDA device" in done.stderr
+    assert done.returncode and "no CUDA device here (" in done.stderr
+
+
+def test_torchs_reason_for_finding_no_cuda_device_is_told(monkeypatch):
+    import torch
+
+    from kohaku_delta import numerics
+
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12080). Please update it.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert numerics.cuda_error() == "The NVIDIA driver on your system is too old (found version 12080)"
 
 
 def test_a_patch_release_of_python_is_no_other_contract_and_a_minor_one_is():

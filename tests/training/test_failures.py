@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import fcntl
+import itertools
 import multiprocessing
 import os
 import pty
@@ -16,13 +17,18 @@ import subprocess
 import sys
 import termios
 import time
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny_training
+from kohaku_delta import numerics
 from kohaku_delta.errors import UserError
-from kohaku_delta.training import batch_builder, checkpointing
+from kohaku_delta.params import load
+from kohaku_delta.training import batch_builder, checkpointing, gradient_reduction, rank_processes, trainer
+from kohaku_delta.training.training_loop import TrainingLoop
 
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # linux/prctl.h, linux/capability.h
 POSTS = 48  # six steps or more, enough time to interfere
@@ -405,6 +411,57 @@ def test_a_fault_ends_all_processes_with_its_cause_last_and_the_last_step_saved(
     assert output.count("Error: ") == 1 and len(steps(folder)) == 1
     assert tiny_training.run(folder).returncode == 0
     assert tiny_training.outs(folder) == tiny_training.outs(trained)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.44 GiB. GPU 0 has 23 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("NCCL error in: NCCLUtils.cpp:94, unhandled error\nLast error:\nCuda failure 2 'out of memory'"),
+    ],
+    ids=["torch", "cuBLAS", "CUDA", "NCCL"],
+)
+def test_a_full_gpu_is_named_whichever_library_meets_it(tmp_path, error):
+    with (
+        pytest.raises(UserError, match="The GPU's memory is full.*Saved steps are kept") as raised,
+        trainer.readable_errors(tmp_path, 0),
+        gradient_reduction.collective_errors(),
+    ):
+        raise error
+    assert "\n" not in raised.value.message
+
+
+def test_what_a_failed_step_held_is_freed_before_the_last_step_is_saved(trained, tmp_path, monkeypatch):
+    """A full GPU needs some room to compute the fingerprints of what is saved."""
+    folder = copy_inputs(trained, tmp_path)
+    recipe, build = load(folder / "params.yaml"), folder / "build"
+    files = {name: build / f"{name}.parquet" for name in ("posts", "captions", "schedule")}
+    files |= {"inputs": build / "inputs.json", "base": build / "delta-base.safetensors"}
+    files |= dict.fromkeys(("tokenizer", "tokenizer_2", "tars"))
+    numerics.enforce()
+    _, texts = trainer.load_tokenizers(files)
+    loop = TrainingLoop(
+        recipe, trainer.build_context(recipe, files, texts, trainer.tar_paths(files), "cpu"), tmp_path / "work"
+    )
+    held, losses, calls = [], loop.model.losses, itertools.count()
+
+    def fill_the_gpu(batch):
+        loss = losses(batch)
+        if next(calls) == 6:  # in the second step
+            held.append(weakref.ref(loss))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.44 GiB.")
+        return loss
+
+    saved = []
+    monkeypatch.setattr(loop.model, "losses", fill_the_gpu)
+    monkeypatch.setattr(rank_processes, "watch_signals", lambda *_: None)
+    monkeypatch.setattr(loop, "save_finished_step", lambda done: saved.append((done, held[0]())))
+    with pytest.raises(torch.OutOfMemoryError):
+        for _ in loop.run():
+            pass
+    assert saved == [(1, None)]
 
 
 def test_a_file_system_without_locks_is_refused_by_the_name_of_the_folder(tmp_path, monkeypatch):

@@ -91,11 +91,24 @@ def enforce(device: str = "cpu") -> None:
     torch.set_float32_matmul_precision("highest")
     if torch.backends.cpu.get_cpu_capability() != "AVX2":
         raise UserError(f"This processor offers {torch.backends.cpu.get_cpu_capability()}; the recipe needs AVX2.")
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and (reason := cuda_error()):
         raise UserError(
-            "params.yaml sets train.device to cuda, but torch finds no CUDA device here. "
-            "Run on a GPU host, or rebuild the miniature."
+            f"params.yaml sets train.device to cuda, but torch finds no CUDA device here ({reason}). "
+            "Run on a GPU host (docs/hosts.md has what may be wrong with one), or rebuild the miniature."
         )
+
+
+def cuda_error() -> str:
+    """Why torch finds no CUDA device, in its words: no card, an old driver, a build for CPUs; "" if it finds one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return ""
+    try:
+        torch.cuda.init()
+    except Exception as error:  # RuntimeError, or AssertionError of a CPU build
+        return (str(error) or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
+    return "torch counts 0 devices"
 
 
 def describe(device: str) -> dict[str, str]:

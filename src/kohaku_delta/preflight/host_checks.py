@@ -135,6 +135,8 @@ def check_driver(host: Host, recipe: Recipe) -> CheckResult | None:
     lowest = estimates.DRIVERS.get(int(cuda), max(estimates.DRIVERS.values()))
     major = host.driver.split(".")[0]
     remedy = f"install NVIDIA's driver {lowest} or later on the host: CUDA {cuda} needs it"
+    if not host.driver:
+        remedy += ". If nvidia-smi worked in this container before, create the container anew"
     ok = major.isdigit() and int(major) >= lowest
     return CheckResult("driver", ok, host.driver or "none answers (nvidia-smi)", remedy)
 

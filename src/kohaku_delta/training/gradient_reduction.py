@@ -49,14 +49,20 @@ class PairwiseSum:
         return total
 
 
+def gpu_is_full(error: Exception) -> bool:
+    """Whether torch's allocator, or a library of CUDA that allocates past it, found no memory on the card."""
+    words = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "'out of memory'")
+    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
+
+
 @contextmanager
 def collective_errors() -> Iterator[None]:
     """Turns the failure of a collective, because another rank is gone, into a LostRanksError."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:  # gloo raises nothing more specific
+        if gpu_is_full(error):  # NCCL allocates for itself
+            raise
         raise LostRanksError(
             f"Rank {dist.get_rank()} lost the others ({str(error).split('. ')[0]}). Saved steps are kept; run the "
             "stage again to go on."

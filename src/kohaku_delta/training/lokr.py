@@ -10,7 +10,7 @@ token or position
 
 The backward computes v again, so that only x is kept for it. LyCORIS has two other forms: the default adds ΔW to W,
 subtracts W again and multiplies by the difference, which in fp16 rounds ΔW to W's grid; its bypass form applies w2,
-then w1. benchmarks/train.py compares all three.
+then w1. benchmarks/step_timing.py compares all three.
 
 `lokr.forward` selects the form: `factors` is LokrLayer; `delta` is LyCORIS's default, which DoRA needs. Which layers
 carry a LoKr, under which name and with which factor, is decided by weights/lokr_preset.py: LyCORIS's own preset matches

@@ -184,7 +184,8 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
 
     gradient_reduction.lanes_of_rank(recipe.schedule.lanes, rank, ranks)
     if device == "cuda":
-        select_gpu(rank)
+        with readable_errors(work, rank):
+            select_gpu(rank)
     tokenizer_files, tokenizers = load_tokenizers(files)
     tars = tar_paths(files)
     depends = run_dependencies(recipe, files, tokenizer_files, list(tars.values()))
@@ -218,7 +219,7 @@ def readable_errors(work: Path, rank: int) -> Iterator[None]:
 
     The traceback of one that nobody expected is written to the work folder.
     """
-    import torch
+    from kohaku_delta.training import gradient_reduction
 
     try:
         yield
@@ -226,13 +227,13 @@ def readable_errors(work: Path, rank: int) -> Iterator[None]:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
             raise UserError(NO_MEMORY) from None
         raise
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"The GPU's memory is full ({str(error).split('. ')[0]}). Saved steps are kept. End other programs that "
-            "use the card, or go on with one that has more memory. A smaller schedule.batch_size fits too, but is "
-            "another training with other bits."
-        ) from None
     except Exception as error:
+        if gradient_reduction.gpu_is_full(error):
+            raise UserError(
+                f"The GPU's memory is full ({str(error).splitlines()[0].split('. ')[0]}). Saved steps are kept. End "
+                "other programs that use the card, or go on with one that has more memory. A smaller "
+                "schedule.batch_size fits too, but is another training with other bits."
+            ) from None
         if "can't allocate memory" in str(error) or "Insufficient memory" in str(error):  # torch; OpenCV
             raise UserError(NO_MEMORY) from None
         path = work / f"traceback-rank{rank}.txt"

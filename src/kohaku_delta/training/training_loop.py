@@ -7,6 +7,7 @@ clip → Lion8bit → journal row.
 
 import shutil
 import time
+import traceback
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from math import isfinite
@@ -282,7 +283,9 @@ class TrainingLoop:
                     yield done, sum(losses) / len(losses), time.monotonic() - started
                     if self.stopping:
                         return
-            except BaseException:
+            except BaseException as error:
+                # its frames hold the graph, and saving needs a little of the GPU's memory
+                traceback.clear_frames(error.__traceback__)
                 with suppress(OSError):  # the error that is under way says more
                     self.save_finished_step(done)
                 if self.failed_together and self.ranks > 1:  # the first rank that ends would end rank 0 as it saves

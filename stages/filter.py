@@ -55,7 +55,7 @@ def main(
         listed.optional_paths(inputs, "index")  # verified too: the index beside a tar decides its members
     source = Database(database or listed.path(inputs, "database"))
     trained, lost = filtering.filter_posts(source, files, ids, recipe.filter, recipe.caption, index, partial)
-    parquet.write(trained, out)
+    parquet.write(trained, out, filtering.decoding(recipe.filter).metadata)
     parquet.write(lost, dropped)
     reasons, despite = (format_counts(reason_counts(c)) for c in (lost["reason"], trained["despite"]))
     print_summary(

@@ -14,6 +14,7 @@ from kohaku_delta.strict_model import StrictModel
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Pixels = Annotated[int, Field(gt=0, multiple_of=8)]  # SDXL's VAE makes one latent of 8 × 8 pixels
+Byte = Annotated[int, Field(ge=0, le=255)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
@@ -81,6 +82,17 @@ class Filter(StrictModel):
     image_check: Literal["header", "decode"]
     max_pixels: Positive
     max_aspect_ratio: Positive
+    alpha_background: Annotated[list[Byte], Field(min_length=3, max_length=3)] | None
+    exif_rotation: bool
+
+    @model_validator(mode="after")
+    def _rotation_is_decoded(self):
+        if self.exif_rotation and self.image_check == "header":
+            raise ValueError(
+                "exif_rotation: true exchanges width and height of some images, which image_check: header does not "
+                "see; set filter.image_check to decode"
+            )
+        return self
 
 
 class Caption(StrictModel):

@@ -9,7 +9,7 @@ import pytest
 
 from danbooru_factory import GENERAL, change, write_database
 from kohaku_delta import params
-from kohaku_delta.danbooru import database
+from kohaku_delta.danbooru import database, post_tags, schema
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import captions, selection
 from kohaku_delta.errors import UserError
@@ -55,6 +55,102 @@ def test_a_locked_database_is_reported_as_locked(path):
             Database(path).post_ids()
         holder.communicate("\n")
     assert len(Database(path).post_ids()) == 2000
+
+
+def files_in(folder):
+    return sorted(each.name for each in folder.iterdir())
+
+
+def test_a_database_in_wal_mode_is_read_and_nothing_is_left_beside_it(path, tmp_path):
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
+    connection.close()
+    before, files = path.read_bytes(), files_in(tmp_path)
+    assert before[18:20] == b"\2\2" and files == ["a.db"]
+    assert len(Database(path).post_ids()) == 2000
+    assert path.read_bytes() == before and files_in(tmp_path) == files
+    path.chmod(0o444)
+    tmp_path.chmod(0o555)
+    try:
+        assert len(Database(path).post_ids()) == 2000  # also where nothing can be written (root writes anywhere)
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_changes_that_are_still_beside_a_database_are_said_with_what_brings_them_in(path):
+    writer = sqlite3.connect(path)
+    writer.execute("PRAGMA journal_mode = WAL")
+    writer.execute("INSERT INTO post (id) VALUES (9999)")
+    writer.commit()
+    with pytest.raises(UserError, match="is not complete: there are changes in .*a.db-wal.*PRAGMA journal_mode"):
+        Database(path)
+    writer.close()
+    subprocess.run([sys.executable, "-c", MEND, path], check=True)
+    assert len(Database(path).post_ids()) == 2001
+
+
+MEND = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('PRAGMA journal_mode = DELETE')"
+
+
+def test_a_transaction_that_was_not_finished_is_said_with_what_brings_it_to_an_end(path, tmp_path):
+    writer = sqlite3.connect(path)
+    writer.execute("PRAGMA cache_size = 2")
+    writer.execute("UPDATE post SET id = id + 100000")
+    (tmp_path / "left").mkdir()
+    left = [shutil.copy(each, tmp_path / "left") for each in (path, f"{path}-journal")]
+    writer.close()
+    with pytest.raises(UserError, match="is not complete: changes to it are in a file beside it .*PRAGMA journal_mode"):
+        Database(left[0]).post_ids()
+    with sqlite3.connect(left[0]) as connection:
+        connection.execute("SELECT count(*) FROM post").fetchall()
+    connection.close()
+    assert Database(left[0]).post_ids().tolist() == Database(path).post_ids().tolist()
+
+
+def test_a_tag_name_that_is_not_utf8_is_named_by_its_row(path, parameters):
+    broken = change(path, "INSERT INTO tag VALUES (77, CAST(X'6c6f6eff67' AS TEXT), 0, 1)")
+    with pytest.raises(UserError, match=r"a tag name that is not UTF-8: tag.id 77, b'lon\\xffg'"):
+        captions.caption_posts(broken, [1], parameters)
+
+
+def test_text_that_is_not_utf8_in_a_column_of_numbers_is_shown_all_the_same(path):
+    with pytest.raises(UserError, match="post.rating holds the text '.*'; a whole number belongs there"):
+        schema.check_schema(change(path, "UPDATE post SET rating = CAST(X'ff73' AS TEXT)"))
+
+
+def as_imported(path, kind="TEXT", case=str):
+    """The database after an import that made every column a text, or with other names."""
+    with sqlite3.connect(path) as connection:
+        for table in ("post", "tag", "posttagrelation"):
+            columns = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
+            declared = ", ".join(f"{case(column)} {kind}" for column in columns)
+            connection.execute(f"CREATE TABLE copy ({declared})")
+            connection.execute(f"INSERT INTO copy SELECT * FROM {table} ORDER BY id")
+            connection.execute(f"DROP TABLE {table}")
+            connection.execute(f"ALTER TABLE copy RENAME TO {case(table)}")
+    connection.close()
+    return Database(path)
+
+
+READERS = {
+    "select": lambda source, recipe: source.post_ids(),
+    "caption": lambda source, recipe: captions.caption_posts(source, [1, 2], recipe.caption),
+    "filter": lambda source, recipe: captions.captionable(source, np.array([1, 2]), recipe.caption),
+    "statistics": lambda source, recipe: source.tags(),
+    "preflight": lambda source, recipe: schema.check_schema(source),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_database_of_texts_is_refused_by_every_reader(path, reader):
+    with pytest.raises(UserError, match=r"(post|tag|posttagrelation)\.\w+ holds the text '.*'; a whole number belongs"):
+        READERS[reader](as_imported(path), params.load("params.yaml"))
+
+
+def test_names_in_capitals_are_read_as_others(path, parameters):
+    expected = captions.caption_posts(Database(path), range(1, 50), parameters)
+    for kind, case in (("", str.upper), ("INTEGER", str.title)):
+        assert captions.caption_posts(as_imported(path, kind, case), range(1, 50), parameters).equals(expected)
 
 
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])
@@ -154,16 +250,48 @@ def test_the_database_is_never_written(path, parameters):
     assert sorted(each.name for each in path.parent.iterdir()) == ["a.db", "b.db"]
 
 
-@pytest.mark.parametrize(
-    "odd", [-1, -(2**40), 2**31, 2**40, 2**62, 1.5, "x", "12", b"\1\2", None, 0, 127, 128, -128, 2**15, 2**23, -(2**31)]
-)
-def test_odd_ids_of_pairs_are_read_as_sqlite_reads_them(tmp_path, odd):
-    path = write_database(tmp_path / "a.db", [{"id": 1}], (), [(1, 2)] * 50 + [(odd, 7), (7, odd)] + [(1, 3)] * 50)
+ODD = [
+    *(-1, -(2**40), -(2**31) - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 2**40, 2**62, 2**63 - 1),
+    *(1.5, "x", "12", b"\1\2", None, 0, 127, 128, -128, 2**15, 2**23, -(2**31)),
+]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_an_odd_id_in_a_pair_gives_no_post_a_tag_that_sqlites_join_does_not(tmp_path, odd):
+    posts = [-1, 0, 1, 2, 7, 12, 2**31 - 1, -(2**31)]
+    tags = [0, 1, 2, 3, 7, 12, 2**31, 2**32 - 1]
+    pairs = [(1, 2)] * 50 + [(odd, 7), (7, odd), (odd, odd)] + [(1, 3), (1, 2**32 - 1), (2**31 - 1, 2**31)] * 50
+    path = write_database(
+        tmp_path / "a.db", [{"id": post} for post in posts], [(tag, f"t{tag}", GENERAL) for tag in tags], pairs
+    )
     with sqlite3.connect(path) as connection:
-        rows = connection.execute("SELECT post_id << 32 | tag_id FROM posttagrelation ORDER BY id").fetchall()
+        rows = connection.execute(
+            "SELECT post.id, tag.id FROM post JOIN posttagrelation ON post.id = post_id JOIN tag ON tag.id = tag_id "
+            "ORDER BY post.id, posttagrelation.id"
+        ).fetchall()
     connection.close()
-    pairs = np.concatenate(list(Database(path).relations(np.copy)))
-    assert pairs.tolist() == [pair for (pair,) in rows if pair is not None]
+    source, ids, names = Database(path), np.array(sorted(posts)), np.array(sorted(tags))
+    assert [
+        (post, tag)
+        for chunk in post_tags.chunks(source, ids, names, lambda chunk: chunk)
+        for post, tag in sorted(
+            zip(ids[chunk.post].tolist(), names[chunk.tag].tolist(), strict=True), key=lambda pair: pair[0]
+        )
+    ] == rows
+
+
+@pytest.mark.parametrize(
+    "table, odd", [("post", 2**31), ("post", 2**32 + 1), ("post", -(2**31) - 1), ("tag", 2**32), ("tag", -1)]
+)
+def test_a_post_or_tag_whose_id_has_no_room_in_a_pair_is_refused_by_every_stage(tmp_path, parameters, table, odd):
+    posts = [{"id": 1}, *([{"id": odd}] if table == "post" else [])]
+    tags = [(1, "solo", GENERAL), *([(odd, "wide", GENERAL)] if table == "tag" else [])]
+    path = write_database(tmp_path / "a.db", posts, tags, [(1, 1)])
+    message = rf"has a row with {table}.id {odd}; ids from .* can be read"
+    with pytest.raises(UserError, match=message):
+        schema.check_schema(Database(path))
+    with pytest.raises(UserError, match=message):
+        captions.caption_posts(Database(path), [post["id"] for post in posts], parameters)
 
 
 def test_a_database_with_random_damage_is_read_as_sqlite_reads_it_or_refused(tmp_path):

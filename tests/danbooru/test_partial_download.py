@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from kohaku_delta.dataset import fetch_inputs, filtering, selection
 from kohaku_delta.errors import UserError
 from kohaku_delta.hub import inputs_manifest
 from kohaku_delta.params import Download, Pin, load
+from kohaku_delta.preflight import host_checks, host_facts
+from kohaku_delta.preflight.host_facts import Host
 
 ROOT = Path(__file__).resolve().parents[2]
 REPO, INDEX = "datasets/owner/images", "datasets/owner/images_index"
@@ -177,6 +180,37 @@ def test_an_index_without_sound_hashes_is_refused(hub, recipe, tmp_path, damage)
     with pytest.raises(UserError, match="lacks the sha256|is not the index of") as refusal:
         gather(recipe, tmp_path)
     assert "\x1b" not in refusal.value.message and hub.requests("storage") == []
+
+
+@pytest.mark.parametrize("images", ["all", "selected"])
+@pytest.mark.parametrize(
+    "urls, sentence",
+    [
+        (
+            ["original/data-{0000..0999}.tar", "recent/data-{1000..1999}.tar"],
+            "in different folders .*original, .*recent",
+        ),
+        (["images/data-{0000..1999}.tar", "more/data-0000.tar"], "images/data-0000.tar and .* have the same number"),
+        (["images/0000.tar"], "0000.tar is not named like a tar"),
+    ],
+)
+def test_tars_that_filter_would_refuse_are_refused_before_a_byte_is_fetched(
+    hub, recipe, tmp_path, images, urls, sentence
+):
+    given = [Pin(url=f"hf://datasets/owner/name@{REVISION}/{url}", bytes=None, sha256=None) for url in urls]
+    inputs = recipe.download.inputs | {"tars": given}
+    download = recipe.download.model_copy(update={"inputs": inputs, "images": images})
+    changed = recipe.model_copy(update={"download": download})
+    with pytest.raises(UserError, match=sentence):
+        fetch_inputs.fetch_inputs(changed, tmp_path)
+    assert hub.asked == [] and host_facts._tars_error(changed, tmp_path)
+    result = host_checks.check_tars(Host({}, tars=host_facts._tars_error(changed, tmp_path)), changed)
+    assert not result.ok and re.search(sentence, result.what)
+
+
+def test_the_tars_of_both_recipes_are_in_one_folder(tmp_path):
+    for name in ("params.yaml", "miniature/params.yaml"):
+        assert host_facts._tars_error(load(ROOT / name), (ROOT / name).parent) == ""
 
 
 def test_selected_without_an_index_says_what_is_missing(recipe, tmp_path):

@@ -1,4 +1,6 @@
+import io
 import os
+import subprocess
 import tarfile
 import time
 
@@ -38,7 +40,7 @@ def test_members_are_found_and_read_in_place(tmp_path, form):
 
 def test_hostile_members_are_passed_over_and_the_first_regular_file_wins(tmp_path):
     files = [
-        special("1.webp", tarfile.SYMTYPE, "/etc/passwd"), special("1.webp", tarfile.LNKTYPE, "2.webp"),
+        special("1.webp", tarfile.SYMTYPE, "/etc/passwd"),
         special("1.webp", tarfile.CHRTYPE),
         special("1.webp", tarfile.BLKTYPE), special("1.webp", tarfile.FIFOTYPE), special("1.webp", tarfile.DIRTYPE),
         special("3.webp/", tarfile.DIRTYPE),
@@ -140,7 +142,7 @@ HOSTILE = {
         "truncated"
     ),
     "a size in an extension": (
-        header("x", 24, tarfile.XHDTYPE) + b"24 size=99999999999999\n".ljust(512, b"\0") + header("1.webp", 1), 0,
+        header("x", 23, tarfile.XHDTYPE) + b"23 size=99999999999999\n".ljust(512, b"\0") + header("1.webp", 1), 0,
         "truncated",
     ),
 }  # fmt: skip
@@ -201,3 +203,179 @@ def test_a_tar_of_many_members_of_all_kinds_is_read_as_the_standard_library_read
         )
         == expected
     )
+
+
+FOUR = [(f"{post}.webp", bytes([post]) * 20_000) for post in (1, 2, 3, 4)]  # each member has 20,992 bytes in the tar
+
+
+def end_in(data, place, count):
+    """The tar with zeros from `place` on, as a file that was preallocated and not filled to its end."""
+    return data[:place] + bytes(count) + data[place + count :]
+
+
+HOLES = {
+    "not filled to its end": lambda data: end_in(data, 2 * 20_992, len(data) - 2 * 20_992),
+    "not filled from the end of a member's bytes": lambda data: end_in(data, 20_000, len(data) - 20_000),
+    "a hole over a header": lambda data: end_in(data, 20_992, 512),
+    "a hole over a member": lambda data: end_in(data, 20_992, 20_992),
+    "never filled": lambda data: bytes(len(data)),
+    "two archives": lambda data: data + data,
+    "two archives without padding between them": lambda data: data[: 4 * 20_992 + 512] + data,
+    "one byte behind the end": lambda data: data[:-1] + b"x",
+    "a signature behind the end": lambda data: data + b"-----BEGIN SIGNATURE-----",
+    "a hole of a gigabyte": lambda data: (data, 1 << 30),
+}
+
+
+@pytest.mark.parametrize("case", HOLES)
+def test_zeros_inside_a_tar_are_not_taken_for_its_end(tmp_path, case):
+    path = write_tar(tmp_path / "data-0001.tar", FOUR)
+    changed = HOLES[case](path.read_bytes())
+    path.write_bytes(changed[0] if isinstance(changed, tuple) else changed)
+    if isinstance(changed, tuple):
+        os.truncate(path, changed[1])
+    with pytest.raises(UserError, match="data-0001.tar is damaged, not filled, or several archives.*Download it again"):
+        tar_index.members_of(path)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 20, 128, 256, 512, 1024, 2048])
+def test_records_of_every_usual_length_end_an_archive(tmp_path, blocks):
+    for post, data in [(name, content) for name, content in FOUR]:
+        (tmp_path / post).write_bytes(data)
+    path = tmp_path / "data-0001.tar"
+    subprocess.run(["tar", "-b", str(blocks), "-cf", path, *(name for name, _ in FOUR)], cwd=tmp_path, check=True)
+    assert contents(path) == {int(name[0]): ("webp", data) for name, data in FOUR}
+
+
+@pytest.mark.parametrize("pieces", [1, 4, 5, 21 + 4, 100])  # 4 fit into a GNU header, 21 into each block behind it
+@pytest.mark.parametrize("form", ["oldgnu", "gnu", "posix"])
+def test_a_sparse_file_is_refused_whatever_number_of_pieces_it_has(tmp_path, form, pieces):
+    with open(tmp_path / "1.webp", "wb") as file:
+        for piece in range(pieces):
+            file.seek(piece * (1 << 17))
+            file.write(b"x" * 4096)
+        file.truncate(pieces << 17)
+    (tmp_path / "2.webp").write_bytes(b"behind it")
+    path = tmp_path / "data-0001.tar"
+    subprocess.run(["tar", f"--format={form}", "--sparse", "-cf", path, "1.webp", "2.webp"], cwd=tmp_path, check=True)
+    with tarfile.open(path) as archive:
+        is_sparse = archive.getmember("1.webp").issparse()
+    if is_sparse:
+        with pytest.raises(UserError, match="data-0001.tar holds .*1.webp' as a sparse file .*without `--sparse`"):
+            tar_index.members_of(path)
+    else:  # a file system without holes
+        assert contents(path)[2] == ("webp", b"behind it")
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("folder", ["", "long/" * 16, "a-folder-with-a-long-name/" * 5])
+def test_a_hard_link_is_the_file_that_it_names(tmp_path, form, folder):
+    first, second = f"{folder}1.webp", f"{folder}2.png"
+    if form == tarfile.USTAR_FORMAT and len(folder) > 90:
+        pytest.skip("ustar has no room for such a target")
+    path = write_tar(
+        tmp_path / "data-0001.tar", [(first, b"first"), special(second, tarfile.LNKTYPE, first), ("3.webp", b"z")], form
+    )
+    assert contents(path) == {1: ("webp", b"first"), 2: ("png", b"first"), 3: ("webp", b"z")}
+    with tarfile.open(path) as archive:
+        assert archive.extractfile(second).read() == b"first"
+
+
+def test_a_hard_link_to_nothing_is_refused(tmp_path):
+    path = write_tar(tmp_path / "data-0001.tar", [special("1.webp", tarfile.LNKTYPE, "2.webp"), ("2.webp", b"after")])
+    with pytest.raises(UserError, match="holds b'1.webp' as a hard link to b'2.webp' .*no such file comes before it"):
+        tar_index.members_of(path)
+
+
+@pytest.mark.parametrize(
+    "kind, known", [(b"M", False), (b"A", False), (b"z", False), (b"D", True), (b"V", True), (b"X", True), (b"5", True)]
+)
+def test_a_member_of_an_unknown_type_is_refused(tmp_path, kind, known):
+    path = tmp_path / "data-0001.tar"
+    path.write_bytes(header("1.webp", 0, kind) + header("2.webp", 0) + bytes(1024))
+    if known:
+        assert contents(path) == {2: ("webp", b"")}
+    else:
+        with pytest.raises(UserError, match="holds b'1.webp' as a member of the type .*which is not known"):
+            tar_index.members_of(path)
+
+
+def pax(kind, **records):
+    """An extension header."""
+    return (
+        tarfile.TarInfo.create_pax_global_header(records)
+        if kind == b"g"
+        else (tarfile.TarInfo._create_pax_generic_header(records, kind, "utf-8"))
+    )
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (pax(b"g", path="9.webp") + header("1.webp", 0), "one name .in a global header"),
+        (pax(b"g", size="0") + header("1.webp", 512) + bytes(512), "one size .in a global header"),
+        (pax(b"g", comment="x") + header("1.webp", 0), None),
+        (pax(b"x", size="five") + header("1.webp", 0), "a size that is no number"),
+        (pax(b"x", size="-512") + header("1.webp", 0), "a size that is no number"),
+    ],
+)
+def test_what_an_extension_header_says_is_obeyed_or_refused(tmp_path, data, message):
+    path = tmp_path / "data-0001.tar"
+    path.write_bytes(data + bytes(1024))
+    if message is None:
+        assert contents(path) == {1: ("webp", b"")}
+    else:
+        with pytest.raises(UserError, match=message):
+            tar_index.members_of(path)
+
+
+def random_tar(rng):
+    """Bytes of a tar in which anything may have happened."""
+    file = io.BytesIO()
+    form = int(rng.choice([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
+    with tarfile.open(fileobj=file, mode="w", format=form) as archive:
+        for post in range(int(rng.integers(1, 8))):
+            folder = str(rng.choice(["", "f/", "folder-with-a-name/" * 6 if form != tarfile.USTAR_FORMAT else "g/"]))
+            info = tarfile.TarInfo(f"{folder}{post}.webp")
+            info.size = int(rng.choice([0, 1, 511, 512, 5000, 20_000]))
+            if post and rng.random() < 0.2:
+                info.size, info.type = 0, tarfile.LNKTYPE
+                info.linkname = str(rng.choice(archive.getnames()))
+            archive.addfile(info, io.BytesIO(rng.bytes(info.size)))
+    data = bytearray(file.getvalue())
+    for _ in range(int(rng.integers(0, 3))):
+        change = rng.integers(0, 5)
+        start = int(rng.integers(0, len(data) // 512 + 1)) * 512
+        if change == 0:
+            count = 512 * int(rng.integers(1, 40))
+            data = bytearray(end_in(bytes(data), start, min(count, len(data) - start)))
+        elif change == 1:
+            data += rng.bytes(int(rng.choice([1, 511, 512, 3000])))
+        elif change == 2:
+            data += bytes(data)
+        elif change == 3:
+            data[start:start] = bytes(512 * int(rng.integers(1, 40)))
+        else:
+            data[int(rng.integers(0, len(data)))] ^= 1 << int(rng.integers(0, 8))
+    return bytes(data)
+
+
+def test_every_file_that_the_standard_library_finds_is_found_or_the_tar_is_refused(tmp_path):
+    """`ignore_zeros` reads on behind every end, so a file that it alone finds is one that would be lost."""
+    rng, path, read, refused = np.random.default_rng(8), tmp_path / "data-0001.tar", 0, 0
+    for _ in range(1500):
+        path.write_bytes(random_tar(rng))
+        try:
+            found = contents(path)
+        except UserError:
+            refused += 1
+            continue
+        with tarfile.open(path, ignore_zeros=True) as archive:
+            files = [each for each in archive if each.isfile() or each.islnk()]
+            first = {each.name.split("/")[-1]: each for each in reversed(files)}
+            expected = {name: archive.extractfile(each).read() for name, each in first.items()}
+        assert {f"{post}.{extension}": data for post, (extension, data) in found.items()} == {
+            name: data for name, data in expected.items() if tar_index.NAME.fullmatch(name.encode())
+        }
+        read += 1
+    assert read > 300 and refused > 300

@@ -1,7 +1,9 @@
 import io
 import math
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from PIL import Image
@@ -12,7 +14,9 @@ from kohaku_delta.danbooru import tar_index, tars
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import filtering
 from kohaku_delta.errors import UserError
+from kohaku_delta.formats import parquet
 from kohaku_delta.training import buckets
+from kohaku_delta.training.batch_builder import BatchBuilder
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +200,34 @@ def test_posts_of_another_database_are_refused(tmp_path, folder, recipe):
     path = write_database(tmp_path / "a.db", [{"id": 1}])
     with pytest.raises(UserError, match="has no post 1001"):
         run(path, folder, [1, 1001], recipe)
+
+
+def test_a_rotated_picture_on_a_background_is_kept_with_its_turned_size_and_trained_as_filter_saw_it(
+    tmp_path, folder, recipe
+):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    clear = io.BytesIO()
+    Image.new("RGBA", (24, 16), (9, 9, 9, 0)).save(clear, "PNG", exif=exif)
+    write_tar(folder / "data-0001.tar", [("1.png", clear.getvalue()), ("1001.jpg", picture(40, 30, "JPEG"))])
+    path = write_database(tmp_path / "a.db", [{"id": 1}, {"id": 1001}])
+    sizes = {}
+    for changes in ({}, {"alpha_background": [255, 255, 255], "exif_rotation": True}):
+        parameters = recipe.filter.model_copy(update=changes)
+        files = tars.tars_in(folder)
+        posts, _ = filtering.filter_posts(Database(path), files, [1, 1001], parameters, recipe.caption, None, True)
+        sizes[bool(changes)] = list(zip(posts["width"].to_pylist(), posts["height"].to_pylist(), strict=True))
+        stored = tmp_path / "posts.parquet"
+        parquet.write(posts, stored, filtering.decoding(parameters).metadata)
+        read = parquet.read(stored, ["post_id", "tar", "offset", "size", "width", "height"])
+        captions = pa.table({"post_id": [1, 1001], "caption": ["", ""]})
+        builder = BatchBuilder(read, captions, folder, (None, None), recipe.train, "|||", 8)
+        assert (builder.pixels(1, (64, 64))[0] == (255 if changes else 9)).all()
+    assert sizes == {False: [(24, 16), (40, 30)], True: [(16, 24), (40, 30)]}
+
+
+def test_rotation_without_decoding_is_refused_in_the_recipe(tmp_path):
+    text = Path("params.yaml").read_text().replace("exif_rotation: false", "exif_rotation: true")
+    (tmp_path / "params.yaml").write_text(text.replace("image_check: decode", "image_check: header"))
+    with pytest.raises(UserError, match="exif_rotation: true exchanges width and height .* set filter.image_check"):
+        params.load(tmp_path / "params.yaml")

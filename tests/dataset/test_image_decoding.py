@@ -35,9 +35,9 @@ from kohaku_delta.dataset import filtering, image_decoding
 from kohaku_delta.formats import parquet
 
 decoded_size = image.decoded_size
-def slow(data, max_pixels):
+def slow(data, max_pixels, decoding):
     time.sleep({pause})
-    return decoded_size(data, max_pixels)
+    return decoded_size(data, max_pixels, decoding)
 image.decoded_size = slow
 image_decoding.FEW, image_decoding.TASK, image_decoding.KEEP_EVERY = 0, 2, 8
 
@@ -208,7 +208,7 @@ def test_another_tar_limit_or_decoder_is_decoded_again(place, decoded, monkeypat
 def test_a_damaged_file_of_results_is_made_again(place, decoded, damage):
     first = run_here(place)
     file = place / "images.members.decoded" / "data-0001.parquet"
-    key = image_decoding._result_key(place / "images" / "data-0001.tar", 1 << 28)
+    key = image_decoding._result_key(place / "images" / "data-0001.tar", 1 << 28, image.RELEASE)
     damage(file, {image_decoding.KEY: key})
     assert run_here(place) == first and len(decoded) == (TARS + 1) * IMAGES
 
@@ -316,6 +316,6 @@ def test_memory_that_is_missing_is_no_fault_of_an_image(tmp_path):
 
 
 def test_the_key_of_results_names_tar_limit_code_and_libraries(place):
-    key = json.loads(image_decoding._result_key(place / "images" / "data-0000.tar", 5))
+    key = json.loads(image_decoding._result_key(place / "images" / "data-0000.tar", 5, image.RELEASE))
     assert key["tar"] == tar_index.tar_state(place / "images" / "data-0000.tar") and key["max_pixels"] == 5
     assert json.loads(key["by"]).keys() >= {"code", "pil", "webp"}

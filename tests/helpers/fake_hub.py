@@ -51,6 +51,7 @@ class Hub:
     def __init__(self):
         self.files: dict[str, File] = {}
         self.gated: set[str] = set()  # "datasets/owner/name"
+        self.elsewhere: tuple[int, str] | None = None  # status and Location of every answer: it is no hub
         self.renamed: dict[str, str] = {}  # old name → new name, both as above
         self.commit = REVISION  # what main points at
         self.retry_after = "0"  # seconds, sent with each 429
@@ -207,7 +208,15 @@ class Resolver(HubHandler):
     def do_HEAD(self):
         self.do_GET()
 
+    def do_CONNECT(self):
+        self.note("hub")
+        self.moved()
+
     def moved(self) -> bool:
+        if self.hub.elsewhere:
+            status, location = self.hub.elsewhere
+            self.answer(status, **({"Location": location} if location else {}))
+            return True
         for old, new in self.hub.renamed.items():
             if f"/{old}/" in self.path + "/":
                 self.answer(307, Location=self.path.replace(old, new))

@@ -330,7 +330,8 @@ def test_workers_of_the_loader_are_held_too(stage, repository):
 def test_the_processes_that_decode_images_are_held_too(stage, repository):
     do = (
         "from kohaku_delta.dataset import image_decoding; import numpy as np; many = np.ones(1001, np.int64); "
-        "image_decoding.sizes_by_decoding(many, many, many, many, {1: Path('PLACE/mirror/gamma')}, 100, None)"
+        "image_decoding.sizes_by_decoding(many, many, many, many, {1: Path('PLACE/mirror/gamma')}, 100, "
+        "image_decoding.Decoding(), None)"
     )
     refused(stage(do), repository, "mirror/gamma")
 

@@ -50,7 +50,7 @@ def test_a_sound_image_fills_its_bucket(builder):
 
 
 def test_an_image_is_decoded_if_filter_accepted_it_whatever_limit_the_recipe_gave(builder, monkeypatch):
-    monkeypatch.setattr(image.decode, "__defaults__", (24 * 16 - 1,))
+    monkeypatch.setattr(image.decode, "__defaults__", (24 * 16 - 1, image.RELEASE))
     assert builder.pixels(1000, (64, 64))[1] == (24, 16)
 
 

@@ -22,12 +22,23 @@ BATCH = 1 << 16  # rows of a record batch
 SPAN = 1 << 19  # width of a key range
 SPANS = 1 << 14  # with more ranges than this the ids are too sparse for ranges, and one connection reads everything
 MAGIC = b"SQLite format 3\0"
+WAL = 2  # in bytes 18 and 19 of the header: changes are first written to a file beside, *-wal
+KEYS = ("id", "post_id", "tag_id")
 
 # A tag's type 0 … 4; -1 for NULL, -2 for an unknown type. Negative types count from the end of the five, as they did in
 # the release's tool (a Python list).
 TYPE = """CASE WHEN type IS NULL THEN -1 WHEN typeof(type) != 'integer' OR type NOT BETWEEN -5 AND 4 THEN -2
     WHEN type < 0 THEN type + 5 ELSE type END"""
 
+POST_IDS, TAG_IDS = range(-(1 << 31), 1 << 31), range(1 << 32)  # that have room in one int64 together
+PAIR = f"""CASE WHEN post_id BETWEEN {POST_IDS.start} AND {POST_IDS.stop - 1} AND post_id = post_id | 0
+    AND tag_id BETWEEN {TAG_IDS.start} AND {TAG_IDS.stop - 1} AND tag_id = tag_id | 0
+    THEN post_id << 32 | tag_id END"""
+
+BRING_IN = (
+    'Close the program that writes to it, and run `sqlite3 FILE "PRAGMA journal_mode = DELETE"` on it, which brings '
+    "them in."
+)
 # (part of SQLite's message, what we say); the first match is used
 CAUSES = (
     (
@@ -40,6 +51,8 @@ CAUSES = (
         "disk I/O",
         "is damaged or truncated, or its disk cannot be read. Download it again and compare its sha256 with the pin.",
     ),
+    ("readonly database", f"is not complete: changes to it are in a file beside it (*-journal). {BRING_IN}"),
+    ("unable to open", f"cannot be opened by SQLite. If a file *-journal is beside it, there are changes. {BRING_IN}"),
     (
         "Type mismatch",
         "has text in a column of whole numbers (an id or a type). Check that it is the whole danbooru2023.db.",
@@ -66,12 +79,20 @@ class Database:
                 f"The database {self.path} is truncated: it has {size:,} of {expected:,} bytes. "
                 "Download it again and compare its sha256 with the pin."
             )
+        changes = self.path.with_name(f"{self.path.name}-wal")
+        if changes.is_file() and changes.stat().st_size:
+            raise UserError(
+                f"The database {self.path} is not complete: there are changes in {changes}. {BRING_IN} The "
+                "sha256 is another one afterwards."
+            )
+        # SQLite would make *-wal and *-shm beside the file, which a folder that is only read does not allow
+        self.mode = "immutable=1" if header[18:20] == bytes([WAL, WAL]) else "mode=ro"
 
     def stream(self, query: str) -> Iterator[pa.RecordBatch]:
         """The rows of a query, in batches of at most 65,536."""
         with (
             self._translate_errors(),
-            adbc_driver_sqlite.dbapi.connect(self.path.resolve().as_uri() + "?mode=ro") as connection,
+            adbc_driver_sqlite.dbapi.connect(self.path.resolve().as_uri() + f"?{self.mode}") as connection,
             connection.cursor() as cursor,
         ):
             cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": BATCH})
@@ -80,10 +101,13 @@ class Database:
 
     def value(self, query: str):
         """The only cell of a query's only row."""
-        return next(self.stream(query)).column(0)[0].as_py()
+        cell = next(self.stream(query)).column(0)[0]
+        return cell.as_buffer().to_pybytes().decode("utf-8", "replace") if _is_text(cell) else cell.as_py()
 
     def require_columns(self, table: str, *columns: str) -> None:
-        """Raises UserError if the table or one of its columns does not exist; names all that are missing."""
+        """Raises UserError if the table or one of its columns does not exist (all that are missing are named), or if a
+        key holds no whole number but something else, as after an import of a CSV.
+        """
         names = [row for (row,) in _rows(self.stream(f"SELECT name FROM pragma_table_info('{table}')"))]
         if not names:
             raise UserError(
@@ -95,6 +119,17 @@ class Database:
                 f"The database {self.path} has no column {', '.join(missing)} in its table {table}; "
                 f"it has {', '.join(names)}. docs/recipe.md has the layout of danbooru2023.db."
             )
+        for column in (column for column in columns if column in KEYS):
+            if not self.value(
+                f"SELECT EXISTS (SELECT 1 FROM {table} WHERE typeof({column}) = 'integer') "
+                f"OR NOT EXISTS (SELECT 1 FROM {table} WHERE {column} IS NOT NULL)"
+            ):
+                example = self.value(f"SELECT CAST(max(CAST({column} AS TEXT)) AS TEXT) FROM {table}")
+                raise UserError(
+                    f"The database {self.path} is not laid out like danbooru2023.db: {table}.{column} holds the text "
+                    f"{example[:40]!r}; a whole number belongs there. Declare the column INTEGER (a CSV that is "
+                    "imported into a new table gives texts); docs/recipe.md has the layout."
+                )
 
     def map_batches(self, table: str, columns: str, work: Callable) -> Iterator:
         """work(batch) of record batches of `columns` (SQL) of a whole table, by ascending id. `work` runs in several
@@ -133,21 +168,24 @@ class Database:
         threads.
         """
         self.require_columns("post", "id", *columns)
-        named = ["id", *(f"{expression} AS {name}" for name, expression in expressions.items())]
+        named = ["id AS id", *(f"{expression} AS {name}" for name, expression in expressions.items())]
         return self.map_batches("post", ", ".join(named), work)
 
     def tags(self) -> pa.Table:
         """Every tag: id int64 ascending, name string ("" for NULL), named bool, type int64 (TYPE)."""
         self.require_columns("tag", "id", "name", "type")
-        query = f"""SELECT id, CAST(coalesce(name, '') AS TEXT) AS name, name IS NOT NULL AS named, {TYPE} AS type
+        query = f"""SELECT id AS id, CAST(coalesce(name, '') AS TEXT) AS name, name IS NOT NULL AS named, {TYPE} AS type
             FROM tag ORDER BY id"""
         schema = pa.schema([("id", pa.int64()), ("name", pa.string()), ("named", pa.int64()), ("type", pa.int64())])
         table = pa.Table.from_batches([batch.cast(schema) for batch in self.stream(query)], schema)
         try:
             table.validate(full=True)
-        except pa.ArrowInvalid as error:
+        except pa.ArrowInvalid:
+            names = zip(table["id"].to_pylist(), table["name"].cast(pa.binary()).to_pylist(), strict=True)
+            tag, name = next((tag, name) for tag, name in names if not _is_utf8(name))
             raise UserError(
-                f"The database {self.path} holds a tag name that is not UTF-8 ({error}). Download it again."
+                f"The database {self.path} holds a tag name that is not UTF-8: tag.id {tag}, {name[:100]!a}. Download "
+                "it again, or correct the name in a copy."
             ) from None
         return table.set_column(2, "named", table["named"].cast(pa.bool_())).combine_chunks()
 
@@ -161,12 +199,22 @@ class Database:
         """work(pairs) of batches of all pairs in the order of posttagrelation.id, which is the order of tags in a
         caption. `work` runs in threads.
 
-        `pairs` is int64: post id << 32 | tag id. One column costs SQLite and Arrow a quarter less than two.
+        `pairs` is int64: post id << 32 | tag id. One column costs SQLite and Arrow a quarter less than two. Pairs in
+        which one is no whole number, or has no room there, are left out: they name no post of POST_IDS, or no tag of
+        TAG_IDS, and posts and tags outside of these are refused.
         """
         self.require_columns("posttagrelation", "id", "post_id", "tag_id")
-        return self.map_batches(
-            "posttagrelation", "post_id << 32 | tag_id", lambda batch: work(batch.column(0).drop_null().to_numpy())
-        )
+        return self.map_batches("posttagrelation", PAIR, lambda batch: work(batch.column(0).drop_null().to_numpy()))
+
+    def require_small_ids(self, table: str, ids: np.ndarray) -> None:
+        """Raises UserError if any of these ids (int64) of the table "post" or "tag" has no room in a pair."""
+        known = {"post": POST_IDS, "tag": TAG_IDS}[table]
+        outside = ids[(ids < known.start) | (ids >= known.stop)]
+        if len(outside):
+            raise UserError(
+                f"The database {self.path} has a row with {table}.id {outside[0]}; ids from {known.start} to "
+                f"{known.stop - 1:,} can be read. Give such rows smaller ids in a copy, and in posttagrelation too."
+            )
 
     def posts_of(self, tags: np.ndarray) -> np.ndarray:
         """Ids of the posts that have any of these few tags (int64, possibly repeated)."""
@@ -222,6 +270,18 @@ class IdLookup:
             return positions_of(self.ids, values)
         inside = (values >= 0) & (values < len(self.places))
         return np.where(inside, self.places[np.where(inside, values, 0)], np.int32(-1))
+
+
+def _is_text(cell: pa.Scalar) -> bool:
+    return pa.types.is_string(cell.type) and cell.is_valid
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _rows(batches: Iterator[pa.RecordBatch]) -> list[tuple]:

@@ -2,27 +2,34 @@
 Missing memory (MemoryError) and a file that cannot be read (OSError) are no faults of an image.
 
 Images are decoded as the release's trainer saw them: the first frame of an animation, EXIF rotation not applied, alpha
-dropped, CMYK and palettes as Pillow converts them.
+dropped, CMYK and palettes as Pillow converts them. Of 16-bit greys the upper eight bits are taken; the trainer
+got two levels. A recipe may ask for another background and for rotation (Decoding).
 """
 
 import io
 import json
+import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, features
+from PIL import Image, ImageOps, features
+from pydantic import ValidationError
 
+from kohaku_delta.errors import UserError
+from kohaku_delta.params import Byte
 from kohaku_delta.provenance import import_closure
+from kohaku_delta.strict_model import StrictModel
 
 MAX_PIXELS = 1 << 28  # the recipe's filter.max_pixels; what is decoded later was checked against it
 HEAD = 32  # bytes of a WebP file that hold its size; Pillow would read the whole file, and all files are a terabyte
 BYTES_PER_PIXEL = 16  # of memory at most while an image is decoded to RGB (measured: docs/performance.md)
-FORMATS = ("WEBP", "PNG", "JPEG", "BMP", "GIF")  # Pillow's other formats never occur, and some run programs
+FORMATS = ("WEBP", "PNG", "JPEG", "BMP", "GIF", "TIFF")  # by content, not by name; some of Pillow's others run programs
+DECODING_KEY = "decoding"  # in the metadata of posts.parquet
 
 Image.MAX_IMAGE_PIXELS = None  # its limit is global and only warns; ours is checked below, before anything is decoded
 
@@ -31,22 +38,50 @@ class UnreadableImage(Exception):
     """Why an image cannot be used."""
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+class Decoding(StrictModel):
+    """What a recipe may change in how images are decoded (filter.alpha_background, filter.exif_rotation)."""
+
+    alpha_background: tuple[Byte, Byte, Byte] | None = None  # RGB behind transparent pixels; None: alpha is dropped
+    exif_rotation: bool = False  # whether a picture is turned as its EXIF orientation says
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the filter stage writes into posts.parquet, so that the training decodes as filter did; nothing if the
+        release did the same.
+        """
+        return {} if self == RELEASE else {DECODING_KEY: self.model_dump_json()}
+
+    @classmethod
+    def of_posts(cls, metadata: dict[bytes, bytes] | None) -> "Decoding":
+        """That of a table of posts, by the metadata of its schema. Raises UserError if it cannot be read."""
+        try:
+            return cls.model_validate_json((metadata or {}).get(DECODING_KEY.encode(), b"{}"))
+        except ValidationError:
+            raise UserError(
+                f"posts.parquet does not say in a known way how its images are decoded (metadata {DECODING_KEY!r}). "
+                "Run the filter stage again."
+            ) from None
+
+
+RELEASE = Decoding()
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS, decoding: Decoding = RELEASE) -> np.ndarray:
     """The image as (H, W, 3) uint8 RGB. Raises UnreadableImage, MemoryError."""
-    return np.array(_decode_rgb(data, max_pixels))
+    return np.array(_decode_rgb(data, max_pixels, decoding))
 
 
-def decoded_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def decoded_size(data: bytes, max_pixels: int = MAX_PIXELS, decoding: Decoding = RELEASE) -> tuple[int, int]:
     """(width, height) in pixels after the image was decoded as `decode` does, so both find the same faults. Without the
     copy into an array it takes a fifth less time. Raises UnreadableImage, MemoryError.
     """
-    return _decode_rgb(data, max_pixels).size
+    return _decode_rgb(data, max_pixels, decoding).size
 
 
 @cache
 def decoder_version() -> str:
     """What decides whether an image can be decoded: this module, Pillow and the libraries that it decodes with."""
-    names = ("webp", "libjpeg_turbo", "jpg", "zlib", "zlib_ng")
+    names = ("webp", "libjpeg_turbo", "jpg", "zlib", "zlib_ng", "libtiff")
     libraries = {name: features.version(name) for name in ("pil", *names)}
     code = import_closure.file_digest(Path(__file__).name, Path(__file__).read_bytes())
     return json.dumps({"code": code, **libraries}, sort_keys=True)
@@ -78,9 +113,18 @@ def webp_size(head: bytes, length: int) -> tuple[int, int] | None:
     return (width, height) if width and height else (0, 0)
 
 
-def _decode_rgb(data: bytes, max_pixels: int) -> Image.Image:
+def _decode_rgb(data: bytes, max_pixels: int, decoding: Decoding) -> Image.Image:
     try:
         with _open(io.BytesIO(data), max_pixels) as image:
+            if decoding.exif_rotation:
+                _rotate(image)
+            if image.mode.startswith("I;16"):
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            if decoding.alpha_background is not None and image.has_transparency_data:
+                layer = image.convert("RGBA")
+                below = Image.new("RGB", layer.size, decoding.alpha_background)
+                below.paste(layer, mask=layer)
+                return below
             return image.convert("RGB")
     except UnreadableImage:
         # libwebp reports missing memory as a damaged image: is there as much as it needs?
@@ -90,12 +134,20 @@ def _decode_rgb(data: bytes, max_pixels: int) -> Image.Image:
         raise
 
 
+def _rotate(image: Image.Image) -> None:
+    """Turns the image as its EXIF orientation says; an orientation that cannot be read is none."""
+    with suppress(SyntaxError, ValueError, TypeError, KeyError, AttributeError, IndexError, struct.error):
+        ImageOps.exif_transpose(image, in_place=True)
+
+
 @contextmanager
 def _open(file: BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as image:
+                if image.mode in ("I", "F"):  # of TIFF; as what should 32 bits or a fraction be shown?
+                    raise ValueError("its pixels have neither 8 nor 16 bits")
                 width, height = image.size
                 if width * height > max_pixels:
                     raise ValueError(f"{width} x {height} pixels are more than {max_pixels:,}")

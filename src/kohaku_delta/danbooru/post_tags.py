@@ -38,8 +38,10 @@ def chunks(database: Database, ids: np.ndarray, tag_ids: np.ndarray, work: Calla
     threads.
 
     Pairs with a tag that is not in `tag_ids` are left out. `scratch` is the folder for the temporary files (8 bytes per
-    pair).
+    pair). Raises UserError for ids that are not in database.POST_IDS and TAG_IDS.
     """
+    database.require_small_ids("post", ids)
+    database.require_small_ids("tag", tag_ids)
     post_position, tag_position = IdLookup(ids), IdLookup(tag_ids)
     starts = range(0, len(ids), 1 << BITS)
 

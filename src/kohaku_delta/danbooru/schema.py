@@ -5,6 +5,7 @@ and comes before the hours that filter and training take. Single odd rows are no
 posts, and the filter stage counts them. docs/recipe.md has the layout for a database of your own.
 """
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -51,6 +52,9 @@ def check_schema(database: Database) -> list[str]:
     for place, meaning in NUMBERS.items():
         table, column = place.split(".")
         _require_numbers(database, table, column, meaning)
+    for table in ("post", "tag"):
+        ends = [database.value(f"SELECT CAST({end}(id) AS INTEGER) FROM {table}") for end in ("min", "max")]
+        database.require_small_ids(table, np.array(ends, np.int64))
     _require_dates(database)
     return _check_types(database)
 

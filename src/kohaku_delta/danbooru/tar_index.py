@@ -32,6 +32,7 @@ from kohaku_delta.formats import parquet
 from kohaku_delta.parallel import ordered_map
 
 NAME = re.compile(rb"(?s:.*/)?(?P<id>[0-9]{1,18})\.(?P<extension>[^./]+)")
+READER = 2  # increased when other members are found in the same tar; an index made before is then made again
 UNKNOWN = -1  # width and height of files other than WebP, whose headers are read later
 SCHEMA = pa.schema(
     [
@@ -66,7 +67,7 @@ def index_tars(files: dict[int, Path], keep=None, stop: Event | None = None) -> 
     Raises UserError, with its name, for a tar that is truncated, empty, damaged, or not the one of its public index.
     """
     kept = _read_index(keep) if keep is not None else {}  # by tar's name: (state, members)
-    states = {number: tar_state(path) for number, path in files.items()}
+    states = {number: f"{READER} {tar_state(path)}" for number, path in files.items()}
     found = {
         number: kept[path.name][1] for number, path in files.items() if kept.get(path.name, ("",))[0] == states[number]
     }
@@ -105,9 +106,7 @@ def members_of(path) -> TarMembers:
     try:
         return _first_members((entry, True) for entry in tar_reader.list_tar(path))
     except tar_reader.TarError as error:
-        raise UserError(
-            f"The tar {path} {error}. Download it again, and compare its size and sha256 with the source."
-        ) from None
+        raise UserError(f"The tar {path} {error}") from None
 
 
 def _first_members(entries: Iterable[tuple[TarEntry, bool]]) -> TarMembers:

@@ -44,7 +44,10 @@ def tars_by_number(paths: list[Path]) -> dict[int, Path]:
             raise UserError(f"{other} and {path} have the same number. Remove one of them.")
     folders = sorted({str(path.parent) for path in found.values()})
     if len(folders) > 1:
-        raise UserError(f"The tars are in different folders ({', '.join(folders[:3])}). Put them into one.")
+        raise UserError(
+            f"The tars are in different folders ({', '.join(folders[:3])}). Put them into one (links will do), and pin "
+            "them there as file:// (download.inputs.tars)."
+        )
     return found
 
 

@@ -5,14 +5,16 @@ them, and only their files and those of the preview's held-out posts are downloa
 the whole tars, so every later stage does the same with either.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from kohaku_delta import paths
-from kohaku_delta.danbooru import partial_download
+from kohaku_delta.danbooru import partial_download, schema
 from kohaku_delta.danbooru.database import Database
+from kohaku_delta.danbooru.tars import tars_by_number
 from kohaku_delta.dataset import selection
 from kohaku_delta.errors import UserError
 from kohaku_delta.hub import mirror, pins
@@ -25,6 +27,7 @@ def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> d
     """
     download = recipe.download
     unused = {"delta_base"} if recipe.merge.start == "merge" else {"gamma", "beta"}
+    check_tars(recipe, folder)
     _require_user_files(recipe, folder)
     if download.images == "all":
         return mirror.resolve_inputs(download, folder, unused | {"index"}, others)
@@ -46,12 +49,30 @@ def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> d
         )
     entries = mirror.resolve_inputs(download, folder, unused | {"tars"}, others)
     indexes = {Path(entry["path"]).stem: folder / entry["path"] for entry in _as_list(entries["index"])}
-    posts = needed_post_ids(Database(folder / entries["database"]["path"]), recipe)
+    database = Database(folder / entries["database"]["path"])
+    schema.check_schema(database)
+    posts = needed_post_ids(database, recipe)
     entries["tars"] = [
         entry | {"path": mirror.manifest_path(Path(entry["path"]), folder, download.mirror)}
         for entry in partial_download.fetch_members(tars, indexes, folder / download.mirror, posts)
     ]
     return entries
+
+
+def check_tars(recipe: Recipe, folder: Path) -> None:
+    """Raises UserError if the filter stage would refuse the tars by their names or folders. folder: that of
+    params.yaml. Tars of a hub need not exist yet; a local one that does not exist is reported when it is verified.
+    """
+    kept = folder / recipe.download.mirror / ("selected" if recipe.download.images == "selected" else "")
+    paths = []
+    for pin in _as_list(recipe.download.inputs.get("tars", [])):
+        for each in pins.expand_span(pin.model_copy(update={"sha256": None}), Path()):  # every file of the span
+            local = each.url.startswith("file://")
+            path = folder / each.url.removeprefix("file://") if local else kept / pins.hub_file(each).path
+            if local and not path.is_file():
+                return
+            paths.append(Path(os.path.normpath(path)))
+    tars_by_number(paths)
 
 
 def _require_user_files(recipe: Recipe, folder: Path) -> None:

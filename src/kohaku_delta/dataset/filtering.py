@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from kohaku_delta.danbooru import tar_index, tars
+from kohaku_delta.danbooru import image, tar_index, tars
 from kohaku_delta.danbooru.database import Database, positions_of, unique_sorted
 from kohaku_delta.danbooru.tar_index import TarMembers
 from kohaku_delta.dataset import captions, image_decoding, image_sizes
@@ -62,6 +62,7 @@ def filter_posts(
     (tars.tars_in). `index`: where the index of the tars is kept (default: tar_index.default_index_path), and beside it
     which images could be decoded.
 
+    How images are decoded, if not as in the release, is in the metadata of the posts (image.Decoding.of_posts).
     posts.despite is the reason against the post in the metadata, or null. Raises UserError for a damaged tar, and if a
     main tar is not among `files`, unless `partial`: then its posts are missing from the tars.
     """
@@ -125,6 +126,7 @@ def filter_posts(
             width[kept].astype(np.int64) * height[kept],
             files,
             parameters.max_pixels,
+            decoding(parameters),
             tar_index.decoded_folder(index_path) if index_path else None,
         )
         reason[kept[width[kept] == 0]] = UNREADABLE
@@ -145,7 +147,17 @@ def filter_posts(
     ]
     dropped = np.flatnonzero(reason != KEPT)
     reasons = words.take(pa.array(reason[dropped]))
-    return pa.table(columns, schema=POSTS), pa.table([ids[dropped], reasons], schema=DROPPED)
+    posts = pa.table(columns, schema=POSTS.with_metadata(decoding(parameters).metadata or None))
+    return posts, pa.table([ids[dropped], reasons], schema=DROPPED)
+
+
+def decoding(parameters: Filter) -> image.Decoding:
+    """How the recipe decodes images."""
+    background = parameters.alpha_background
+    return image.Decoding(
+        alpha_background=(background[0], background[1], background[2]) if background else None,
+        exif_rotation=parameters.exif_rotation,
+    )
 
 
 def find_in_tars(ids: np.ndarray, members: dict[int, TarMembers]) -> tuple[np.ndarray, np.ndarray]:

@@ -2,8 +2,8 @@
 accepted here is decoded in the training too, as long as the tar returns the same bytes.
 
 Finished results are kept, in a file per tar beside the index of the tars, so a run that was killed goes on from there.
-These files are no outputs, and no stage depends on them. They count only while the tar, filter.max_pixels and what
-decodes (image.decoder_version) are the same; a file that is damaged is made again. Neither kept results nor the number
+These files are no outputs, and no stage depends on them. They count only while the tar, filter.max_pixels, the Decoding
+and what decodes (image.decoder_version) are the same; a damaged file is made again. Neither kept results nor the number
 of processes change a result.
 """
 
@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from kohaku_delta.danbooru import image, tar_index, tars
+from kohaku_delta.danbooru.image import Decoding
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
 from kohaku_delta.sandbox import audit_hook
@@ -54,6 +55,7 @@ class Task:
     size: list[int]  # in bytes
     large: list[bool]
     max_pixels: int
+    decoding: Decoding
 
 
 def sizes_by_decoding(
@@ -63,6 +65,7 @@ def sizes_by_decoding(
     pixels: np.ndarray,
     files: dict[int, Path],
     max_pixels: int,
+    decoding: Decoding,
     folder: Path | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Widths and heights (int32) of images after all their pixels were decoded; 0 for one that cannot be decoded.
@@ -77,12 +80,19 @@ def sizes_by_decoding(
     for rows in np.split(order, np.flatnonzero(np.diff(tar[order])) + 1) if len(order) else []:
         number = int(tar[rows[0]])
         if folder:
-            keys[number] = _result_key(files[number], max_pixels)
+            keys[number] = _result_key(files[number], max_pixels, decoding)
             rows = _fill_kept(found, rows, offset, size, _kept_results(folder, files[number], keys[number]))
         pieces += [rows[start : start + KEEP_EVERY] for start in range(0, len(rows), KEEP_EVERY)]
     missing, large = sum(map(len, pieces)), pixels > LARGE
     tasks = (
-        Task(files[int(tar[part[0]])], offset[part].tolist(), size[part].tolist(), large[part].tolist(), max_pixels)
+        Task(
+            files[int(tar[part[0]])],
+            offset[part].tolist(),
+            size[part].tolist(),
+            large[part].tolist(),
+            max_pixels,
+            decoding,
+        )
         for rows in pieces
         for part in _task_rows(rows)
     )
@@ -111,7 +121,7 @@ def _decode(task: Task) -> list[tuple[int, int]]:
         with _large_images if large else nullcontext():
             try:
                 data = tars.read_member(task.tar.parent, task.tar.name, offset, size)
-                sizes.append(image.decoded_size(data, task.max_pixels))
+                sizes.append(image.decoded_size(data, task.max_pixels, task.decoding))
             except image.UnreadableImage:
                 sizes.append((0, 0))
     return sizes
@@ -162,9 +172,10 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _result_key(tar: Path, max_pixels: int) -> str:
+def _result_key(tar: Path, max_pixels: int, decoding: Decoding) -> str:
     """What the results of a tar depend on."""
-    return json.dumps({"tar": tar_index.tar_state(tar), "max_pixels": max_pixels, "by": image.decoder_version()})
+    limits = {"max_pixels": max_pixels, **decoding.metadata}
+    return json.dumps({"tar": tar_index.tar_state(tar), **limits, "by": image.decoder_version()})
 
 
 def _results_file(folder: Path, tar: Path) -> Path:

@@ -8,8 +8,10 @@ release had given it.
 import difflib
 import hashlib
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from ruamel.yaml import YAML
 
@@ -18,6 +20,8 @@ from kohaku_delta.errors import UserError
 from kohaku_delta.hub import client, pins
 from kohaku_delta.hub.client import RemoteFile
 from kohaku_delta.params import Pin, Recipe
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -60,7 +64,7 @@ def unified_diff(path: Path, content: bytes) -> list[str]:
 def _filled_pin(name: str, pin: Pin, folder: Path, edit: PinEdit) -> Pin:
     file = pins.hub_file(pin)
     if file.revision is None:
-        commit = client.retry(lambda: client.latest_commit(file), pin.url, threading.Event())
+        commit = _ask(lambda: client.latest_commit(file), pin)
         pin = pin.model_copy(update={"url": pin.url.replace(file.repo, f"{file.repo}@{commit}", 1)})
         edit.remarks.append(
             f"{name}: the revision that the release used is not known; {commit} is the latest of {file.repo}"
@@ -113,7 +117,23 @@ def _filled_span(name: str, pin: Pin, folder: Path, edit: PinEdit) -> Pin:
 
 def _list_files(wanted: list[Pin]) -> dict[str, RemoteFile]:
     files = [pins.hub_file(pin) for pin in wanted]
-    return client.retry(lambda: client.list_files(files), wanted[0].url, threading.Event())
+    return _ask(lambda: client.list_files(files), wanted[0])
+
+
+def _ask(question: Callable[[], Result], pin: Pin) -> Result:
+    """The Hub's answer. Without a network this fails at once: somebody waits for it, and nothing is lost."""
+
+    def once() -> Result:
+        try:
+            return question()
+        except client.Unreachable as error:
+            raise UserError(
+                f"{pin.url}: the hub {error}. `kohaku-delta pin` needs the network: run it where there is one, or fill "
+                "in the pin by hand."
+            ) from None
+
+    client.require_online("`kohaku-delta pin` asks the hub")
+    return client.retry(once, pin.url, threading.Event())
 
 
 def _edited_yaml(text: str, filled: dict[tuple, Pin], params: Path) -> str:

@@ -2,8 +2,9 @@
 and agree with its pin, wherever it came from.
 
 `file://` inputs stay in place; `hf://` inputs are kept in the mirror as kind/owner/name/revision/file. A file that is
-missing there (or damaged) is first looked for in other mirrors, which may be read-only, and linked if it agrees. Only
-then is it downloaded.
+missing there (or damaged) is first looked for in other mirrors, which may be read-only, and linked if it agrees. Such a
+mirror may also be huggingface_hub's cache, or a folder of files; in a folder only what is pinned by a sha256 counts.
+Only then is it downloaded.
 
 The download stage remembers no hashes from run to run. Size, times and inode would show that nobody wrote to a file;
 they cannot show that its disk still returns what was written, and a training reads these files for weeks. Hashing runs
@@ -131,13 +132,17 @@ def verify_local(files: list[InputFile], others: Sequence[Path] = ()) -> dict[In
     UserError for a file:// input that is missing or wrong.
     """
     candidates: dict[InputFile, list[Path]] = {}
+    used: set[Path] = set()
     for file in files:
         if not file.remote:
             candidates[file] = [file.path]
             continue
-        copies = [file.path, *(other / pins.hub_file(file.pin).path for other in others)]
-        if existing := [path for path in copies if path.is_file()]:
+        copies = {other: [path for path in places_in(other, file.pin) if path.is_file()] for other in others}
+        used |= {other for other in others if copies[other]}
+        if existing := [file.path] * file.path.is_file() + [path for paths in copies.values() for path in paths]:
             candidates[file] = existing
+    for other in others:
+        _report_mirror(other, is_used=other in used or not any(file.remote for file in files))
     total = sum(paths[0].stat().st_size for paths in candidates.values() if paths[0].is_file())
     with progress.progress_bar("verify", total) as advance:
 
@@ -159,6 +164,26 @@ def verify_local(files: list[InputFile], others: Sequence[Path] = ()) -> dict[In
 
         results = zip(candidates, ordered_map(verify, candidates), strict=True)
         return {file: found for file, found in results if found is not None}
+
+
+def places_in(other: Path, pin: Pin) -> list[Path]:
+    """Where another mirror may have the file of an hf:// pin."""
+    file = pins.hub_file(pin)
+    cached = Path(f"{file.kind}s--{file.repo.replace('/', '--')}", "snapshots", file.revision or "", file.file)
+    known = [other / file.path, other / cached, other / "hub" / cached]
+    # the names of other places say nothing of repository and revision: the hash decides
+    return known + (list(dict.fromkeys([other / file.file, other / Path(file.file).name])) if pin.sha256 else [])
+
+
+def _report_mirror(other: Path, is_used: bool) -> None:
+    """Raises UserError if another mirror is no folder; says so if it has none of the files."""
+    if not other.is_dir():
+        raise UserError(f"--mirror {other} is not a folder that exists.")
+    if not is_used:
+        progress.log_above_bar(
+            f"--mirror {other} has none of the inputs, neither as a mirror (kind/owner/name/revision/file), nor as a "
+            "Hugging Face cache (models--owner--name/snapshots/…), nor, for inputs with a sha256, as a folder of files."
+        )
 
 
 def download_missing(missing: list[InputFile], mirror: Path) -> dict[InputFile, VerifiedFile]:

@@ -209,6 +209,12 @@ def check_database(host: Host, recipe: Recipe) -> CheckResult | None:
     return CheckResult("database", not host.database, host.database or "laid out as danbooru2023.db", remedy)
 
 
+def check_tars(host: Host, recipe: Recipe) -> CheckResult | None:
+    if host.tars is None:
+        return None
+    return CheckResult("tars", not host.tars, host.tars or "in one folder, each with a number", "correct the pins")
+
+
 def check_disks(host: Host, recipe: Recipe) -> list[CheckResult]:
     """One result per file system: what is still to be written into its folders, against what is free."""
     if host.folders is None or host.model is None:
@@ -265,6 +271,7 @@ CHECKS: list[Check] = [
     check_shared_memory,
     check_supplied_inputs,
     check_database,
+    check_tars,
 ]
 GPU_CHECKS: list[Check] = [
     check_gpu_count,

@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 from kohaku_delta import paths, strict_model
 from kohaku_delta.danbooru import schema
 from kohaku_delta.danbooru.database import Database
+from kohaku_delta.dataset import fetch_inputs
 from kohaku_delta.errors import UserError
 from kohaku_delta.hub import pins
 from kohaku_delta.params import Pin, Recipe
@@ -55,7 +56,7 @@ class DiskFolder:
 class Host:
     """Sizes in bytes. `locked`: versions in the lock; `model`: its sizes, None if unknown.
 
-    `driver`: "" if none answers; `numerics`, `bitsandbytes`, `database`: "" if all is well, else what is wrong;
+    `driver`: "" if none answers; `numerics`, `bitsandbytes`, `database`, `tars`: "" if all is well, else what is wrong;
     `architectures`: what torch was built for ("sm_86"); `missing_inputs`: pinned file:// inputs that do not exist.
     """
 
@@ -76,6 +77,7 @@ class Host:
     folders: dict[str, DiskFolder] | None = None
     missing_inputs: tuple[str, ...] | None = None
     database: str | None = None
+    tars: str | None = None
 
 
 def inspect_host(recipe: Recipe, params: Path) -> Host:
@@ -111,6 +113,7 @@ def inspect_host(recipe: Recipe, params: Path) -> Host:
         ),
         missing_inputs=_missing_inputs(recipe, folder),
         database=database_error(recipe, folder),
+        tars=_tars_error(recipe, folder),
     )
 
 
@@ -214,6 +217,15 @@ def _missing_inputs(recipe: Recipe, folder: Path) -> tuple[str, ...]:
         for each in pins.expand_span(pin, paths.pin_list_path(folder, name))
         if (path := _local_path(each, folder)) and not path.is_file()
     )
+
+
+def _tars_error(recipe: Recipe, folder: Path) -> str:
+    """Why the filter stage would refuse the tars after their download; "" if it would not."""
+    try:
+        fetch_inputs.check_tars(recipe, folder)
+    except UserError as error:
+        return error.message
+    return ""
 
 
 def database_error(recipe: Recipe, folder: Path) -> str | None:

@@ -90,6 +90,8 @@ def _is_declared(path, flags: int) -> bool:
         remedy = (
             CODE_REMEDY
             if path.endswith(".py")
+            else "Name another mirror by --mirror, certificates by SSL_CERT_FILE, and a token's file by HF_TOKEN_PATH."
+            if _policy.network == "any"
             else "Add it to its deps or outs in dvc.yaml (an input: to download.inputs in params.yaml), or name it by "
             "an option."
         )

@@ -105,7 +105,8 @@ def policy_for(script: Path, entry: dict[str, Any], context: click.Context) -> S
     allowed: list[str | Path] = [options["params"], root / dvc_yaml.PIPELINE, *code, *map(cache_from_source, code)]
     allowed += [
         value
-        for name, value in options.items()
+        for name, values in options.items()
+        for value in (values if isinstance(values, tuple) else (values,))
         if isinstance(value, Path)
         and (context.get_parameter_source(name) is not ParameterSource.DEFAULT or str(value) in (*deps, *outs))
     ]
@@ -130,11 +131,10 @@ def policy_for(script: Path, entry: dict[str, Any], context: click.Context) -> S
         written.add(work)
         allowed.append(work)
     if stage == "download":
-        from huggingface_hub import constants  # where it keeps its token and notes; downloads are verified by sha256
-
-        written |= {Path(mirror), Path(constants.HF_HOME)}
+        hub_files, hub_folders = _hub_configuration()
+        written |= {Path(mirror), *hub_folders}
         allowed += [paths.stamps_path(options["out"]), os.path.join(recipe_folder, recipe.supplied)]
-        allowed += [mirror, constants.HF_HOME, os.path.expanduser("~/.netrc"), *_pinned_files(recipe, recipe_folder)]
+        allowed += [mirror, *_links_in(mirror), *hub_files, *hub_folders, *_pinned_files(recipe, recipe_folder)]
 
     watched = _real_paths([root, recipe_folder, mirror, *input_folders, *_home_folders()]) - {"/"}
     return StagePolicy(
@@ -202,6 +202,24 @@ def _home_folders() -> set[str]:
         return {os.path.expanduser("~"), pwd.getpwuid(os.getuid()).pw_dir}
     except KeyError:
         return {os.path.expanduser("~")}
+
+
+def _hub_configuration() -> tuple[list[str], list[Path]]:
+    """What huggingface_hub and its HTTP client read as their configuration (their documents name the variables): files,
+    and the folder where the token and notes are kept. It decides who may download; what arrives is verified by sha256.
+    """
+    from huggingface_hub import constants
+
+    named = [os.environ.get(name) for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "NETRC", "OPENSSL_CONF")]
+    tokens = [constants.HF_TOKEN_PATH, constants.HF_STORED_TOKENS_PATH, f"{constants.HF_STORED_TOKENS_PATH}.lock"]
+    files = [os.path.expanduser("~/.netrc"), *tokens, constants.HF_HUB_CACHE, *filter(None, named)]
+    certificates = os.environ.get("SSL_CERT_DIR")
+    return files + (_links_in(certificates) if certificates else []), [Path(constants.HF_HOME)]
+
+
+def _links_in(folder: str) -> list[str]:
+    """The links in a folder, at any depth: what they lead to may be opened too."""
+    return [path for top, _, names in os.walk(folder) for name in names if os.path.islink(path := f"{top}/{name}")]
 
 
 def _pinned_files(recipe: Recipe, folder: str) -> list[str]:

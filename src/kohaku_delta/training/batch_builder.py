@@ -63,7 +63,8 @@ class BatchBuilder:
     """Builds micro-batches from posts, captions and tars.
 
     posts: post_id, tar, offset, size, width, height; captions: post_id, caption; both ascending by post_id. `folder`
-    holds the tars. `latent_step`: pixels per latent (8 for SDXL's VAE).
+    holds the tars; the metadata of posts says how images are decoded. `latent_step`: pixels per latent (8 for SDXL's
+    VAE).
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class BatchBuilder:
         self.post_ids, self.caption_ids = posts["post_id"].to_numpy(), captions["post_id"].to_numpy()
         self.folder, self.tokenizers = folder, tokenizers
         self.parameters, self.separator, self.latent_step = parameters, separator, latent_step
+        self.decoding = image.Decoding.of_posts(posts.schema.metadata)
 
     @staticmethod
     def _row(ids: np.ndarray, post: int, file: str) -> int:
@@ -103,7 +105,7 @@ class BatchBuilder:
         except UserError as error:
             raise UserError(f"{where}: {error.message} {GO_ON}") from None
         try:
-            decoded = image.decode(data, row["width"] * row["height"])
+            decoded = image.decode(data, row["width"] * row["height"], self.decoding)
         except image.UnreadableImage as error:
             raise UserError(f"{where} cannot be decoded ({error}). {OTHER_BYTES}") from None
         size = (decoded.shape[1], decoded.shape[0])

@@ -36,6 +36,7 @@ from kohaku_delta.strict_model import PartialModel, StrictModel
 
 LONGEST = 1 << 20  # bytes of a line; a post with a thousand tags has 30 KB
 BATCH = 1 << 14  # posts
+FIRST = 1000  # posts that are read to recognise the file
 MAX_TAGS = 1 << 23  # different tags, which are held in memory; Danbooru had about a million
 MAX_NOTE = 1 << 12  # bytes
 DATABASE, NOTE = "danbooru2023.db", "made.json"
@@ -142,6 +143,12 @@ def read_posts(source: Path, advance: Callable[[int], object] = lambda count: No
                     yield validate(line)
                 except ValidationError:
                     strict_model.parse_json(f"{source}, line {number:,}", PostRecord, line, LAYOUT)
+
+
+def check_beginning(source: Path) -> None:
+    """Raises UserError if one of the first lines is no post, or if there is none."""
+    if not list(islice(read_posts(source), FIRST)):
+        raise UserError(f"{source} has no post. {LAYOUT}")
 
 
 def write_database(

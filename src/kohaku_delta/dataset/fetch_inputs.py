@@ -1,24 +1,27 @@
 """Downloads and verifies the inputs of a recipe, with whole tars or only the images that some stage reads.
 
+If the recipe names posts.json instead of a database, the database is made from it here, and inputs.json lists both.
+Tars of several folders are linked into one.
+
 With download.images: selected the database comes first, then the posts are drawn from it as the select stage draws
 them, and only their files and those of the preview's held-out posts are downloaded. They are at the same offsets as in
 the whole tars, so every later stage does the same with either.
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from kohaku_delta import paths
-from kohaku_delta.danbooru import partial_download, schema
+from kohaku_delta.danbooru import partial_download, posts_json, schema, tar_links
 from kohaku_delta.danbooru.database import Database
-from kohaku_delta.danbooru.tars import tars_by_number
 from kohaku_delta.dataset import selection
 from kohaku_delta.errors import UserError
-from kohaku_delta.hub import mirror, pins
-from kohaku_delta.params import Recipe
+from kohaku_delta.hub import inputs_manifest, mirror, pins
+from kohaku_delta.params import Download, Recipe
 
 
 def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> dict:
@@ -30,8 +33,11 @@ def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> d
     check_tars(recipe, folder)
     _require_user_files(recipe, folder)
     if download.images == "all":
-        return mirror.resolve_inputs(download, folder, unused | {"index"}, others)
-    for name in ("database", "tars", "index"):
+        entries = mirror.resolve_inputs(download, folder, unused | {"index"}, others)
+        entries |= _converted_posts(entries, folder, download)
+        return entries | _linked_tars(entries, folder, download)
+    source = "posts" if "posts" in download.inputs else "database"
+    for name in (source, "tars", "index"):
         if name not in download.inputs:
             raise UserError(
                 f"download.images is selected, but download.inputs has no {name}. "
@@ -48,7 +54,8 @@ def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> d
             "Pin them (`kohaku-delta pin`), or set images to all."
         )
     entries = mirror.resolve_inputs(download, folder, unused | {"tars"}, others)
-    indexes = {Path(entry["path"]).stem: folder / entry["path"] for entry in _as_list(entries["index"])}
+    entries |= _converted_posts(entries, folder, download)
+    indexes = _indexes_by_name(entries["index"], folder)
     database = Database(folder / entries["database"]["path"])
     schema.check_schema(database)
     posts = needed_post_ids(database, recipe)
@@ -56,11 +63,50 @@ def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> d
         entry | {"path": mirror.manifest_path(Path(entry["path"]), folder, download.mirror)}
         for entry in partial_download.fetch_members(tars, indexes, folder / download.mirror, posts)
     ]
-    return entries
+    return entries | _linked_tars(entries, folder, download)
+
+
+def _converted_posts(entries: dict, folder: Path, download: Download) -> dict:
+    """The entry of the database that is made from posts.json, if the recipe names one."""
+    if "posts" not in entries:
+        return {}
+    posts = entries["posts"]
+    path, found = posts_json.converted_database(folder / posts["path"], posts["sha256"], folder / download.mirror)
+    entry = {
+        "path": mirror.manifest_path(path, folder, download.mirror),
+        "bytes": found.stamp.bytes,
+        "sha256": found.sha256,
+        "url": f"{posts['url']}#{path.name}",
+        "pinned": inputs_manifest.CONVERTED,
+        "stamp": found.stamp,
+    }
+    return {"database": entry}
+
+
+def _linked_tars(entries: dict, folder: Path, download: Download) -> dict:
+    """The entries of the tars, with the paths of links if they are in several folders."""
+    tars = _as_list(entries.get("tars", []))
+    files, urls = [folder / entry["path"] for entry in tars], [entry["url"] for entry in tars]
+    links = tar_links.link_into_one_folder(files, urls, folder / download.mirror)
+    if links == files:
+        return {}
+    paths = [mirror.manifest_path(link, folder, download.mirror) for link in links]
+    return {"tars": [entry | {"path": path} for entry, path in zip(tars, paths, strict=True)]}
+
+
+def _indexes_by_name(index, folder: Path) -> dict[str, Path]:
+    """The public indexes by the name of their tar, without extension: original/data-0000 as in their repository, and
+    data-0000 if no other has it.
+    """
+    entries = [(PurePosixPath(entry["url"]).with_suffix(""), folder / entry["path"]) for entry in _as_list(index)]
+    counts = Counter(name.name for name, _ in entries)
+    short = {name.name: path for name, path in entries if counts[name.name] == 1}
+    whole = {"/".join(name.parts[-length:]): path for name, path in entries for length in (2, 3)}
+    return short | whole
 
 
 def check_tars(recipe: Recipe, folder: Path) -> None:
-    """Raises UserError if the filter stage would refuse the tars by their names or folders. folder: that of
+    """Raises UserError if the filter stage would refuse the tars by their names. folder: that of
     params.yaml. Tars of a hub need not exist yet; a local one that does not exist is reported when it is verified.
     """
     kept = folder / recipe.download.mirror / ("selected" if recipe.download.images == "selected" else "")
@@ -72,7 +118,7 @@ def check_tars(recipe: Recipe, folder: Path) -> None:
             if local and not path.is_file():
                 return
             paths.append(Path(os.path.normpath(path)))
-    tars_by_number(paths)
+    tar_links.check_names(paths)
 
 
 def _require_user_files(recipe: Recipe, folder: Path) -> None:

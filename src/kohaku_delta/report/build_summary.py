@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kohaku_delta import params as recipes
 from kohaku_delta import paths, strict_model
-from kohaku_delta.hub import pins
+from kohaku_delta.hub import inputs_manifest, pins
 from kohaku_delta.params import Pin, Recipe
 from kohaku_delta.provenance import dvc_yaml
 from kohaku_delta.provenance.bundles import PROVENANCE
@@ -151,6 +151,8 @@ def _sources(inputs: Inputs, recipe: Recipe, place: Path) -> list[InputSource]:
         by_url = {pin.url: pin for pin in expanded}
         for each in entry if isinstance(entry, list) else [entry]:
             fit = _pin_status(each, by_url.get(each.url))
+            if name == "database" and each.pinned == inputs_manifest.CONVERTED and "posts" in recipe.download.inputs:
+                fit = "made of posts by the download stage", True
             sources.append(InputSource(name, each.url, each.bytes, each.sha256, *fit))
     return sources
 

@@ -154,7 +154,9 @@ def test_an_orientation_that_cannot_be_read_turns_nothing(exif):
 WEBP_SET = image.Decoding(reencode_webp=True)
 
 
-@pytest.mark.parametrize("size, expected", [((96, 64), (96, 64)), ((4096, 2048), (2896, 1448)), ((2049, 2048), (2048, 2047))])
+@pytest.mark.parametrize(
+    "size, expected", [((96, 64), (96, 64)), ((4096, 2048), (2896, 1448)), ((2049, 2048), (2048, 2047))]
+)
 def test_a_reencoded_picture_has_the_pixels_that_pillow_gives_a_file_made_like_the_webp_set(size, expected):
     rng = np.random.default_rng(3)
     pixels = Image.fromarray(rng.integers(0, 256, (size[1] // 16 + 1, size[0] // 16 + 1, 3), np.uint8)).resize(size)

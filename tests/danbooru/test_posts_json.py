@@ -87,7 +87,9 @@ def stages(database, folder, recipe):
 @pytest.mark.parametrize("alphabetical", [True, False])
 def test_the_same_posts_give_the_same_selection_posts_and_captions_both_ways(tmp_path, collection, alphabetical):
     recipe = params.load("params.yaml")
-    ranges = [each.model_copy(update={"draw": 700 if each.draw != "all" else "all"}) for each in recipe.selection.ranges]
+    ranges = [
+        each.model_copy(update={"draw": 700 if each.draw != "all" else "all"}) for each in recipe.selection.ranges
+    ]
     recipe = recipe.model_copy(update={"selection": recipe.selection.model_copy(update={"ranges": ranges})})
     database = Database(collection / "danbooru2023.db")
     if alphabetical:
@@ -130,7 +132,11 @@ def test_posts_that_only_gold_accounts_see_and_unknown_values_are_read_as_such(t
     source = write(tmp_path / "p", {}, json.dumps(hidden).encode(), b"", b" \r", {"id": 7, **nothing}, end="")
     database = convert(source, tmp_path / "a.db")
     rows = sqlite3.connect(database.path).execute("SELECT id, md5, file_url, rating, fav_count FROM post").fetchall()
-    assert rows == [(1, "0" * 32, POST["file_url"], 0, 5), (2, None, None, 0, 5), (7, "0" * 32, POST["file_url"], *[None] * 2)]
+    assert rows == [
+        (1, "0" * 32, POST["file_url"], 0, 5),
+        (2, None, None, 0, 5),
+        (7, "0" * 32, POST["file_url"], *[None] * 2),
+    ]
     assert set(caption_lists(database, [1, 2]).values()) == {", |||a bc, solo, recent, safe, normal quality"}
 
 
@@ -139,12 +145,17 @@ def test_the_last_line_of_a_post_counts(tmp_path, capsys):
         tmp_path / "p", {"tag_string_general": "old_tag solo"}, {"id": 2}, {"tag_string_general": "new_tag"}, {"id": 2}
     )
     database = convert(source, tmp_path / "a.db")
-    assert [text.split(", recent")[0] for text in caption_lists(database).values()] == [", |||new tag", ", |||a bc, solo"]
+    assert [text.split(", recent")[0] for text in caption_lists(database).values()] == [
+        ", |||new tag",
+        ", |||a bc, solo",
+    ]
     assert "2 lines are of posts that a later line has again" in capsys.readouterr().err
 
 
 def test_a_tag_has_the_class_that_its_own_line_says(tmp_path):
-    source = write(tmp_path / "p", {"tag_string_general": "name"}, {"id": 2, "tag_string_general": "", "tag_string_artist": "name"})
+    source = write(
+        tmp_path / "p", {"tag_string_general": "name"}, {"id": 2, "tag_string_general": "", "tag_string_artist": "name"}
+    )
     texts = caption_lists(convert(source, tmp_path / "a.db"))
     assert texts[1].startswith(", |||name, ") and texts[2].startswith("name, |||recent")
 
@@ -188,10 +199,10 @@ def test_bytes_that_are_not_utf8_an_array_and_an_empty_file_are_refused(tmp_path
         convert(write(tmp_path / "p", json.dumps(POST).encode().replace(b"solo", b"\xff")), tmp_path / "a.db")
     with pytest.raises(UserError, match="line 1: "):
         convert(write(tmp_path / "p", json.dumps([POST, POST]).encode()), tmp_path / "b.db")
-    for text in (b"", b"\n\n"):
+    for name, text in (("c.db", b""), ("d.db", b"\n\n")):
         (tmp_path / "p").write_bytes(text)
         with pytest.raises(UserError, match="has no post"):
-            convert(tmp_path / "p", tmp_path / "c.db")
+            convert(tmp_path / "p", tmp_path / name)
         with pytest.raises(UserError, match="has no post"):
             posts_json.check_beginning(tmp_path / "p")
 
@@ -216,7 +227,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
         with open(source, "w") as file:
             file.writelines(line.replace('"id": 1,', f'"id": {number},') + "\n" for number in range(1, count + 1))
         arguments = [sys.executable, "-c", script, source, tmp_path / f"{count}.db"]
-        done = subprocess.run(arguments, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": "src"})
+        done = subprocess.run(
+            arguments, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": "src"}
+        )
         peaks.append(int(done.stdout) << 10)
     assert peaks[1] - peaks[0] < 60 << 20 < source.stat().st_size / 4
 

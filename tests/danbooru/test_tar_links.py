@@ -109,7 +109,9 @@ def test_download_again_writes_the_same_list_and_a_damaged_database_is_named_and
     before = manifest.read_bytes()
     database = inputs_manifest.path(manifest, "database")
     database.write_bytes(database.read_bytes().replace(b"solo", b"sole"))
-    with pytest.raises(UserError, match="was edited or replaced.*Run the download stage again.*makes the database again"):
+    with pytest.raises(
+        UserError, match="was edited or replaced.*Run the download stage again.*makes the database again"
+    ):
         inputs_manifest.path(manifest, "database")
     gathered(recipe, originals)
     assert manifest.read_bytes() == before and inputs_manifest.path(manifest, "database") == database

@@ -248,7 +248,9 @@ def test_a_picture_that_is_reencoded_is_kept_with_its_smaller_size_and_trained_a
     assert size == (2508, 1672) and pixels.shape == (64, 64, 3)
 
 
-@pytest.mark.parametrize("old, new", [("image_check: decode", "image_check: header"), ("max_pixels: 26", "max_pixels: 56")])
+@pytest.mark.parametrize(
+    "old, new", [("image_check: decode", "image_check: header"), ("max_pixels: 26", "max_pixels: 56")]
+)
 def test_reencoding_that_filter_cannot_check_is_refused_in_the_recipe(tmp_path, old, new):
     text = Path("params.yaml").read_text().replace("reencode_webp: false", "reencode_webp: true")
     (tmp_path / "params.yaml").write_text(text.replace(old, new))

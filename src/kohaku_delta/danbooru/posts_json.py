@@ -156,7 +156,9 @@ def write_database(
 ) -> tuple[int, int]:
     """Converts a posts.json; returns how many posts and tag pairs the database has."""
     next_id = count(1).__next__
-    tag_ids: list[dict[str, int]] = [defaultdict(next_id) for _ in CLASSES]  # one sequence of ids, in the order of first occurrence
+    tag_ids: list[dict[str, int]] = [
+        defaultdict(next_id) for _ in CLASSES
+    ]  # one sequence of ids, in the order of first occurrence
     lines = pairs = general = 0
     try:
         with (
@@ -188,7 +190,9 @@ def write_database(
                 pairs = _value(cursor, "SELECT count(*) FROM posttagrelation")
             cursor.execute("COMMIT")
     except (adbc_driver_manager.Error, OSError) as error:
-        raise UserError(f"{target} cannot be written: {' '.join(str(error).split())}. Is its disk full?") from None
+        raise UserError(
+            f"{source} cannot be converted into {target}: {' '.join(str(error).split())}. Is the disk full?"
+        ) from None
     if not lines:
         raise UserError(f"{source} has no post. {LAYOUT}")
     if lines > posts_written:

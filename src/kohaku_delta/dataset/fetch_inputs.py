@@ -43,11 +43,7 @@ def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> d
                 f"download.images is selected, but download.inputs has no {name}. "
                 "Add it to params.yaml, or set download.images to all."
             )
-    tars = [
-        pin
-        for span in _as_list(download.inputs["tars"])
-        for pin in pins.expand_span(span, paths.pin_list_path(folder, "tars"))
-    ]
+    tars = pins.expand_input("tars", download.inputs["tars"], folder)
     if any(not pin.url.startswith("hf://") or pins.hub_file(pin).revision is None for pin in tars):
         raise UserError(
             "download.images is selected, but not all of download.inputs.tars are hf://…@revision/…. "

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
-from kohaku_delta import paths, strict_model
+from kohaku_delta import strict_model
 from kohaku_delta.danbooru import posts_json, schema
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import fetch_inputs
@@ -213,8 +213,8 @@ def _local_path(pin: Pin, folder: Path) -> Path | None:
 def _missing_inputs(recipe: Recipe, folder: Path) -> tuple[str, ...]:
     return tuple(
         each.url.removeprefix("file://")
-        for name, pin in estimates.needed_pins(recipe)
-        for each in pins.expand_span(pin, paths.pin_list_path(folder, name))
+        for name in dict.fromkeys(name for name, _ in estimates.needed_pins(recipe))
+        for each in pins.expand_input(name, recipe.download.inputs[name], folder)
         if (path := _local_path(each, folder)) and not path.is_file()
     )
 

@@ -141,13 +141,7 @@ def _size_fault(path: Path, out: LockedPath) -> str | None:
 def _sources(inputs: Inputs, recipe: Recipe, place: Path) -> list[InputSource]:
     sources = []
     for name, entry in inputs.inputs.items():
-        entries = recipe.download.inputs.get(name, [])
-        listing = paths.pin_list_path(place, name)
-        expanded = [
-            pin
-            for each in (entries if isinstance(entries, list) else [entries])
-            for pin in pins.expand_span(each, listing)
-        ]
+        expanded = pins.expand_input(name, recipe.download.inputs.get(name, []), place)
         by_url = {pin.url: pin for pin in expanded}
         for each in entry if isinstance(entry, list) else [entry]:
             fit = _pin_status(each, by_url.get(each.url))

@@ -231,7 +231,11 @@ def _pinned_files(recipe: Recipe, folder: str) -> list[str]:
         for pin in (item if isinstance(item, list) else [item])
         if pin.url.startswith("file://")
     ]
-    lists = [str(paths.pin_list_path(Path(folder), name)) for name in inputs]
+    lists = [
+        str(paths.pin_list_path(Path(folder), name, place))
+        for name, item in inputs.items()
+        for place in range(len(item) if isinstance(item, list) else 1)
+    ]
     return [os.path.join(folder, os.path.dirname(path) if "{" in path else path) for path in files] + lists
 
 

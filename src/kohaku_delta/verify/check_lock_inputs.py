@@ -140,13 +140,13 @@ def check_pins(rebuild: Artifact) -> Check:
     pinned: set[str] = set()
     whole = 0
     for name, listed in rebuild.recipe.download.inputs.items():
-        for pin in listed if isinstance(listed, list) else [listed]:
+        for place, pin in enumerate(listed if isinstance(listed, list) else [listed]):
             span = pins.SPAN.search(pin.url)
             folder = pin.url[: pin.url.rindex("/", 0, span.start()) + 1] if span else ""
             rows: dict[str, tuple[int, str | None]] = {}
             if span and pin.sha256:  # the pin is that of pins-<input>.csv
                 try:
-                    rows = pins.read_pin_list(paths.pin_list_path(rebuild.folder, name), pin)
+                    rows = pins.read_pin_list(paths.pin_list_path(rebuild.folder, name, place), pin)
                 except UserError as error:
                     yield error.message.replace(f"{rebuild.folder}/", "")
             urls = _url_pattern(pin.url, span)

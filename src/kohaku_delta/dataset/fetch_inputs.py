@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from kohaku_delta import paths
 from kohaku_delta.danbooru import partial_download, posts_json, schema, tar_links
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import selection

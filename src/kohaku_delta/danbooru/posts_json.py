@@ -61,8 +61,8 @@ DELETE_REPLACED = """DELETE FROM posttagrelation
 
 
 class PostRecord(PartialModel):
-    """What is read of a line; tag_string_…: names separated by spaces. Posts that only gold accounts see have no md5 and
-    no file_url.
+    """What is read of a line; tag_string_…: names separated by spaces. Posts that only gold accounts see have no md5
+    and no file_url.
     """
 
     id: Annotated[int, Field(gt=0, lt=1 << 31)]

@@ -175,7 +175,7 @@ BAD_LINES = {
     json.dumps({**POST, "rating": "safe"}): "line 2: rating is 'safe'; it must be 'g', 's', 'q' or 'e'",
     json.dumps({**POST, "is_deleted": "f"}): "line 2: is_deleted is 'f'; it must be true or false",
     json.dumps({**POST, "tag_string_general": ["a"]}): "line 2: tag_string_general",
-    json.dumps({name: value for name, value in POST.items() if name != "tag_string_meta"}): "tag_string_meta is missing",
+    json.dumps({name: value for name, value in POST.items() if name != "tag_string_meta"}): "_meta is missing",
     json.dumps(POST).replace("a_bc", "\\ud83d"): "line 2: it is not JSON",
     json.dumps(POST).replace("a_bc", "\x1b[2J"): "line 2: it is not JSON",
     "[" * 100_000: "line 2: it is not JSON",

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from kohaku_delta.params import Download, Pin
-from kohaku_delta.verify import check_lock_inputs
+from kohaku_delta.verify import check_lock_inputs, findings
 
 POSTS = "hf://datasets/owner/name@" + "0" * 40 + "/metadata/posts.json"
 CONVERTED = {
@@ -30,7 +30,7 @@ def finding(tmp_path, **changes):
 
 def test_a_database_made_of_the_pinned_posts_passes(tmp_path):
     found = finding(tmp_path)
-    assert found.status == "pass" and "2 inputs as pinned, 1 of them by a whole sha256" in found.message
+    assert found.status == findings.PASS and "2 inputs as pinned, 1 of them by a whole sha256" in found.message
 
 
 @pytest.mark.parametrize(
@@ -39,4 +39,4 @@ def test_a_database_made_of_the_pinned_posts_passes(tmp_path):
 )
 def test_another_input_does_not_pass_as_one(tmp_path, changes):
     found = finding(tmp_path, **changes)
-    assert found.status == "fail" and "is in inputs.json and not pinned" in found.message
+    assert found.status == findings.FAIL and "is in inputs.json and not pinned" in found.message

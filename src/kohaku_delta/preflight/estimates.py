@@ -17,7 +17,7 @@ RELEASE_SOURCE = "the release, model card: 51–51.5 s per step on two RTX 3090"
 RELEASE_TARS = 2001
 TARS = 1600 * GB, "about 1.3–1.6 TB: what users of the webp set report; no size is pinned"
 INDEX = 2 * GB, "the public index has about 0.9 MB per tar"
-ORIGINALS = "/nyanko7/danbooru2023@"
+ORIGINALS = "/nyanko7/danbooru2023"
 ORIGINAL_TARS = 8000 * GB, "about 8 TB, as its page says; no size is pinned"
 CONVERTED, CONVERTED_SOURCE = 0.31, "0.3 of posts.json: measured on made-up posts"
 # GPU memory in GB, architecture, multiprocessors: the makers' data sheets.

@@ -21,7 +21,7 @@ from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import captions, filtering, selection
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats.hashing import hash_file
-from kohaku_delta.preflight import host_checks, host_facts
+from kohaku_delta.preflight import estimates, host_checks, host_facts
 from kohaku_delta.preflight.host_facts import Host
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -317,3 +317,18 @@ def test_preflight_reads_the_beginning_of_a_local_posts_json(tmp_path):
     write(tmp_path / "posts.json", {}, b"{}")
     result = host_checks.check_database(Host({}, database=host_facts.database_error(recipe, tmp_path)), recipe)
     assert not result.ok and "posts.json, line 2: the key id is missing" in result.what
+
+
+def test_preflight_counts_the_database_that_is_made_of_posts_json(tmp_path):
+    url = "hf://datasets/nyanko7/danbooru2023/"
+    recipe = params.load(recipe_with(tmp_path, POSTS_PIN.replace("bytes: null", "bytes: 20700000000")))
+    spans = ("original/data-{0000..0999}.tar", "recent/data-{1000..1999}.tar")
+    tar_pins = [params.Pin(url=url + span, bytes=None, sha256=None) for span in spans]
+    inputs = recipe.download.inputs | {"tars": tar_pins}
+    download = recipe.download.model_copy(update={"inputs": inputs})
+    sizes = {
+        each.what: each.bytes
+        for each in estimates.download_sizes(recipe.model_copy(update={"download": download}), None)
+    }
+    assert sizes["database made of posts"] == 6_417_000_000 and sizes["2,000 tars"] == 8 * 10**12
+    assert host_facts._tars_error(recipe.model_copy(update={"download": download}), tmp_path) == ""

@@ -56,6 +56,16 @@ class Download(StrictModel):
         str, Annotated[Annotated[Pin, Tag("Pin")] | Annotated[list[Pin], Tag("Pins")], Discriminator(_pin_tag)]
     ]
 
+    @model_validator(mode="after")
+    def _one_source_of_posts(self):
+        if "posts" in self.inputs and "database" in self.inputs:
+            raise ValueError(
+                "inputs has both posts and database; the database is made from posts (posts.json), so keep one of them"
+            )
+        if isinstance(self.inputs.get("posts"), list):
+            raise ValueError("inputs.posts is a list; it must be one file (posts.json)")
+        return self
+
 
 class Range(StrictModel):
     """Posts with from <= id < below (null: no upper end)."""
@@ -86,6 +96,7 @@ class Filter(StrictModel):
     max_aspect_ratio: Positive
     alpha_background: Annotated[list[Byte], Field(min_length=3, max_length=3)] | None
     exif_rotation: bool
+    reencode_webp: bool
 
     @model_validator(mode="after")
     def _rotation_is_decoded(self):
@@ -93,6 +104,15 @@ class Filter(StrictModel):
             raise ValueError(
                 "exif_rotation: true exchanges width and height of some images, which image_check: header does not "
                 "see; set filter.image_check to decode"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reencoding_is_decoded(self):
+        if self.reencode_webp and (self.image_check == "header" or self.max_pixels > 1 << 28):
+            raise ValueError(
+                "reencode_webp: true makes images smaller after they are decoded; it needs image_check: decode and "
+                f"max_pixels of at most {1 << 28}"
             )
         return self
 

@@ -45,6 +45,8 @@ def stamps_path(inputs: Path) -> Path:
     return inputs.with_name(f"{inputs.stem}.verified.json")
 
 
-def pin_list_path(folder: Path, name: str) -> Path:
-    """The list of the pins of the input `name`, beside the params.yaml of `folder`."""
-    return folder / f"pins-{name}.csv"
+def pin_list_path(folder: Path, name: str, place: int = 0) -> Path:
+    """The list of the pins of the input `name`, beside the params.yaml of `folder`: pins-tars.csv, and pins-tars-2.csv
+    for the second pin of the input (place 1).
+    """
+    return folder / f"pins-{name}{f'-{place + 1}' if place else ''}.csv"

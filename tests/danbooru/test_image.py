@@ -151,9 +151,50 @@ def test_an_orientation_that_cannot_be_read_turns_nothing(exif):
     assert image.decode(data, decoding=image.Decoding(exif_rotation=True)).shape == (16, 24, 3)
 
 
+WEBP_SET = image.Decoding(reencode_webp=True)
+
+
+@pytest.mark.parametrize(
+    "size, expected", [((96, 64), (96, 64)), ((4096, 2048), (2896, 1448)), ((2049, 2048), (2048, 2047))]
+)
+def test_a_reencoded_picture_has_the_pixels_that_pillow_gives_a_file_made_like_the_webp_set(size, expected):
+    rng = np.random.default_rng(3)
+    pixels = Image.fromarray(rng.integers(0, 256, (size[1] // 16 + 1, size[0] // 16 + 1, 3), np.uint8)).resize(size)
+    data = saved(pixels)
+    assert expected[0] * expected[1] <= 2048 * 2048
+    smaller = pixels if size == expected else pixels.resize(expected, Image.Resampling.BICUBIC)
+    made = saved(smaller, "WEBP", quality=90)
+    found = image.decode(data, decoding=WEBP_SET)
+    assert np.array_equal(found, np.asarray(Image.open(io.BytesIO(made)).convert("RGB")))
+    assert image.decoded_size(data, decoding=WEBP_SET) == expected == found.shape[1::-1]
+    assert np.array_equal(found, image.decode(data, decoding=WEBP_SET))
+    assert not np.array_equal(found[:64, :64], image.decode(data)[:64, :64])  # other bytes than the original's
+
+
+def test_a_picture_that_webp_has_no_room_for_is_unreadable_if_it_is_reencoded():
+    for size in ((20_000, 2), (1, 16_384)):
+        data = saved(Image.new("RGB", size))
+        assert image.decoded_size(data) == size
+        for read in (image.decode, image.decoded_size):
+            with pytest.raises(image.UnreadableImage, match="WebP has no sides above 16383"):
+                read(data, decoding=WEBP_SET)
+
+
+def test_any_size_fits_the_webp_sets_limit():
+    rng = np.random.default_rng(4)
+    for width, height in rng.integers(1, 30_000, (2000, 2)).tolist():
+        try:
+            found = image.webp_set_size(width, height)
+        except image.UnreadableImage:
+            continue
+        assert 0 < found[0] * found[1] <= max(2048 * 2048, 16383) and max(found) <= 16383
+        if width * height <= 2048 * 2048:
+            assert found == (width, height)
+
+
 def test_how_images_are_decoded_travels_with_the_posts():
     assert image.RELEASE.metadata == {} and image.Decoding.of_posts(None) == image.RELEASE
-    for decoding in (WHITE, image.Decoding(exif_rotation=True)):
+    for decoding in (WHITE, WEBP_SET, image.Decoding(exif_rotation=True)):
         stored = {key.encode(): value.encode() for key, value in decoding.metadata.items()}
         assert image.Decoding.of_posts(stored) == decoding
     for text in (b"", b"[]", b'{"alpha_background": [1, 2]}', b'{"alpha_background": [1, 2, 256]}', b'{"x": 1}'):

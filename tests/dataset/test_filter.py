@@ -233,3 +233,28 @@ def test_rotation_without_decoding_is_refused_in_the_recipe(tmp_path):
     (tmp_path / "params.yaml").write_text(text.replace("image_check: decode", "image_check: header"))
     with pytest.raises(UserError, match="exif_rotation: true exchanges width and height .* set filter.image_check"):
         params.load(tmp_path / "params.yaml")
+
+
+def test_a_picture_that_is_reencoded_is_kept_with_its_smaller_size_and_trained_as_filter_saw_it(
+    tmp_path, folder, recipe
+):
+    write_tar(folder / "data-0001.tar", [("1.png", picture(3000, 2000, "PNG"))])
+    path = write_database(tmp_path / "a.db", [{"id": 1}])
+    parameters = recipe.filter.model_copy(update={"reencode_webp": True})
+    posts, _ = filtering.filter_posts(Database(path), tars.tars_in(folder), [1], parameters, recipe.caption, None, ())
+    assert (posts["width"].to_pylist(), posts["height"].to_pylist()) == ([2508], [1672])
+    builder = BatchBuilder(
+        posts, pa.table({"post_id": [1], "caption": [""]}), folder, (None, None), recipe.train, "|||", 8
+    )
+    pixels, size = builder.pixels(1, (64, 64))
+    assert size == (2508, 1672) and pixels.shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    "old, new", [("image_check: decode", "image_check: header"), ("max_pixels: 26", "max_pixels: 56")]
+)
+def test_reencoding_that_filter_cannot_check_is_refused_in_the_recipe(tmp_path, old, new):
+    text = Path("params.yaml").read_text().replace("reencode_webp: false", "reencode_webp: true")
+    (tmp_path / "params.yaml").write_text(text.replace(old, new))
+    with pytest.raises(UserError, match="reencode_webp: true .* needs image_check: decode and max_pixels of at most"):
+        params.load(tmp_path / "params.yaml")

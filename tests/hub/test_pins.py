@@ -85,6 +85,26 @@ def test_what_is_open_is_filled_and_every_other_byte_stays(hub, params):
     load(params)
 
 
+def test_each_span_of_an_input_has_its_own_list(hub, params):
+    for folder, numbers in (("original", (0, 1)), ("recent", (1000, 1001))):
+        for number in numbers:
+            hub.add(f"datasets/owner/name/{folder}/data-{number:04d}.tar", f"{folder}{number}".encode())
+    text = params.read_text()
+    start = text.index("hf://datasets/owner/name")
+    line = text[text.rindex("\n", 0, start) : text.index("sha256: null", start) + len("sha256: null")]
+    spans = ("original/data-{0000..0001}", "recent/data-{1000..1001}")
+    params.write_text(text.replace(line, "".join(line.replace("images/data-{0000..0004}", span) for span in spans)))
+    assert run(params, "--yes").exit_code == 0
+    recipe = load(params)
+    found = pins.expand_input("tars", recipe.download.inputs["tars"], params.parent)
+    assert [(pin.url.rpartition("@")[2][41:], pin.bytes) for pin in found] == [
+        ("original/data-0000.tar", 9), ("original/data-0001.tar", 9), ("recent/data-1000.tar", 10),
+        ("recent/data-1001.tar", 10),
+    ]  # fmt: skip
+    assert found[3].sha256 == hashlib.sha256(b"recent1001").hexdigest()
+    assert sorted(path.name for path in params.parent.glob("pins-*")) == ["pins-tars-2.csv", "pins-tars.csv"]
+
+
 def test_the_change_is_shown_and_written_only_after_a_yes(hub, params):
     before = params.read_text()
     declined = run(params, answer="n\n")

@@ -21,7 +21,7 @@ WHOLE = {
     "lokr.preset.modules",
     "lokr.preset.names",
 }  # mappings of names
-OPTIONAL = {"download.inputs.references"}  # keys that the release does without
+OPTIONAL = {"download.inputs.references", "download.inputs.posts"}  # keys that the release does without
 SOURCES = {"ours", "card", "docs", "files", "tool", "trainer", "preset", "SDXL"}
 
 

@@ -3,7 +3,8 @@ Missing memory (MemoryError) and a file that cannot be read (OSError) are no fau
 
 Images are decoded as the release's trainer saw them: the first frame of an animation, EXIF rotation not applied, alpha
 dropped, CMYK and palettes as Pillow converts them. Of 16-bit greys the upper eight bits are taken; the trainer
-got two levels. A recipe may ask for another background and for rotation (Decoding).
+got two levels. A recipe may ask for another background, for rotation, and for the pixels that a re-encoding gives as
+the webp set was made (Decoding).
 """
 
 import io
@@ -30,6 +31,8 @@ HEAD = 32  # bytes of a WebP file that hold its size; Pillow would read the whol
 BYTES_PER_PIXEL = 16  # of memory at most while an image is decoded to RGB (measured: docs/performance.md)
 FORMATS = ("WEBP", "PNG", "JPEG", "BMP", "GIF", "TIFF")  # by content, not by name; some of Pillow's others run programs
 DECODING_KEY = "decoding"  # in the metadata of posts.parquet
+# The webp set that the release was trained on: at most so many pixels (bicubic), then WebP of this quality
+WEBP_PIXELS, WEBP_QUALITY, WEBP_SIDE = 2048 * 2048, 90, 16383
 
 Image.MAX_IMAGE_PIXELS = None  # its limit is global and only warns; ours is checked below, before anything is decoded
 
@@ -39,10 +42,11 @@ class UnreadableImage(Exception):
 
 
 class Decoding(StrictModel):
-    """What a recipe may change in how images are decoded (filter.alpha_background, filter.exif_rotation)."""
+    """What a recipe may change in how images are decoded (filter.alpha_background, exif_rotation, reencode_webp)."""
 
     alpha_background: tuple[Byte, Byte, Byte] | None = None  # RGB behind transparent pixels; None: alpha is dropped
     exif_rotation: bool = False  # whether a picture is turned as its EXIF orientation says
+    reencode_webp: bool = False  # whether the pixels are those of a re-encoding as in the webp set
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -68,14 +72,16 @@ RELEASE = Decoding()
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS, decoding: Decoding = RELEASE) -> np.ndarray:
     """The image as (H, W, 3) uint8 RGB. Raises UnreadableImage, MemoryError."""
-    return np.array(_decode_rgb(data, max_pixels, decoding))
+    image = _decode_rgb(data, max_pixels, decoding)
+    return np.array(_reencode(image) if decoding.reencode_webp else image)
 
 
 def decoded_size(data: bytes, max_pixels: int = MAX_PIXELS, decoding: Decoding = RELEASE) -> tuple[int, int]:
     """(width, height) in pixels after the image was decoded as `decode` does, so both find the same faults. Without the
     copy into an array it takes a fifth less time. Raises UnreadableImage, MemoryError.
     """
-    return _decode_rgb(data, max_pixels, decoding).size
+    size = _decode_rgb(data, max_pixels, decoding).size
+    return webp_set_size(*size) if decoding.reencode_webp else size
 
 
 @cache
@@ -111,6 +117,29 @@ def webp_size(head: bytes, length: int) -> tuple[int, int] | None:
     elif kind == b"VP8X":
         width, height = (int.from_bytes(head[at : at + 3], "little") + 1 for at in (24, 27))
     return (width, height) if width and height else (0, 0)
+
+
+def webp_set_size(width: int, height: int) -> tuple[int, int]:
+    """(width, height) in the webp set's limit of pixels: both sides scaled alike and rounded down. Raises
+    UnreadableImage for a side that WebP has no room for.
+    """
+    if width * height > WEBP_PIXELS:
+        scale = (WEBP_PIXELS / (width * height)) ** 0.5
+        width, height = max(1, int(width * scale)), max(1, int(height * scale))
+    if max(width, height) > WEBP_SIDE:
+        raise UnreadableImage(f"{width} x {height} pixels: WebP has no sides above {WEBP_SIDE}")
+    return width, height
+
+
+def _reencode(image: Image.Image) -> Image.Image:
+    """The pixels after the image was made smaller and encoded as in the webp set."""
+    size = webp_set_size(*image.size)
+    file = io.BytesIO()
+    (image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)).save(
+        file, "WEBP", quality=WEBP_QUALITY
+    )
+    with Image.open(file, formats=["WEBP"]) as encoded:
+        return encoded.convert("RGB")
 
 
 def _decode_rgb(data: bytes, max_pixels: int, decoding: Decoding) -> Image.Image:

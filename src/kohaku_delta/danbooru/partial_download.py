@@ -60,7 +60,7 @@ class PartialTar:
 
 def fetch_members(pinned: list[Pin], indexes: dict[str, Path], mirror: Path, ids) -> list[dict]:
     """Downloads the members of the posts `ids` into sparse tars; returns the entries of inputs.json, in the order of
-    the pins. indexes: by name, data-0000.
+    the pins. indexes: by name, data-0000 or original/data-0000; of several, the longest that ends the tar's path.
 
     Raises UserError for a tar without index, and for one whose pin is not the tar that the index describes.
     """
@@ -99,7 +99,8 @@ def fetch_members(pinned: list[Pin], indexes: dict[str, Path], mirror: Path, ids
 
 def _partial_tar(pin: Pin, indexes: dict[str, Path], mirror: Path, wanted: np.ndarray) -> PartialTar:
     file = pins.hub_file(pin)
-    path = indexes.get(Path(file.file).stem)
+    parts = Path(file.file).with_suffix("").parts
+    path = next((indexes[name] for at in range(len(parts)) if (name := "/".join(parts[at:])) in indexes), None)
     if path is None:
         raise UserError(
             f"{pin.url} has no index, so single members cannot be downloaded. "

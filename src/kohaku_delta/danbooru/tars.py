@@ -2,7 +2,7 @@
 place, never unpacked.
 
 A post's file is in `data-XXXX.tar` with XXXX = id % 1000 (main), else in id % 1000 + 1000 (recent), else in 2000
-(add-on).
+(add-on), else in an update (`update-<date>-<number>.tar`, as tar_links names them), the earliest date first.
 """
 
 import os
@@ -19,8 +19,10 @@ HASH_AGAIN = (
     "Delete build/inputs.verified.json and run `dvc repro`: it hashes every input again and names the damaged ones."
 )
 
-NAME = re.compile(r"data-(\d+)\.tar")
+NAME = re.compile(r"data-([0-9]{1,4})\.tar")
+UPDATE = re.compile(r"update-([0-9A-Za-z_]+)-([0-9]{1,4})\.tar")
 MAIN, ADD_ON = range(1000), 2000
+UPDATES = 10_000  # updates are numbered from here, by date
 
 
 def tars_in(folder) -> dict[int, Path]:
@@ -30,19 +32,22 @@ def tars_in(folder) -> dict[int, Path]:
         raise UserError(
             f"The tars folder {folder} does not exist. Set --tars to the folder that holds data-0000.tar …."
         )
-    return tars_by_number(sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_file()))
+    named = (path for path in folder.iterdir() if NAME.fullmatch(path.name) or UPDATE.fullmatch(path.name))
+    return tars_by_number(sorted(path for path in named if path.is_file()))
 
 
 def tars_by_number(paths: list[Path]) -> dict[int, Path]:
-    """The tars by the number in their names. Raises UserError unless they are in one folder."""
+    """The tars by the number in their names; updates by date. Raises UserError unless they are in one folder."""
     found: dict[int, Path] = {}
+    updates = {path.name: name for path in paths if (name := UPDATE.fullmatch(path.name))}
+    by_date = sorted(updates, key=lambda name: (updates[name][1], int(updates[name][2])))
     for path in map(Path, paths):
         name = NAME.fullmatch(path.name)
-        if name is None:
+        if name is None and path.name not in updates:
             raise UserError(
                 f"{path} is not named like a tar of danbooru2023 (data-0000.tar); the name says which posts it holds."
             )
-        other = found.setdefault(int(name[1]), path)
+        other = found.setdefault(int(name[1]) if name else UPDATES + by_date.index(path.name), path)
         if other != path:
             raise UserError(f"{other} and {path} have the same number. Remove one of them.")
     folders = sorted({str(path.parent) for path in found.values()})

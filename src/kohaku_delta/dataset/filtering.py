@@ -80,7 +80,8 @@ def filter_posts(
         raise UserError(
             "There is no tar (data-0000.tar …) at all, so no post has an image. Download them, or set --tars."
         )
-    relevant = {number: path for number, path in files.items() if number % 1000 in residues or number == tars.ADD_ON}
+    any_post = {number for number in files if number == tars.ADD_ON or number >= tars.UPDATES}
+    relevant = {number: path for number, path in files.items() if number % 1000 in residues or number in any_post}
     stop = Event()
     with ThreadPoolExecutor(1) as pool:  # SQLite and the tars do not wait for each other
         try:
@@ -158,6 +159,7 @@ def decoding(parameters: Filter) -> image.Decoding:
     return image.Decoding(
         alpha_background=(background[0], background[1], background[2]) if background else None,
         exif_rotation=parameters.exif_rotation,
+        reencode_webp=parameters.reencode_webp,
     )
 
 
@@ -165,15 +167,15 @@ def find_in_tars(ids: np.ndarray, members: dict[int, TarMembers]) -> tuple[np.nd
     """Of each post (int64, ascending): the number of the tar that holds its file (int32, -1 for none), and the row
     among its members (int32).
 
-    The first tar that holds it counts: main, recent, add-on.
+    The first tar that holds it counts: main, recent, add-on, updates from the earliest.
     """
     tar, row = np.full(len(ids), -1, np.int32), np.full(len(ids), -1, np.int32)
     residue = (ids % 1000).astype(np.uint16)
     order = np.argsort(residue, kind="stable")
     by_residue = np.split(order, np.searchsorted(residue[order], np.arange(1, 1000)))
     for number in sorted(members):
-        if number <= tars.ADD_ON:
-            posts = by_residue[number % 1000] if number != tars.ADD_ON else np.arange(len(ids))
+        if number <= tars.ADD_ON or number >= tars.UPDATES:
+            posts = by_residue[number % 1000] if number < tars.ADD_ON else np.arange(len(ids))
             posts = posts[tar[posts] < 0]
             rows = positions_of(members[number].id, ids[posts])
             tar[posts[rows >= 0]], row[posts[rows >= 0]] = number, rows[rows >= 0]

@@ -41,7 +41,7 @@ def fill_pins(params: Path, recipe: Recipe) -> PinEdit:
                 pins.hub_file(pin).revision is None or pin.bytes is None or pin.sha256 is None
             ):
                 key = (name, number) if isinstance(pinned, list) else (name,)
-                filled[key] = _filled_pin(name, pin, params.parent, edit)
+                filled[key] = _filled_pin(name, pin, paths.pin_list_path(params.parent, name, number), edit)
             elif pins.pin_strength(pin) != "sha256":
                 edit.remarks.append(
                     f"{name}: {pin.url} is supplied by whoever runs the recipe; "
@@ -61,7 +61,7 @@ def unified_diff(path: Path, content: bytes) -> list[str]:
     return list(difflib.unified_diff(old, new, str(path), f"{path} (new)", lineterm="", n=2))
 
 
-def _filled_pin(name: str, pin: Pin, folder: Path, edit: PinEdit) -> Pin:
+def _filled_pin(name: str, pin: Pin, pin_list: Path, edit: PinEdit) -> Pin:
     file = pins.hub_file(pin)
     if file.revision is None:
         commit = _ask(lambda: client.latest_commit(file), pin)
@@ -69,7 +69,7 @@ def _filled_pin(name: str, pin: Pin, folder: Path, edit: PinEdit) -> Pin:
         edit.remarks.append(
             f"{name}: the revision that the release used is not known; {commit} is the latest of {file.repo}"
         )
-    return _filled_span(name, pin, folder, edit) if pins.SPAN.search(pin.url) else _filled_file(name, pin, edit)
+    return _filled_span(name, pin, pin_list, edit) if pins.SPAN.search(pin.url) else _filled_file(name, pin, edit)
 
 
 def _filled_file(name: str, pin: Pin, edit: PinEdit) -> Pin:
@@ -90,12 +90,12 @@ def _filled_file(name: str, pin: Pin, edit: PinEdit) -> Pin:
     return Pin(url=pin.url, bytes=remote.size, sha256=pin.sha256 or remote.sha256)
 
 
-def _filled_span(name: str, pin: Pin, folder: Path, edit: PinEdit) -> Pin:
+def _filled_span(name: str, pin: Pin, pin_list: Path, edit: PinEdit) -> Pin:
     if pin.sha256 is not None:
         raise UserError(
             f"{pin.url} has a list and lacks bytes or revision. Set its bytes and sha256 to null, then run this again."
         )
-    wanted = pins.expand_span(pin, paths.pin_list_path(folder, name))
+    wanted = pins.expand_span(pin, pin_list)
     remote = _list_files(wanted)
     found = [file for file in (pins.hub_file(each).file for each in wanted) if file in remote]
     rows = [(file.rpartition("/")[2], remote[file].size, remote[file].sha256) for file in found]
@@ -105,7 +105,7 @@ def _filled_span(name: str, pin: Pin, folder: Path, edit: PinEdit) -> Pin:
             f"Correct the url in params.yaml (download.inputs.{name})."
         )
     content = pins.format_pin_list(rows)
-    edit.files[paths.pin_list_path(folder, name)] = content
+    edit.files[pin_list] = content
     if absent := len(wanted) - len(rows):
         edit.remarks.append(f"{name}: {absent:,} of {len(wanted):,} files do not exist, and are left out")
     if unknown := sum(sha256 is None for *_, sha256 in rows):

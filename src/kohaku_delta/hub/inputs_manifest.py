@@ -5,8 +5,8 @@ An input is opened through this module, which first compares its size, then its 
 
 inputs.json is the same on every host: paths are relative to its folder, and hf:// inputs are always in the recipe's own
 mirror (files of another mirror are linked there). Only an absolute path in params.yaml stays absolute. `pinned` says
-how each file was known: "sha256", "prefix <digits>", "recorded" (only this run says what it is) or "members" (a sparse
-tar); `start` says where the base comes from.
+how each file was known: "sha256", "prefix <digits>", "recorded" (only this run says what it is), "members" (a sparse
+tar) or "converted" (made here from the input that its url names); `start` says where the base comes from.
 """
 
 import json
@@ -20,10 +20,12 @@ from kohaku_delta.hub import progress, verified_files
 from kohaku_delta.hub.verified_files import VerifiedFile
 from kohaku_delta.parallel import ordered_map
 
+CONVERTED = "converted"
 PINNED = {
     "sha256": "as pinned",
     "recorded": "without a pin, recorded here",
     "members": "in part, each member by the public index",
+    CONVERTED: "converted from another input",
 }
 
 
@@ -157,6 +159,8 @@ def _rehash(manifest: Path, name: str, changed: list[tuple[Path, dict]]) -> None
 
 def _remedy(name: str, entry: dict) -> str:
     again = "un the download stage again (`dvc repro -f -s download`)"
+    if entry.get("pinned") == CONVERTED:
+        return f"R{again}: it makes the database again."
     if str(entry.get("url")).startswith("file://"):
         return (
             "Put the file back. If you mean to use this one, change its pin in params.yaml "

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.hub import client, file_download, pins, progress, verified_files
 from kohaku_delta.hub.verified_files import VerifiedFile
@@ -108,18 +107,17 @@ def list_input_files(parameters: Download, folder: Path, skip: frozenset[str] | 
     for name, pinned in sorted(parameters.inputs.items()):
         if name in skip:
             continue
-        for span in pinned if isinstance(pinned, list) else [pinned]:
-            for pin in pins.expand_span(span, paths.pin_list_path(folder, name)):
-                if pin.url.startswith("file://"):
-                    path = folder / pin.url.removeprefix("file://")
-                elif pins.hub_file(pin).revision is not None:
-                    path = folder / parameters.mirror / pins.hub_file(pin).path
-                else:
-                    raise UserError(
-                        f"{pin.url} names no revision, and the file there may change. "
-                        "Run `kohaku-delta pin`, which fills in the latest one and shows it before writing."
-                    )
-                files.append(InputFile(name, isinstance(pinned, list), pin, path))
+        for pin in pins.expand_input(name, pinned, folder):
+            if pin.url.startswith("file://"):
+                path = folder / pin.url.removeprefix("file://")
+            elif pins.hub_file(pin).revision is not None:
+                path = folder / parameters.mirror / pins.hub_file(pin).path
+            else:
+                raise UserError(
+                    f"{pin.url} names no revision, and the file there may change. "
+                    "Run `kohaku-delta pin`, which fills in the latest one and shows it before writing."
+                )
+            files.append(InputFile(name, isinstance(pinned, list), pin, path))
     if not files:
         raise UserError(
             "params.yaml pins no input (download.inputs is empty). For the miniature run `make miniature-data`."

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import Pin, Recipe
 
@@ -95,6 +96,14 @@ def expand_span(pin: Pin, pin_list: Path) -> list[Pin]:
             "Run `kohaku-delta pin` again, or correct the url."
         )
     return [Pin(url=url, bytes=listed[url][0], sha256=listed[url][1]) for url in urls if url in listed]
+
+
+def expand_input(name: str, pinned: Pin | list[Pin], folder: Path) -> list[Pin]:
+    """One pin per file of an input. folder: that of params.yaml and of the lists of pins."""
+    spans = pinned if isinstance(pinned, list) else [pinned]
+    return [
+        pin for place, span in enumerate(spans) for pin in expand_span(span, paths.pin_list_path(folder, name, place))
+    ]
 
 
 def format_pin_list(files: list[tuple[str, int, str | None]]) -> bytes:

@@ -18,6 +18,9 @@ WEBP_SET = "danbooru2023-webp-4Mpixel"  # the release's tars, whose sizes are no
 TARS = 1600 * GB, "about 1.3–1.6 TB: what users of the webp set report; no size is pinned"
 MAIN_TARS, TAR_SOURCE = 1000, "at most 1.6 GB each: the webp set has up to 1.6 TB, in 1,000 main tars and smaller ones"
 INDEX_BYTES, INDEX_SOURCE = 10**6, "the public index has about 0.9 MB per tar"
+ORIGINALS = "/nyanko7/danbooru2023"
+ORIGINAL_TARS = 8000 * GB, "about 8 TB, as its page says; no size is pinned"
+CONVERTED, CONVERTED_SOURCE = 0.31, "0.3 of posts.json: measured on made-up posts"
 # GPU memory in GB, architecture, multiprocessors: the makers' data sheets.
 KNOWN_GPUS = {
     "RTX 3090": (24, "8.6", 82),
@@ -136,6 +139,8 @@ def download_sizes(recipe: Recipe, model: ParameterCounts | None) -> list[SizeEs
             most = files * TARS[0] // MAIN_TARS
             size, source = TARS if most > TARS[0] else (most, TAR_SOURCE)
             estimate = SizeEstimate(f"{files:,} tars", size, source)
+        elif name == "tars" and files >= 2000 and all(ORIGINALS in pin.url for pin in own):
+            estimate = SizeEstimate(f"{files:,} tars", *ORIGINAL_TARS)
         elif name == "index" and all(WEBP_SET in pin.url for pin in own):
             estimate = SizeEstimate(f"{files:,} lists", files * INDEX_BYTES, INDEX_SOURCE)
         elif name in architecture_pins(recipe) and model:
@@ -143,6 +148,10 @@ def download_sizes(recipe: Recipe, model: ParameterCounts | None) -> list[SizeEs
         else:
             estimate = SizeEstimate(name, None, "no size is pinned: `kohaku-delta pin` gets it from the Hub")
         estimates.append(estimate)
+    posts = recipe.download.inputs.get("posts")
+    if isinstance(posts, Pin):
+        database = None if posts.bytes is None else int(CONVERTED * posts.bytes)
+        estimates.append(SizeEstimate("database made of posts", database, CONVERTED_SOURCE))
     return estimates
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
-from kohaku_delta import paths, strict_model
-from kohaku_delta.danbooru import schema
+from kohaku_delta import strict_model
+from kohaku_delta.danbooru import posts_json, schema
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import fetch_inputs
 from kohaku_delta.errors import UserError
@@ -203,8 +203,8 @@ def _local_path(pin: Pin, folder: Path) -> Path | None:
 def _missing_inputs(recipe: Recipe, folder: Path) -> tuple[str, ...]:
     return tuple(
         each.url.removeprefix("file://")
-        for name, pin in estimates.needed_pins(recipe)
-        for each in pins.expand_span(pin, paths.pin_list_path(folder, name))
+        for name in dict.fromkeys(name for name, _ in estimates.needed_pins(recipe))
+        for each in pins.expand_input(name, recipe.download.inputs[name], folder)
         if (path := _local_path(each, folder)) and not path.is_file()
     )
 
@@ -219,13 +219,19 @@ def _tars_error(recipe: Recipe, folder: Path) -> str:
 
 
 def database_error(recipe: Recipe, folder: Path) -> str | None:
-    """Why the select stage would refuse a local database; "" if it would not; None if there is no local one."""
-    pin = recipe.download.inputs.get("database")
+    """Why the select stage would refuse a local database, or download the first lines of a local posts.json; "" if it
+    would not; None if there is no local one.
+    """
+    is_posts = "posts" in recipe.download.inputs
+    pin = recipe.download.inputs.get("posts" if is_posts else "database")
     path = _local_path(pin, folder) if isinstance(pin, Pin) else None
     if not path or not path.is_file():
         return None
     try:
-        schema.check_schema(Database(path))
+        if is_posts:
+            posts_json.check_beginning(path)
+        else:
+            schema.check_schema(Database(path))
     except UserError as error:
         return error.message
     return ""

@@ -26,6 +26,7 @@ class Input(PartialModel):
     url: str
     bytes: Count
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    pinned: str = ""
 
 
 class Inputs(PartialModel):

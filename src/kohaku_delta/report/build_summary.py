@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kohaku_delta import params as recipes
 from kohaku_delta import paths, strict_model
-from kohaku_delta.hub import pins
+from kohaku_delta.hub import inputs_manifest, pins
 from kohaku_delta.params import Pin, Recipe
 from kohaku_delta.provenance import dvc_yaml
 from kohaku_delta.provenance.bundles import PROVENANCE
@@ -141,16 +141,12 @@ def _size_fault(path: Path, out: LockedPath) -> str | None:
 def _sources(inputs: Inputs, recipe: Recipe, place: Path) -> list[InputSource]:
     sources = []
     for name, entry in inputs.inputs.items():
-        entries = recipe.download.inputs.get(name, [])
-        listing = paths.pin_list_path(place, name)
-        expanded = [
-            pin
-            for each in (entries if isinstance(entries, list) else [entries])
-            for pin in pins.expand_span(each, listing)
-        ]
+        expanded = pins.expand_input(name, recipe.download.inputs.get(name, []), place)
         by_url = {pin.url: pin for pin in expanded}
         for each in entry if isinstance(entry, list) else [entry]:
             fit = _pin_status(each, by_url.get(each.url))
+            if name == "database" and each.pinned == inputs_manifest.CONVERTED and "posts" in recipe.download.inputs:
+                fit = "made of posts by the download stage", True
             sources.append(InputSource(name, each.url, each.bytes, each.sha256, *fit))
     return sources
 

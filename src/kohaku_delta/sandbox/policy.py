@@ -204,19 +204,6 @@ def _home_folders() -> set[str]:
         return {os.path.expanduser("~")}
 
 
-def _pinned_files(recipe: Recipe, folder: str) -> list[str]:
-    """The files of file:// pins (of a span of files, their folder), and the lists of pins."""
-    inputs = recipe.download.inputs
-    files = [
-        pin.url.removeprefix("file://")
-        for item in inputs.values()
-        for pin in (item if isinstance(item, list) else [item])
-        if pin.url.startswith("file://")
-    ]
-    lists = [str(paths.pin_list_path(Path(folder), name)) for name in inputs]
-    return [os.path.join(folder, os.path.dirname(path) if "{" in path else path) for path in files] + lists
-
-
 def _hub_configuration() -> tuple[list[str], list[Path]]:
     """What huggingface_hub and its HTTP client read as their configuration (their documents name the variables): files,
     and the folder where the token and notes are kept. It decides who may download; what arrives is verified by sha256.
@@ -233,6 +220,23 @@ def _hub_configuration() -> tuple[list[str], list[Path]]:
 def _links_in(folder: str) -> list[str]:
     """The links in a folder, at any depth: what they lead to may be opened too."""
     return [path for top, _, names in os.walk(folder) for name in names if os.path.islink(path := f"{top}/{name}")]
+
+
+def _pinned_files(recipe: Recipe, folder: str) -> list[str]:
+    """The files of file:// pins (of a span of files, their folder), and the lists of pins."""
+    inputs = recipe.download.inputs
+    files = [
+        pin.url.removeprefix("file://")
+        for item in inputs.values()
+        for pin in (item if isinstance(item, list) else [item])
+        if pin.url.startswith("file://")
+    ]
+    lists = [
+        str(paths.pin_list_path(Path(folder), name, place))
+        for name, item in inputs.items()
+        for place in range(len(item) if isinstance(item, list) else 1)
+    ]
+    return [os.path.join(folder, os.path.dirname(path) if "{" in path else path) for path in files] + lists
 
 
 def _network(stage: str, options: dict[str, Any], recipe: Recipe) -> str:

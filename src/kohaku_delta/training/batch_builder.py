@@ -105,7 +105,9 @@ class BatchBuilder:
         except UserError as error:
             raise UserError(f"{where}: {error.message} {GO_ON}") from None
         try:
-            decoded = image.decode(data, row["width"] * row["height"], self.decoding)
+            # posts.parquet has the size after the re-encoding, which may have made the image smaller
+            most = image.MAX_PIXELS if self.decoding.reencode_webp else row["width"] * row["height"]
+            decoded = image.decode(data, most, self.decoding)
         except image.UnreadableImage as error:
             raise UserError(f"{where} cannot be decoded ({error}). {OTHER_BYTES}") from None
         size = (decoded.shape[1], decoded.shape[0])

@@ -26,7 +26,8 @@ def released(tmp_path_factory):
         for name, file in FILES.items()
     }
     content["published"] = files | {
-        "lokr_24000": {"bytes": None, "sha256": "0" * 64},
+        "milestones": {"24000": {"bytes": None, "sha256": "0" * 64}, "4": {"bytes": None, "sha256": None}},
+        "training": {"gpus": 2, "gpu": "RTX 3090", "seconds_per_step": 1.0, "said": "nothing"},
         "dataset": {"posts": 30, "steps": steps, "buckets": []},
     }
     rebuild_factory.dump(folder / "params.yaml", content)

@@ -39,7 +39,7 @@ def keys(content, path="") -> dict:
         }
     fields = (
         {f"{path}[].{field}": None for field in content[0]}
-        if isinstance(content, list) and isinstance(content[0], dict)
+        if isinstance(content, list) and content and isinstance(content[0], dict)
         else {}
     )
     return {path: content} | fields

@@ -106,7 +106,11 @@ class Percentiles(StrictModel):
 
 
 def _thresholds_tag(value) -> str:
-    return "Percentiles" if isinstance(value, Percentiles) or (isinstance(value, dict) and "percentiles" in value) else "numbers"
+    return (
+        "Percentiles"
+        if isinstance(value, Percentiles) or (isinstance(value, dict) and "percentiles" in value)
+        else "numbers"
+    )
 
 
 class Caption(StrictModel):

@@ -123,7 +123,8 @@ def test_posts_above_seven_million_have_no_quality_tag_and_need_no_rating(tmp_pa
 
 def test_artists_are_left_out_by_a_part_of_their_name_and_others_are_not(tmp_path, parameters):
     tags = [
-        (1, "banned_artist", ARTIST), (2, "some_artist", ARTIST), (3, "banned_thing", GENERAL), (4, "unbanned", CHARACTER)
+        (1, "banned_artist", ARTIST), (2, "some_artist", ARTIST), (3, "banned_thing", GENERAL),
+        (4, "unbanned", CHARACTER),
     ]  # fmt: skip
     path = write_database(tmp_path / "a.db", [{"id": 1}], tags, [(1, tag) for tag, *_ in tags])
     dropping = parameters.model_copy(update={"dropped_artists": ["banned"]})
@@ -150,7 +151,11 @@ def from_database(parameters):
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(st.tuples(st.integers(-4, 5) | st.none(), st.integers(-3, 60) | st.none() | st.just(7.9)), max_size=60))
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(-4, 5) | st.none(), st.integers(-3, 60) | st.none() | st.just(7.9)), max_size=60
+    )
+)
 def test_thresholds_from_the_database_are_numpys_percentiles_of_all_its_posts_of_a_rating(
     tmp_path_factory, parameters, rows
 ):

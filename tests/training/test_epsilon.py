@@ -20,7 +20,15 @@ from kohaku_delta.weights.lokr_preset import lokr_targets
 
 EPSILON = YAML(typ="safe", pure=True).load((tiny_training.ROOT / "recipes/epsilon-rev1/params.yaml").read_text())
 POSTS, EPOCHS = 11, 3
-KEPT = ("weight_decay", "betas", "tag_dropout", "noise_offset", "min_snr_gamma", "timestep_freq_shift", "text_projection")
+KEPT = (
+    "weight_decay",
+    "betas",
+    "tag_dropout",
+    "noise_offset",
+    "min_snr_gamma",
+    "timestep_freq_shift",
+    "text_projection",
+)
 PRESET = {"modules": {"CrossAttention": 2, "CLIPMLP": 4}, "names": {"time_embed": 4}, "norms": False}
 
 

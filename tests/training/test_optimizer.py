@@ -113,7 +113,7 @@ def test_the_release_warms_up_in_50_updates_of_which_the_first_has_rate_0():
 def test_the_rates_are_those_of_the_published_scheduler_advanced_once_per_process_and_update(
     path, rates, warmup, processes
 ):
-    """diffusers' constant schedule with the published warm-up steps, as accelerate drove it: every process's step counts."""
+    """diffusers' constant schedule with the published warm-up steps, as accelerate drove it: every process counts."""
     from diffusers.optimization import get_constant_schedule_with_warmup
 
     recipe = load(path).train

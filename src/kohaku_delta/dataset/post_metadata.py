@@ -102,9 +102,7 @@ def _percentile(values: np.ndarray, percent: int) -> int:
     return low + (high - low) * hundredths // 100
 
 
-def quality_tag_indices(
-    rating: np.ndarray, favourites: np.ndarray, thresholds_of: dict[int, list[int]]
-) -> np.ndarray:
+def quality_tag_indices(rating: np.ndarray, favourites: np.ndarray, thresholds_of: dict[int, list[int]]) -> np.ndarray:
     """Index in caption.quality (int8): how many of the rating's thresholds fav_count does not exceed; -1 for a rating
     without thresholds.
     """

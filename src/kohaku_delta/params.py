@@ -106,11 +106,8 @@ class Percentiles(StrictModel):
 
 
 def _thresholds_tag(value) -> str:
-    return (
-        "Percentiles"
-        if isinstance(value, Percentiles) or (isinstance(value, dict) and "percentiles" in value)
-        else "numbers"
-    )
+    from_database = isinstance(value, Percentiles) or (isinstance(value, dict) and "percentiles" in value)
+    return "Percentiles" if from_database else "numbers"
 
 
 class Caption(StrictModel):
@@ -139,8 +136,8 @@ class Caption(StrictModel):
             percentiles = self.quality_above.percentiles
             if len(percentiles) != len(self.quality) - 1 or percentiles != sorted(set(percentiles), reverse=True):
                 raise ValueError(
-                    f"quality_above.percentiles needs {len(self.quality) - 1} falling percentiles, one between each two "
-                    "of the quality tags"
+                    f"quality_above.percentiles needs {len(self.quality) - 1} falling percentiles, one between each "
+                    "two of the quality tags"
                 )
             return self
         if self.quality_above.keys() != self.ratings.keys():

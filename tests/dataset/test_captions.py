@@ -189,7 +189,10 @@ def test_quality_tags_from_the_database_do_not_depend_on_what_is_selected(tmp_pa
     chosen = captions.caption_posts(database, few, parameters)["caption"].to_pylist()
     assert [text.split(", ")[-1] for text in chosen] == [tags[ids.index(each)] for each in few]
     counted = dataset_statistics.metadata_counts(database, np.array(few), parameters)
-    assert counted["quality_above"] == {0: [89, 74, 59, 44, 29, 9], 3: [891, 742, 594, 445, 297, 99]}
+    assert counted["quality_above"] == {
+        0: {"p90": 89, "p75": 74, "p60": 59, "p45": 44, "p30": 29, "p10": 9},
+        3: {"p90": 891, "p75": 742, "p60": 594, "p45": 445, "p30": 297, "p10": 99},
+    }
 
 
 def test_a_tag_without_a_name_or_of_an_unknown_type_makes_a_caption_impossible(tmp_path, parameters):

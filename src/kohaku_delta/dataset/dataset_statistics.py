@@ -48,7 +48,7 @@ def filter_counts(selection: Path, posts: Path, dropped: Path) -> dict:
 
 def metadata_counts(database: Database, ids: np.ndarray, parameters: Caption) -> dict:
     """Posts per year (0: unreadable), and per rating and quality (rows: ratings, then none; columns: qualities, then
-    none). If the recipe takes thresholds from the database: quality_above, those that it found.
+    none). If the recipe takes thresholds from the database: quality_above, rating → percentile → those found.
     """
     metadata = post_metadata(database, ids, parameters)
     years, counts = np.unique(metadata.year, return_counts=True)
@@ -57,8 +57,13 @@ def metadata_counts(database: Database, ids: np.ndarray, parameters: Caption) ->
     column = np.where(metadata.quality < 0, len(parameters.quality), metadata.quality)
     matrix = np.zeros((len(ratings) + 1, len(parameters.quality) + 1), np.int64)
     np.add.at(matrix, (row, column), 1)
-    found = {"quality_above": metadata.thresholds} if isinstance(parameters.quality_above, Percentiles) else {}
-    return {"years": dict(zip(years.tolist(), counts.tolist(), strict=True)), "ratings": matrix.tolist(), **found}
+    figures = {"years": dict(zip(years.tolist(), counts.tolist(), strict=True)), "ratings": matrix.tolist()}
+    if isinstance(parameters.quality_above, Percentiles):
+        names = [f"p{percent}" for percent in parameters.quality_above.percentiles]
+        figures["quality_above"] = {
+            rating: dict(zip(names, thresholds, strict=True)) for rating, thresholds in metadata.thresholds.items()
+        }
+    return figures
 
 
 def bucket_counts(path: Path, parameters: Schedule) -> dict:

@@ -20,9 +20,10 @@ repro: $(VENV)/requirements.txt
 	@python miniature/verdict.py
 
 # Once, before the first `dvc repro` of the release: DVC reads the dvc.yaml of this folder from now on. Commit the change together with dvc.lock.
+# BEGIN=recipes/epsilon-rev1: that recipe's instead.
 begin:
-	@sed -i '\,^/dvc\.yaml$$,d' .dvcignore
-	@echo "DVC reads dvc.yaml of this folder from now on (.dvcignore): \`dvc repro\` makes the release."
+	@sed -i '\,^/$(if $(BEGIN),$(BEGIN)/)dvc\.yaml$$,d' .dvcignore
+	@echo "DVC reads $(if $(BEGIN),$(BEGIN)/)dvc.yaml from now on (.dvcignore): \`dvc repro\` in its folder makes the release."
 
 # The release's first twenty steps on one real GPU (docs/hosts.md, "Pilots"): preflight, build, three steps computed again, a report to share. Can be
 # stopped and taken up again. Before it, once: `make environment LOCK=cuda`, and `cd pilot && kohaku-delta pin`.

@@ -43,7 +43,61 @@ def test_the_pilot_is_the_release_but_for_what_is_named_and_marked():
     assert Path("pilot/params.yaml").read_text().count("# pilot: ") == len(PILOT)
 
 
-@pytest.mark.parametrize("recipe", ["params.yaml", "miniature/params.yaml", "pilot/params.yaml"])
+EPSILON = {  # what Epsilon's recipe changes in Delta's
+    "root", "supplied", "download.mirror", "download.inputs.database.url", "download.inputs.database.bytes",
+    "download.inputs.database.sha256", "download.inputs.delta_base.url", "download.inputs.delta_base.bytes",
+    "download.inputs.delta_base.sha256", "download.inputs.sdxl", "download.inputs.beta", "download.inputs.gamma",
+    "selection.replacement", "selection.ranges.1.from", "selection.ranges.1.draw", "selection.ranges.2.below",
+    "caption.dropped_artists",
+    *(f"caption.quality_above.{rating}.{place}" for rating in range(4) for place in range(5)),
+    "caption.no_quality_above_id", "merge.start", "schedule.micro_batches", "train.tag_dropout", "train.noise_offset",
+    "train.learning_rate_unet", "train.learning_rate_text", "train.warmup_steps", "train.timestep_freq_shift",
+    "train.milestone_every", "execution.ranks", "bake.title", "bake.description", "bake.date",
+}  # fmt: skip
+MARKS = ("page", "tool", "inferred", "not known", "ours", "Delta's", "this recipe's place")
+
+
+def test_epsilons_recipe_is_deltas_but_for_what_is_named_and_says_where_each_value_comes_from():
+    text = Path("recipes/epsilon-rev1/params.yaml").read_text()
+    epsilon, release = yaml.load(text), yaml.load(Path("params.yaml"))
+    found = {key for key in differences(epsilon, release) if not key.startswith("published.")}
+    assert found == EPSILON
+    lines = text.splitlines()
+    for key in {".".join(key.split(".")[:2]) for key in found if not key.startswith("download.inputs.")}:
+        section, _, name = key.rpartition(".")
+        start = next(place for place, each in enumerate(lines) if each.startswith(f"{section}:")) if section else 0
+        line = next(each for each in lines[start:] if each.strip().startswith(f"{name}:"))
+        assert any(mark in line for mark in MARKS), line
+    assert text.count("# not known") >= 8
+
+
+def test_epsilon_trains_with_the_numbers_of_its_authors_page():
+    recipe = load("recipes/epsilon-rev1/params.yaml")
+    train, schedule, caption = recipe.train, recipe.schedule, recipe.caption
+    ranges = {(part.from_, part.below): part.draw for part in recipe.selection.ranges}
+    assert ranges == {(0, 2_000_000): 1_000_000, (2_000_000, 5_000_000): 2_000_000, (5_000_000, None): "all"}
+    assert schedule.batch_size * schedule.micro_batches == 256 and schedule.epochs == 1
+    assert schedule.micro_batches == 16 * recipe.execution.ranks and schedule.batch_size == 4
+    assert (train.optimizer, train.betas, train.weight_decay) == ("Lion8bit", [0.9, 0.95], 0.1)
+    assert (train.learning_rate_unet, train.learning_rate_text) == (2e-5, 5e-6)
+    assert train.warmup_steps * recipe.execution.ranks == 1000
+    assert (train.tag_dropout, train.noise_offset, train.min_snr_gamma) == (0.15, 0.0357, 5.0)
+    assert (schedule.area, schedule.min_side, schedule.max_side) == (1024**2, 256, 4096)
+    assert train.precision == "float16" and train.shuffle_caption
+    factors = {*recipe.lokr.preset.modules.values(), *recipe.lokr.preset.names.values()}
+    assert recipe.lokr.preset == load("params.yaml").lokr.preset and (min(factors), max(factors)) == (2, 8)
+    assert all(len(thresholds) == 6 for thresholds in caption.quality_above.values())
+    assert recipe.merge.start == "published"
+    release = load("params.yaml").published.final
+    base = recipe.download.inputs["delta_base"]
+    assert (base.bytes, base.sha256) == (release.bytes, release.sha256), "it starts from Delta's final model"
+    assert (recipe.published.dataset.posts, recipe.published.dataset.steps) == (5_210_319, 20_354)
+    assert list(recipe.published.milestones) == [13_600] and 13_600 % train.milestone_every == 0
+
+
+@pytest.mark.parametrize(
+    "recipe", ["params.yaml", "miniature/params.yaml", "pilot/params.yaml", "recipes/epsilon-rev1/params.yaml"]
+)
 def test_every_recipe_is_valid_and_has_the_same_keys(recipe):
     def keys(content, path=""):
         if isinstance(content, dict) and not path.endswith((".inputs", ".preset.modules", ".published")):
@@ -110,6 +164,22 @@ def test_every_recipe_is_valid_and_has_the_same_keys(recipe):
             'caption.ratings: the key "safe" must be a whole number, in quotes',
         ),
         (lambda c: c["caption"].update(quality_above=3), "caption.quality_above is 3; it must be a mapping"),
+        (
+            lambda c: c["caption"].update(quality_above={"percentiles": [90, 75]}),
+            "caption: quality_above.percentiles needs 6 falling percentiles",
+        ),
+        (
+            lambda c: c["caption"].update(quality_above={"percentiles": [90, 75, 60, 60, 30, 10]}),
+            "caption: quality_above.percentiles needs 6 falling percentiles",
+        ),
+        (
+            lambda c: c["caption"].update(quality_above={"percentiles": [100, 75, 60, 45, 30, 10]}),
+            "caption.quality_above.percentiles.0 is 100; it must be less than 100",
+        ),
+        (
+            lambda c: c["caption"].update(quality_above={"percentiles": [90, 75, 60, 45, 30, 10], "0": [1]}),
+            "the key caption.quality_above.0 is not known",
+        ),
     ],
 )
 def test_a_wrong_key_is_named_with_its_path(tmp_path, change, sentence):

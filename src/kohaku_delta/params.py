@@ -117,16 +117,34 @@ class Filter(StrictModel):
         return self
 
 
+class Percentiles(StrictModel):
+    """Percentiles of fav_count over all posts of a rating in the database, best first: thresholds that the stages
+    compute (dataset/post_metadata.py:quality_thresholds).
+    """
+
+    percentiles: list[Annotated[int, Field(gt=0, lt=100)]]
+
+
+def _thresholds_tag(value) -> str:
+    from_database = isinstance(value, Percentiles) or (isinstance(value, dict) and "percentiles" in value)
+    return "Percentiles" if from_database else "numbers"
+
+
 class Caption(StrictModel):
     special: list[str]
     dropped_meta: list[str]
+    dropped_artists: list[str]
     underscores_kept_up_to: Count
     years: Annotated[dict[int, str], BeforeValidator(_numbers)]
     first_year: int
     before_first_year: str | None
     ratings: Annotated[dict[Annotated[int, Field(ge=0, le=99)], list[str]], BeforeValidator(_numbers)]
     quality: Annotated[list[str], Field(min_length=1)]
-    quality_above: Annotated[dict[int, list[int]], BeforeValidator(_numbers)]
+    quality_above: Annotated[
+        Annotated[dict[int, list[int]], BeforeValidator(_numbers), Tag("numbers")]
+        | Annotated[Percentiles, Tag("Percentiles")],
+        Discriminator(_thresholds_tag),
+    ]
     no_quality_above_id: int | None
     separator: Annotated[str, Field(min_length=1)]
 
@@ -134,6 +152,14 @@ class Caption(StrictModel):
     def _tables_fit(self):
         if list(self.years) != sorted(self.years):
             raise ValueError("years is not in ascending order; each year is the last one of its tag")
+        if isinstance(self.quality_above, Percentiles):
+            percentiles = self.quality_above.percentiles
+            if len(percentiles) != len(self.quality) - 1 or percentiles != sorted(set(percentiles), reverse=True):
+                raise ValueError(
+                    f"quality_above.percentiles needs {len(self.quality) - 1} falling percentiles, one between each "
+                    "two of the quality tags"
+                )
+            return self
         if self.quality_above.keys() != self.ratings.keys():
             raise ValueError(
                 f"quality_above has the ratings {list(self.quality_above)}, ratings has {list(self.ratings)}; both "
@@ -285,8 +311,10 @@ class Preview(StrictModel):
 
 
 class PublishedFile(StrictModel):
+    """null: not known."""
+
     bytes: Positive | None
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
 
 
 class PublishedDataset(StrictModel):
@@ -295,14 +323,24 @@ class PublishedDataset(StrictModel):
     buckets: list[Annotated[list[Positive], Field(min_length=3, max_length=3)]]  # width, height, images
 
 
+class PublishedTraining(StrictModel):
+    """What the release's training took: the time that preflight plans for the same GPUs."""
+
+    gpus: Positive
+    gpu: Text
+    seconds_per_step: Annotated[float, Field(gt=0)]
+    said: Text  # the figures as they were published
+
+
 class Published(StrictModel):
-    """What the release published: the targets of audit and report. No stage computes with it."""
+    """What the release published: the targets of audit, report and preflight. No stage computes with it."""
 
     dataset: PublishedDataset
+    training: PublishedTraining
     base: PublishedFile
     final: PublishedFile
     lokr: PublishedFile
-    lokr_24000: PublishedFile
+    milestones: Annotated[dict[int, PublishedFile], BeforeValidator(_numbers)]  # the LoKr after so many steps
 
 
 class Recipe(StrictModel):

@@ -13,7 +13,7 @@ from danbooru_factory import ARTIST, CHARACTER, COPYRIGHT, GENERAL, META, captio
 from kohaku_delta import params
 from kohaku_delta.danbooru import database, post_tags
 from kohaku_delta.danbooru.database import Database
-from kohaku_delta.dataset import captions, tag_counts
+from kohaku_delta.dataset import captions, dataset_statistics, post_metadata, tag_counts
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
 from kohaku_delta.parallel import ordered_map
@@ -119,6 +119,80 @@ def test_posts_above_seven_million_have_no_quality_tag_and_need_no_rating(tmp_pa
     check(path, ids[can].tolist(), parameters)
     with pytest.raises(UserError, match="No caption can be written for post 6999998, 6999999, 7000004"):
         captions.caption_posts(Database(path), ids, parameters)
+
+
+def test_artists_are_left_out_by_a_part_of_their_name_and_others_are_not(tmp_path, parameters):
+    tags = [
+        (1, "banned_artist", ARTIST), (2, "some_artist", ARTIST), (3, "banned_thing", GENERAL),
+        (4, "unbanned", CHARACTER),
+    ]  # fmt: skip
+    path = write_database(tmp_path / "a.db", [{"id": 1}], tags, [(1, tag) for tag, *_ in tags])
+    dropping = parameters.model_copy(update={"dropped_artists": ["banned"]})
+    counts = tag_counts.TagCounter()
+    captions.write_captions(Database(path), [1], dropping, tmp_path / "captions.parquet", counts)
+    (written,) = parquet.read(tmp_path / "captions.parquet")["caption"].to_pylist()
+    assert written == "unbanned, some artist, |||banned thing, recent, safe, normal quality"
+    assert list(counts.artists()) == ["some artist"]
+    assert "banned artist" in captions.caption_posts(Database(path), [1], parameters)["caption"].to_pylist()[0]
+
+
+PERCENTILES = [90, 75, 60, 45, 30, 10]
+
+
+def from_database(parameters):
+    return params.Caption.model_validate(
+        parameters.model_dump()
+        | {
+            "years": {str(year): tag for year, tag in parameters.years.items()},
+            "ratings": {str(rating): words for rating, words in parameters.ratings.items()},
+            "quality_above": {"percentiles": PERCENTILES},
+        }
+    )
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(-4, 5) | st.none(), st.integers(-3, 60) | st.none() | st.just(7.9)), max_size=60
+    )
+)
+def test_thresholds_from_the_database_are_numpys_percentiles_of_all_its_posts_of_a_rating(
+    tmp_path_factory, parameters, rows
+):
+    posts = [{"id": place + 1, "rating": rating, "fav_count": count} for place, (rating, count) in enumerate(rows)]
+    database = Database(write_database(tmp_path_factory.mktemp("favourites") / "a.db", posts))
+    found = post_metadata.quality_thresholds(database, from_database(parameters))
+    for rating in range(4):
+        counts = [int(count) for each, count in rows if count is not None and each in (rating, rating - 4)]
+        assert (rating in found) == bool(counts)
+        if counts:
+            theirs = np.percentile(np.array(counts), PERCENTILES)
+            assert found[rating] == np.floor(np.round(theirs, 9)).astype(int).tolist()
+            assert all(
+                (count > ours) == (count > round(threshold, 9))
+                for count in counts
+                for ours, threshold in zip(found[rating], theirs, strict=True)
+            )
+
+
+def test_quality_tags_from_the_database_do_not_depend_on_what_is_selected(tmp_path, parameters):
+    """A hundred posts with 0 … 99 favourites: the 90th percentile is 89.1, so ten posts are above it."""
+    posts = [{"id": 1000 + count, "rating": 0, "fav_count": count} for count in range(100)]
+    posts += [{"id": 2000 + count, "rating": 3, "fav_count": 10 * count} for count in range(100)]
+    database = Database(write_database(tmp_path / "a.db", posts))
+    parameters = from_database(parameters)
+    ids = [post["id"] for post in posts]
+    tags = [text.split(", ")[-1] for text in captions.caption_posts(database, ids, parameters)["caption"].to_pylist()]
+    assert tags[:100] == tags[100:]
+    assert [tags[:100].count(tag) for tag in parameters.quality] == [10, 15, 15, 15, 15, 20, 10]
+    few = [1000, 1050, 1095, 2095]
+    chosen = captions.caption_posts(database, few, parameters)["caption"].to_pylist()
+    assert [text.split(", ")[-1] for text in chosen] == [tags[ids.index(each)] for each in few]
+    counted = dataset_statistics.metadata_counts(database, np.array(few), parameters)
+    assert counted["quality_above"] == {
+        0: {"p90": 89, "p75": 74, "p60": 59, "p45": 44, "p30": 29, "p10": 9},
+        3: {"p90": 891, "p75": 742, "p60": 594, "p45": 445, "p30": 297, "p10": 99},
+    }
 
 
 def test_a_tag_without_a_name_or_of_an_unknown_type_makes_a_caption_impossible(tmp_path, parameters):

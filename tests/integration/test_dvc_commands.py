@@ -127,6 +127,11 @@ def test_the_status_is_one_line_at_the_root_and_in_the_miniature_until_the_relea
     replace(clone.parent / ".dvcignore", "/pilot/dvc.yaml\n", "")  # as `make pilot` does
     assert "code" in ran(run(pilot, "dvc", "repro", "--dry", "code"))
     clean(clone)
+    epsilon = clone.parent / "recipes" / "epsilon-rev1"
+    assert up_to_date(epsilon) and "dvc.yaml' is dvc-ignored" in run(epsilon, "dvc", "repro", fails=True)
+    run(clone.parent, "make", "begin", "BEGIN=recipes/epsilon-rev1")
+    assert "code" in ran(run(epsilon, "dvc", "repro", "--dry", "code"))
+    clean(clone)
 
 
 def test_another_revision_is_checked_out_and_back_and_a_change_is_stashed(clone):

@@ -62,7 +62,7 @@ def test_a_stage_declares_the_sections_that_its_code_reads(stage):
     assert "execution" not in declared
 
 
-@pytest.mark.parametrize("recipe", ["miniature", "pilot"])
+@pytest.mark.parametrize("recipe", ["miniature", "pilot", "recipes/epsilon-rev1"])
 def test_every_recipes_pipeline_has_the_same_bytes_in_a_file_of_its_own(recipe):
     """DVC reads revisions through git, where a symbolic link is a text file."""
     other = ROOT / recipe / "dvc.yaml"

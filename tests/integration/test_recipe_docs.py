@@ -20,6 +20,7 @@ WHOLE = {
     "merge.weights",
     "lokr.preset.modules",
     "lokr.preset.names",
+    "published.milestones",
 }  # mappings of names
 OPTIONAL = {"download.inputs.references", "download.inputs.posts"}  # keys that the release does without
 SOURCES = {"ours", "card", "docs", "files", "tool", "trainer", "preset", "SDXL"}
@@ -38,7 +39,7 @@ def keys(content, path="") -> dict:
         }
     fields = (
         {f"{path}[].{field}": None for field in content[0]}
-        if isinstance(content, list) and isinstance(content[0], dict)
+        if isinstance(content, list) and content and isinstance(content[0], dict)
         else {}
     )
     return {path: content} | fields
@@ -57,7 +58,9 @@ def rows(name) -> list[list[str]]:
 EXPLAINED = [row for row in rows("recipe.md") if len(row) == 4 and row[0] != "key"]
 
 
-@pytest.mark.parametrize("recipe", ["params.yaml", "miniature/params.yaml", "pilot/params.yaml"])
+@pytest.mark.parametrize(
+    "recipe", ["params.yaml", "miniature/params.yaml", "pilot/params.yaml", "recipes/epsilon-rev1/params.yaml"]
+)
 def test_every_key_is_explained_once_and_none_that_does_not_exist(recipe):
     named = [row[0].strip("`") for row in EXPLAINED]
     there = keys(yaml.load(ROOT / recipe)).keys() - {"published"}

@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from ruamel.yaml import YAML
@@ -19,7 +21,7 @@ from kohaku_delta.errors import UserError
 from kohaku_delta.preflight import build_plan, estimates, host_checks, host_facts, parameter_counts
 from kohaku_delta.preflight.host_facts import DiskFolder, Gpu, Host
 from kohaku_delta.provenance import import_closure
-from kohaku_delta.training import journal
+from kohaku_delta.training import buckets, journal
 
 ROOT = Path(__file__).resolve().parents[2]
 RELEASE, MINIATURE = params.load(ROOT / "params.yaml"), params.load(ROOT / "miniature" / "params.yaml")
@@ -30,6 +32,7 @@ def locked(path):
 
 
 PILOT = params.load(ROOT / "pilot" / "params.yaml")
+EPSILON = params.load(ROOT / "recipes" / "epsilon-rev1" / "params.yaml")
 LOCKED = locked(ROOT / "requirements" / "cuda.txt")
 GPU = Gpu("NVIDIA GeForce RTX 3090", 25_438_126_080, "8.6", 82)
 TB, GB = 10**12, 10**9
@@ -67,8 +70,8 @@ def with_library(name, number):
     return replace(GOOD, libraries=LOCKED | {name: number})
 
 
-def with_ranks(ranks):
-    return RELEASE.model_copy(update={"execution": RELEASE.execution.model_copy(update={"ranks": ranks})})
+def with_ranks(ranks, recipe=RELEASE):
+    return recipe.model_copy(update={"execution": recipe.execution.model_copy(update={"ranks": ranks})})
 
 
 def with_disk(free):
@@ -520,6 +523,40 @@ def test_the_states_of_finished_runs_and_of_those_set_aside_make_no_room_for_the
     present = host_facts._disk_folder(tmp_path, unfinished).present
     assert present == 1040 + len('{"steps": 58, "depends": {}}')
     assert host_facts._disk_folder(tmp_path / "missing", []).present == 0
+
+
+def test_epsilons_steps_and_days_are_the_published_ones(release):
+    """12 to 13 days were published as the cost; 49 to 50 s per step are 11.5 to 11.8 of them (docs/epsilon.md)."""
+    host = build_plan.parse_host("4x RTX 3090, memory 128 GB, disk 4 TB", LOCKED, release)
+    rows = {row.what.strip(): row for row in build_plan.plan_rows(EPSILON, host, None)}
+    assert rows["steps"].figure == "20,354" and "20,353 to 20,354 follow" in rows["steps"].source
+    assert rows["time per step"].figure == "49.5 s" and "12 to 13 days" in rows["time per step"].source
+    assert rows["training"].figure == "11.7 days"
+    assert 11.5 < estimates.days(20_354, 49) < estimates.days(20_354, 50) < 11.8
+    assert rows["database"].figure == "not known"
+    assert not [each for each in host_checks.run_checks(host, EPSILON) if not each.ok]
+    other = build_plan.parse_host("2x RTX 3090", LOCKED, release)
+    plan = {row.what: row for row in build_plan.plan_rows(with_ranks(2, EPSILON), other, None)}
+    assert plan["time per step"].figure == "not measured", "Epsilon's time is that of four cards"
+
+
+@pytest.mark.parametrize("recipe", [RELEASE, EPSILON], ids=["Delta", "Epsilon"])
+def test_the_published_steps_follow_from_the_published_posts(recipe):
+    """However the images fall into buckets, their steps lie within the bounds."""
+    schedule, count = recipe.schedule, recipe.published.dataset.posts
+    number, numbers = len(buckets.all_buckets(schedule)), np.random.default_rng(1)
+
+    def steps(images):
+        batches = sum(ceil(each / schedule.batch_size) for each in images)
+        return schedule.epochs * ceil(batches / schedule.micro_batches)
+
+    fewest, most = estimates.steps_of_published_posts(recipe)
+    assert fewest <= recipe.published.dataset.steps <= most
+    assert steps([count]) == fewest and steps([1] * (number - 1) + [count - number + 1]) == most
+    for _ in range(200):
+        assert fewest <= steps(numbers.multinomial(count, numbers.dirichlet([0.3] * number)).tolist()) <= most
+    twice = recipe.model_copy(update={"schedule": schedule.model_copy(update={"epochs": 2})})
+    assert estimates.steps_of_published_posts(twice) == (2 * fewest, 2 * most)
 
 
 def test_the_pilots_plan_is_under_thirty_gigabytes_to_fetch_and_twenty_steps(release):

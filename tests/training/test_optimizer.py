@@ -106,22 +106,28 @@ def test_the_release_warms_up_in_50_updates_of_which_the_first_has_rate_0():
     assert rates[0] == 0 and rates[25] == 2e-5 and rates[49] < 4e-5 and set(rates[50:]) == {4e-5}
 
 
-def test_the_rates_are_those_of_the_cards_scheduler_advanced_twice_an_update():
-    """diffusers' constant schedule with 100 warm-up steps, as two processes drove it: two steps after every update."""
+@pytest.mark.parametrize(
+    "path, rates, warmup, processes",
+    [("params.yaml", (4e-5, 1e-5), 100, 2), ("recipes/epsilon-rev1/params.yaml", (2e-5, 5e-6), 1000, 4)],
+)
+def test_the_rates_are_those_of_the_published_scheduler_advanced_once_per_process_and_update(
+    path, rates, warmup, processes
+):
+    """diffusers' constant schedule with the published warm-up steps, as accelerate drove it: every process counts."""
     from diffusers.optimization import get_constant_schedule_with_warmup
 
-    recipe = load("params.yaml").train
-    theirs = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (4e-5, 1e-5)])
-    scheduler = get_constant_schedule_with_warmup(theirs, 100)
-    for step in range(120):
+    recipe = load(path).train
+    theirs = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates])
+    scheduler = get_constant_schedule_with_warmup(theirs, warmup)
+    for step in range(warmup // processes + 20):
         ours = [
             optimizer.learning_rate(step, base, recipe.warmup_steps)
             for base in (recipe.learning_rate_unet, recipe.learning_rate_text)
         ]
         assert ours == [group["lr"] for group in theirs.param_groups], step
         theirs.step()
-        scheduler.step()
-        scheduler.step()
+        for _ in range(processes):
+            scheduler.step()
 
 
 def test_clipping_is_that_of_torch():

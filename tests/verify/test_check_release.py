@@ -26,7 +26,8 @@ def released(tmp_path_factory):
         for name, file in FILES.items()
     }
     content["published"] = files | {
-        "lokr_24000": {"bytes": None, "sha256": "0" * 64},
+        "milestones": {"24000": {"bytes": None, "sha256": "0" * 64}, "4": {"bytes": None, "sha256": None}},
+        "training": {"gpus": 2, "gpu": "RTX 3090", "seconds_per_step": 1.0, "said": "nothing"},
         "dataset": {"posts": 30, "steps": steps, "buckets": []},
     }
     rebuild_factory.dump(folder / "params.yaml", content)
@@ -68,6 +69,15 @@ def test_other_hashes_are_no_failure_and_it_is_said_why_they_cannot_be_met(copy)
     )
 
 
+def test_a_published_hash_that_is_not_known_is_said_and_no_failure(copy):
+    content = rebuild_factory.loaded(copy / "params.yaml")
+    content["published"]["final"]["sha256"] = None
+    rebuild_factory.dump(copy / "params.yaml", content)
+    rehash_everything(copy)
+    status, message = audit(copy)[1]["release/final"]
+    assert status == "SKIP" and "not known (published.final.sha256)" in message
+
+
 def test_other_counts_fail(copy):
     content = rebuild_factory.loaded(copy / "params.yaml")
     content["published"]["dataset"] = {"posts": 31, "steps": 9, "buckets": [[128, 128, 1]]}
@@ -91,7 +101,8 @@ def test_what_the_recipe_copies_and_repairs_is_read_from_it(copy):
         )
     )
     message = audit(copy)[1]["fidelity/quirks"][1]
-    assert "copied: selection.replacement, caption.no_quality_above_id, train.last_step_divisor" in message
+    copied = "selection.replacement, filter.exif_rotation, caption.no_quality_above_id, train.last_step_divisor"
+    assert f"copied: {copied}" in message
     assert "repaired by parameter: caption.before_first_year, lokr.forward, train.crop_conditioning" in message
 
 

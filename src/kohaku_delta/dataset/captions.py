@@ -47,6 +47,14 @@ def display_names(names: pa.StringArray, parameters: Caption) -> pa.StringArray:
     return pc.if_else(short, names, pc.replace_substring(names, "_", " "))
 
 
+def _contains_any(names: pa.StringArray, parts: list[str]) -> np.ndarray:
+    """Which names contain one of these texts (bool)."""
+    found = np.zeros(len(names), bool)
+    for part in parts:
+        found |= pc.match_substring(names, part).to_numpy(zero_copy_only=False)
+    return found
+
+
 class Vocabulary:
     """Every word that a caption can contain: the database's tags in the order of their ids, then the words of dates,
     ratings and quality. A word is an index in `text`.
@@ -60,13 +68,14 @@ class Vocabulary:
         self.classes[~tags["named"].to_numpy() & (kind != NONE)] = BROKEN
         usable = (self.classes != LEFT_OUT) & (self.classes != BROKEN)
 
-        dropped = np.zeros(len(name), bool)
-        for part in parameters.dropped_meta:
-            dropped |= pc.match_substring(name, part).to_numpy(zero_copy_only=False)
+        dropped_meta, dropped_artists = (
+            _contains_any(name, parts) for parts in (parameters.dropped_meta, parameters.dropped_artists)
+        )
         blank = pc.equal(pc.utf8_trim_whitespace(name), "").to_numpy(zero_copy_only=False)
         special = pc.is_in(name, pa.array(parameters.special, pa.string())).to_numpy(zero_copy_only=False)
         self.classes[(self.classes == GENERAL) & special] = SPECIAL
-        self.classes[usable & (blank | ((self.classes == META) & dropped))] = LEFT_OUT
+        dropped = (self.classes == META) & dropped_meta | (self.classes == ARTIST) & dropped_artists
+        self.classes[usable & (blank | dropped)] = LEFT_OUT
 
         tail = [
             *date_tags(parameters),

@@ -20,7 +20,7 @@ from kohaku_delta.dataset.captions import display_names
 from kohaku_delta.dataset.post_metadata import date_tags, post_metadata, reason_counts
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
-from kohaku_delta.params import Caption, Schedule
+from kohaku_delta.params import Caption, Percentiles, Schedule
 from kohaku_delta.sdxl.tokenizer import ClipTokenizer, is_plain
 
 TOP = 20  # names per kind
@@ -48,7 +48,7 @@ def filter_counts(selection: Path, posts: Path, dropped: Path) -> dict:
 
 def metadata_counts(database: Database, ids: np.ndarray, parameters: Caption) -> dict:
     """Posts per year (0: unreadable), and per rating and quality (rows: ratings, then none; columns: qualities, then
-    none).
+    none). If the recipe takes thresholds from the database: quality_above, rating → percentile → those found.
     """
     metadata = post_metadata(database, ids, parameters)
     years, counts = np.unique(metadata.year, return_counts=True)
@@ -57,7 +57,13 @@ def metadata_counts(database: Database, ids: np.ndarray, parameters: Caption) ->
     column = np.where(metadata.quality < 0, len(parameters.quality), metadata.quality)
     matrix = np.zeros((len(ratings) + 1, len(parameters.quality) + 1), np.int64)
     np.add.at(matrix, (row, column), 1)
-    return {"years": dict(zip(years.tolist(), counts.tolist(), strict=True)), "ratings": matrix.tolist()}
+    figures = {"years": dict(zip(years.tolist(), counts.tolist(), strict=True)), "ratings": matrix.tolist()}
+    if isinstance(parameters.quality_above, Percentiles):
+        names = [f"p{percent}" for percent in parameters.quality_above.percentiles]
+        figures["quality_above"] = {
+            rating: dict(zip(names, thresholds, strict=True)) for rating, thresholds in metadata.thresholds.items()
+        }
+    return figures
 
 
 def bucket_counts(path: Path, parameters: Schedule) -> dict:
@@ -169,9 +175,9 @@ def metrics(figures: dict, parameters: Caption, length: int) -> dict:
         name: int(np.searchsorted(whole, share * whole[-1]))
         for name, share in {"median": 0.5, "p90": 0.9, "p99": 0.99}.items()
     }
-    kept = ("drawn", "selected", "trained", "dropped", "despite", "micro_batches", "steps")
+    kept = ("drawn", "selected", "trained", "dropped", "despite", "micro_batches", "steps", "quality_above")
     return {
-        **{name: figures[name] for name in kept},
+        **{name: figures[name] for name in kept if name in figures},
         "buckets": len(figures["buckets"]),
         "ratings": {name: sum(row) for name, row in zip(ratings, figures["ratings"], strict=True)},
         "quality": dict(zip([*parameters.quality, "none"], quality, strict=True)),

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from kohaku_delta.danbooru.created_at import years
 from kohaku_delta.danbooru.database import Database, positions_of
 from kohaku_delta.errors import UserError
-from kohaku_delta.params import Caption
+from kohaku_delta.params import Caption, Percentiles
 
 NONE = -1  # no such tag, or NULL in the database
 UNKNOWN = -2  # a rating that is not a whole number; ratings that are not in caption.ratings are unknown as well
@@ -51,6 +51,7 @@ class PostMetadata:
     quality: np.ndarray  # int8, index in caption.quality, -1 for none
     possible: np.ndarray  # bool, whether the row allows a caption
     against: np.ndarray  # int8, index in AGAINST; -1 for none, or if it was not asked for
+    thresholds: dict[int, list[int]]  # quality_thresholds, of all posts
 
 
 def date_tags(parameters: Caption) -> list[str]:
@@ -68,12 +69,45 @@ def date_tag_indices(year: np.ndarray, parameters: Caption) -> np.ndarray:
     return np.where(year < parameters.first_year, early, index).astype(np.int8)
 
 
-def quality_tag_indices(rating: np.ndarray, favourites: np.ndarray, parameters: Caption) -> np.ndarray:
+def quality_thresholds(database: Database, parameters: Caption) -> dict[int, list[int]]:
+    """Rating → what fav_count must exceed for each quality tag but the last, best first.
+
+    With caption.quality_above.percentiles they are those of all posts of the database that have the rating and a
+    fav_count, whatever is selected: np.percentile's linear interpolation, in whole numbers and rounded down, which
+    decides for whole numbers as the fraction would. A rating without posts has no thresholds.
+    """
+    if not isinstance(parameters.quality_above, Percentiles):
+        return parameters.quality_above
+
+    def read(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+        batch = batch.filter(batch["favourites"].is_valid())
+        return batch["rating"].to_numpy().astype(np.int64), batch["favourites"].cast(pa.int64()).to_numpy()
+
+    columns = {name: CAPTION_COLUMNS[name] for name in ("rating", "favourites")}
+    empty = (np.zeros(0, np.int64), np.zeros(0, np.int64))
+    parts = [empty, *database.posts(read, ["rating", "fav_count"], **columns)]
+    rating, favourites = (np.concatenate(part) for part in zip(*parts, strict=True))
+    thresholds = {}
+    for known in parameters.ratings:
+        counts = np.sort(favourites[rating == known])
+        if len(counts):
+            thresholds[known] = [_percentile(counts, each) for each in parameters.quality_above.percentiles]
+    return thresholds
+
+
+def _percentile(values: np.ndarray, percent: int) -> int:
+    """A percentile of ascending whole numbers, rounded down."""
+    place, hundredths = divmod((len(values) - 1) * percent, 100)
+    low, high = int(values[place]), int(values[min(place + 1, len(values) - 1)])
+    return low + (high - low) * hundredths // 100
+
+
+def quality_tag_indices(rating: np.ndarray, favourites: np.ndarray, thresholds_of: dict[int, list[int]]) -> np.ndarray:
     """Index in caption.quality (int8): how many of the rating's thresholds fav_count does not exceed; -1 for a rating
     without thresholds.
     """
     index = np.full(len(rating), NONE, np.int8)
-    for known, thresholds in parameters.quality_above.items():
+    for known, thresholds in thresholds_of.items():
         rows = rating == known
         index[rows] = (favourites[rows, None] <= np.array(thresholds)[None, :]).sum(axis=1)
     return index
@@ -93,7 +127,7 @@ def post_metadata(
 
     Raises UserError for ids that the database does not have.
     """
-    ratings = np.array(list(parameters.ratings))
+    ratings, thresholds = np.array(list(parameters.ratings)), quality_thresholds(database, parameters)
     limit = np.iinfo(np.int64).max if parameters.no_quality_above_id is None else parameters.no_quality_above_id
     date, rating, quality, against = (np.full(len(ids), NONE, np.int8) for _ in range(4))
     year = np.zeros(len(ids), np.int16)
@@ -112,7 +146,7 @@ def post_metadata(
         year[rows] = years_read = years(batch["created"].cast(pa.binary()))
         date[rows] = date_tag_indices(years_read, parameters)
         rating[rows] = np.where(known, ratings_read, NONE)
-        quality[rows] = np.where(needs_quality, quality_tag_indices(ratings_read, favourites, parameters), NONE)
+        quality[rows] = np.where(needs_quality, quality_tag_indices(ratings_read, favourites, thresholds), NONE)
         possible[rows] = np.where(needs_quality, known & has_favourites, known | (ratings_read == NONE))
         if images is not None:
             is_image = pc.is_in(batch["extension"].cast(pa.string()), pa.array(images)).to_numpy(zero_copy_only=False)
@@ -135,4 +169,4 @@ def post_metadata(
             f"The database {database.path} has no post {examples} ({len(missing):,} of the {len(ids):,} posts asked "
             "for). The list of posts belongs to another database."
         )
-    return PostMetadata(year, date, rating, quality, possible, against)
+    return PostMetadata(year, date, rating, quality, possible, against, thresholds)

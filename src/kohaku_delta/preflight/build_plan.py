@@ -135,7 +135,9 @@ def _time_rows(recipe: Recipe, gpus: tuple[Gpu, ...], seconds: float | None) -> 
     steps, ranks, save_every = estimates.steps(recipe), recipe.execution.ranks, recipe.execution.save_every
     if steps is None:
         return [PlanRow("steps", "not known", "the schedule stage counts them")]
-    source = "the model card; the schedule stage counts them again"
+    source = "published; the schedule stage counts them again"
+    if possible := estimates.steps_of_published_posts(recipe):
+        source = f"published; {possible[0]:,} to {possible[1]:,} follow from its number of posts; {source[11:]}"
     rows = [PlanRow("steps", f"{steps:,}", "schedule.max_steps" if steps == recipe.schedule.max_steps else source)]
     if kept := estimates.milestones(recipe):
         source = f"steps {kept[0]:,} to {kept[-1]:,}, each with its LoKr file"
@@ -144,12 +146,12 @@ def _time_rows(recipe: Recipe, gpus: tuple[Gpu, ...], seconds: float | None) -> 
         rows.append(PlanRow("time of the measurements", "not measured", source))
     used = f"{ranks} of {len(gpus)} GPUs"
     source, note = "--seconds-per-step", ""
-    release = (ranks, gpus[0].name) == (estimates.RELEASE_GPUS, estimates.RELEASE_GPU)
+    known = recipe.published.training if recipe.published else None
     if seconds is None:
-        if not release or not recipe.published:
+        if not known or (ranks, gpus[0].name) != (known.gpus, known.gpu):
             remedy = "measure some steps (work/*/log.csv has them) and give --seconds-per-step"
             return [*rows, PlanRow("time per step", "not measured", f"on {used} of this kind: {remedy}")]
-        seconds, source = estimates.RELEASE_SECONDS, estimates.RELEASE_SOURCE
+        seconds, source = known.seconds_per_step, f"the release: {known.said}"
         note = "; this code's own speed on that GPU was not measured"
     return [
         *rows,

@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from kohaku_delta.hub import pins
 from kohaku_delta.params import Pin, Recipe
 from kohaku_delta.preflight.parameter_counts import ParameterCounts, architecture_pins
+from kohaku_delta.training import buckets
 
 GB = 10**9
-# The release, from its model card: 51–51.5 s per step on two RTX 3090.
-RELEASE_GPUS, RELEASE_GPU = 2, "RTX 3090"
-RELEASE_SECONDS = 51.25
-RELEASE_SOURCE = "the release, model card: 51–51.5 s per step on two RTX 3090"
 WEBP_SET = "danbooru2023-webp-4Mpixel"  # the release's tars, whose sizes are not pinned
 TARS = 1600 * GB, "about 1.3–1.6 TB: what users of the webp set report; no size is pinned"
 MAIN_TARS, TAR_SOURCE = 1000, "at most 1.6 GB each: the webp set has up to 1.6 TB, in 1,000 main tars and smaller ones"
@@ -76,6 +73,19 @@ def steps(recipe: Recipe) -> int | None:
     """Steps of the whole training; None if only the schedule stage will know."""
     known = recipe.published.dataset.steps if recipe.published else None
     return min(recipe.schedule.max_steps or known, known) if known else recipe.schedule.max_steps
+
+
+def steps_of_published_posts(recipe: Recipe) -> tuple[int, int] | None:
+    """Fewest and most steps that the published number of posts can take: up to batch_size - 1 places of each bucket's
+    last micro-batch are empty. None if no number was published.
+    """
+    if not recipe.published:
+        return None
+    schedule, count = recipe.schedule, recipe.published.dataset.posts
+    empty = len(buckets.all_buckets(schedule)) * (schedule.batch_size - 1)
+    full, ragged = (-(-places // schedule.batch_size) for places in (count, count + empty))
+    fewest, most = (schedule.epochs * -(-batches // schedule.micro_batches) for batches in (full, ragged))
+    return fewest, most
 
 
 def posts(recipe: Recipe) -> int | None:

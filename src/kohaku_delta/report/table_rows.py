@@ -5,6 +5,7 @@ Every figure comes from what the stages ran with or from what they wrote.
 
 import math
 
+from kohaku_delta.params import Percentiles
 from kohaku_delta.report.build_summary import Build
 from kohaku_delta.training import buckets
 
@@ -105,6 +106,10 @@ def _lokr_targets(build: Build) -> str:
 def quality_tags(build: Build) -> list[tuple[str, str]]:
     """Quality tags, best first, and the favourites that each needs, by rating."""
     caption = build.recipe.caption
+    if isinstance(caption.quality_above, Percentiles):
+        above = caption.quality_above.percentiles
+        needs = [*(f"> percentile {each} of its rating" for each in above), f"≤ percentile {above[-1]} of its rating"]
+        return list(zip(caption.quality, needs, strict=True))
     rows = []
     for index, tag in enumerate(caption.quality):
         last = index == len(caption.quality) - 1  # the lowest tag has the bound of the one above it

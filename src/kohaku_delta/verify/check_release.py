@@ -19,7 +19,7 @@ from kohaku_delta.verify.check_chain import require_output
 from kohaku_delta.verify.findings import SKIP, Check, Finding, Skip, check, format_some
 
 OUTS = {"base": paths.BASE, "lokr": paths.LOKR, "final": paths.FINAL}
-UNORDERED = "the release summed its gradients in no fixed order on two GPUs, so nobody can compute its bits again"
+UNORDERED = "the release summed its gradients in no fixed order on several GPUs, so nobody can compute its bits again"
 WHY_NOT = {
     "base": "the published header is 6,924 bytes longer (notes of its merge tool), so no rebuilt file can have that "
     "hash; its tensors can",
@@ -75,6 +75,8 @@ def check_file(rebuild: Artifact, name: str, published: PublishedFile) -> str:
     sha256 = rebuild.sha256(out)
     if sha256 is None:
         raise Skip(f"{out} does not exist, and no record has its sha256")
+    if published.sha256 is None:
+        raise Skip(f"the published sha256 of this file is not known (published.{name}.sha256)")
     if sha256 != published.sha256:
         raise Skip(
             f"{out} is not the published file ({sha256[:16]}…, published {published.sha256[:16]}…), and cannot be by "
@@ -116,7 +118,9 @@ def published_hashes(recipe: Recipe) -> list[PublishedHash]:
             "This recipe has no published files to compare with (its section `published` is null). Name the release's "
             "params.yaml with --params."
         )
-    published = [(f"published.{name}", pin.sha256) for name, pin in recipe.published if isinstance(pin, PublishedFile)]
+    files = [(name, file) for name, file in recipe.published if isinstance(file, PublishedFile)]
+    files += [(f"milestones.{step}", file) for step, file in recipe.published.milestones.items()]
+    published = [(f"published.{name}", file.sha256) for name, file in files if file.sha256]
     inputs = [
         (f"download.inputs.{name}", pin.sha256)
         for name, pins in recipe.download.inputs.items()

@@ -205,7 +205,6 @@ class Storage(HubHandler):
         file = next((file for file in self.hub.files.values() if file.lfs and file.etag == digest), None)
         return self.send(file) if file else self.refuse(404)
 
-
     def do_PUT(self):
         """Takes a large file."""
         self.note("storage")

@@ -108,7 +108,13 @@ def test_a_second_upload_sends_what_changed(recipe, hub):
 
 @pytest.mark.parametrize(
     "status, sentence",
-    [(409, "at the same time"), (412, "at the same time"), (413, "takes no more data"), (400, "front matter"), (503, "answered 503")],
+    [
+        (409, "at the same time"),
+        (412, "at the same time"),
+        (413, "takes no more data"),
+        (400, "front matter"),
+        (503, "answered 503"),
+    ],
 )
 def test_a_refused_commit_is_a_sentence(recipe, hub, status, sentence):
     hub.commit_faults = [status] * 20
@@ -141,7 +147,18 @@ def test_a_hub_that_cannot_be_reached_or_is_none_is_a_sentence(recipe, hub, monk
     assert done.exit_code == 1 and "Run the same command again" in done.output
 
 
-@pytest.mark.parametrize("repo", ["model", "me/model/x", "https://huggingface.co/me/model", "../x", "me/-x", "me/a b", "datasets/me/x"])
+def test_what_the_transfer_library_raises_is_a_sentence_too(recipe, hub, monkeypatch, tmp_path):
+    """hf_xet speaks a protocol of its own, of which this hub knows nothing: its first request is answered with 404."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr(constants, "HF_XET_CACHE", str(tmp_path / "xet"))
+    done = send(recipe)
+    assert done.exit_code == 1 and "an error of huggingface_hub (OSError). Run the same" in done.output
+    assert "xet-write-token" in hub.asked[-1][2] and hub.url not in done.output
+
+
+@pytest.mark.parametrize(
+    "repo", ["model", "me/model/x", "https://huggingface.co/me/model", "../x", "me/-x", "me/a b", "datasets/me/x"]
+)
 def test_a_wrong_name_of_a_repository_is_refused_at_once(recipe, repo):
     done = upload(recipe, "--repo", repo)
     assert done.exit_code == 1 and "OWNER/NAME" in done.output

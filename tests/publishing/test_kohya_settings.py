@@ -62,11 +62,16 @@ def test_the_releases_settings_are_the_published_ones():
         "output_name": "kohaku-xl-delta-lyco",
     }  # fmt: skip
     assert published.items() <= settings.items()
-    arguments = {key: ast.literal_eval(value) for key, value in (word.split("=") for word in settings["optimizer_args"])}
+    arguments = {
+        key: ast.literal_eval(value) for key, value in (word.split("=") for word in settings["optimizer_args"])
+    }
     assert arguments == {"weight_decay": 0.1, "betas": (0.9, 0.95)}
 
 
-@pytest.mark.parametrize("area, step, expected", [(1048576, 64, "1024,1024"), (16384, 32, "128,128"), (98304, 64, "256,384"), (1000003, 64, "1000,1000")])
+@pytest.mark.parametrize(
+    "area, step, expected",
+    [(1048576, 64, "1024,1024"), (16384, 32, "128,128"), (98304, 64, "256,384"), (1000003, 64, "1000,1000")],
+)
 def test_the_resolution_gives_sd_scripts_the_area_of_the_buckets(area, step, expected):
     assert kohya_settings._resolution(area, step) == expected
 
@@ -123,8 +128,11 @@ def test_lycoris_trains_the_layers_with_the_factors_that_the_recipe_names(tmp_pa
         }  # fmt: skip
 
     own = [
-        (target, tiny) for target, tiny in zip(
-            lokr_preset.lokr_targets(models, recipe.lokr.preset), tiny_sdxl.lokr(models, recipe.lokr.preset).values(), strict=True
+        (target, tiny)
+        for target, tiny in zip(
+            lokr_preset.lokr_targets(models, recipe.lokr.preset),
+            tiny_sdxl.lokr(models, recipe.lokr.preset).values(),
+            strict=True,
         )
     ]
     trained = [*network.text_encoder_loras, *network.unet_loras]

@@ -120,7 +120,9 @@ def test_other_names_come_from_params_yaml(recipe):
     assert b'output_name = "mine"' in files["docs/training.toml"]
 
 
-@pytest.mark.parametrize("names", [{"final": "docs/bucket.txt"}, {"final": "README.md"}, {"final": "unet"}, {"preset": "samples"}])
+@pytest.mark.parametrize(
+    "names", [{"final": "docs/bucket.txt"}, {"final": "README.md"}, {"final": "unet"}, {"preset": "samples"}]
+)
 def test_two_files_of_one_name_are_refused(recipe, names):
     values = rebuild_factory.loaded(recipe / "params.yaml")
     values["release"] |= names
@@ -129,7 +131,9 @@ def test_two_files_of_one_name_are_refused(recipe, names):
     assert done.exit_code == 1 and "release of params.yaml" in done.output and not (recipe / "release").exists()
 
 
-@pytest.mark.parametrize("name", ["../final.safetensors", "/final.safetensors", "a//b", ".hidden", "docs/../../x", "a b", "a\\b"])
+@pytest.mark.parametrize(
+    "name", ["../final.safetensors", "/final.safetensors", "a//b", ".hidden", "docs/../../x", "a b", "a\\b"]
+)
 def test_a_name_outside_the_folder_is_refused(recipe, name):
     values = rebuild_factory.loaded(recipe / "params.yaml")
     values["release"]["final"] = name
@@ -138,7 +142,9 @@ def test_a_name_outside_the_folder_is_refused(recipe, name):
     assert done.exit_code == 1 and "release.final" in done.output
 
 
-@pytest.mark.parametrize("out", ["kohaku-xl-delta.safetensors", "samples/final-00.png", "curves.csv", "selection.parquet"])
+@pytest.mark.parametrize(
+    "out", ["kohaku-xl-delta.safetensors", "samples/final-00.png", "curves.csv", "selection.parquet"]
+)
 def test_a_build_with_a_changed_output_is_refused(recipe, out):
     make(recipe)
     kept = tree(recipe / "release")

@@ -13,7 +13,9 @@ from kohaku_delta.units import format_size
 @click.command(cls=StageCommand)
 @click.argument("folder", type=FILE, default=".")
 @click.option("--repo", help="Where to: OWNER/NAME of a model repository that exists on the Hub.")
-@click.option("--yes", is_flag=True, help="Send the files. Without it they are only listed, and nothing asks the network.")
+@click.option(
+    "--yes", is_flag=True, help="Send the files. Without it they are only listed, and nothing asks the network."
+)
 def upload(folder: Path, repo: str | None, yes: bool) -> None:
     """List what an upload of FOLDER/release would send, or, with --repo and --yes, send it.
 

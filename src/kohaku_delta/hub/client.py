@@ -332,9 +332,7 @@ def translate_errors(file: HubFile, reads_bytes: bool = False) -> Iterator[None]
         sentence = f"{where} has no file {file.file} at the revision {file.revision}. {NO_URL}"
     except errors.RepositoryNotFoundError:
         who = (
-            "nobody without a token (HF_TOKEN)"
-            if token() is None
-            else f"the account of the token in {_token_source()}"
+            "nobody without a token (HF_TOKEN)" if token() is None else f"the account of the token in {_token_source()}"
         )
         sentence = f"{where} does not exist, or not for {who}. Check the url in params.yaml, or {OTHER_MIRROR}"
     except errors.HfHubHTTPError as error:

@@ -65,9 +65,13 @@ def upload_folder(folder: Path, repository: str, message: str) -> str:
                 raise
     except client.TransientError as error:
         raise UserError(f"The hub {error}. {AGAIN}") from None
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        # an answer that huggingface_hub did not expect, or what its transfer library (hf_xet) raises
-        raise UserError(f"The upload ended with an error of huggingface_hub ({type(error).__name__}). {AGAIN}") from None
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OSError) as error:
+        # an answer that huggingface_hub did not expect, or what its transfer library (hf_xet) raises, without an errno
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(
+            f"The upload ended with an error of huggingface_hub ({type(error).__name__}). {AGAIN}"
+        ) from None
     return printable(str(info.commit_url))
 
 

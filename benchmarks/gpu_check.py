@@ -47,7 +47,7 @@ import synthetic_checkpoints
 from kohaku_delta import params
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import Recipe
-from kohaku_delta.preflight import host_facts
+from kohaku_delta.provenance import environment
 from kohaku_delta.training import gradient_reduction, schedule, tensor_fingerprints, trainer
 from kohaku_delta.training.batch_builder import Batch
 from kohaku_delta.training.sdxl_model import ConditioningForm
@@ -400,7 +400,7 @@ def describe_card() -> dict:
     return {
         "card": torch.cuda.get_device_name(),
         "memory_bytes": torch.cuda.get_device_properties(0).total_memory,
-        "driver": host_facts._driver(),
+        "driver": environment.gpu_driver(),
         "versions": {name: version(name) for name in LIBRARIES}
         | {"cudnn": str(cudnn), "nccl": ".".join(map(str, torch.cuda.nccl.version()))},
         "numerics": numerics.describe("cuda"),

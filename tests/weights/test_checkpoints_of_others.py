@@ -116,6 +116,26 @@ def test_weights_that_cannot_be_computed_with_are_refused_by_every_stage(base, l
             read()
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        (
+            "model.diffusion_model.input_blocks.0.0.weight",
+            "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+        ),
+        ("model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.0.model.token_embedding.weight"),
+        ("double_blocks.0.img_attn.qkv.weight", "img_in.weight"),
+    ],
+    ids=["SD 1.5", "SDXL's refiner", "Flux"],
+)
+def test_a_checkpoint_of_another_architecture_is_called_so_and_no_option_is_offered(tmp_path, names):
+    save_file({name: torch.zeros(4, 4) for name in names}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="not an SDXL checkpoint") as refusal:
+        merge.copy_published_base(tmp_path / "other.safetensors", None, tmp_path / "out.safetensors")
+    assert "drop" not in refusal.value.message
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_what_is_no_part_of_sdxl_is_named_with_its_remedy_and_left_out_by_it(base, tmp_path):
     checkpoint = changed(base, tmp_path / "more.safetensors", EXTRA)
     phrase = "model_ema.* (10)"

@@ -56,6 +56,12 @@ def require_floats(file: SafetensorsFile) -> None:
     """Raises UserError for a file without SDXL's names, and for a weight of a dtype that cannot be computed with (8-bit
     floats, whole numbers).
     """
+    absent = [prefix for prefix in PREFIX.values() if not any(name.startswith(prefix) for name in file.specs)]
+    if 0 < len(absent) < len(PREFIX):
+        raise UserError(
+            f"{file.path} is not an SDXL checkpoint: it has no tensor under {' and none under '.join(absent)} (SD 1.5, "
+            "SDXL's refiner and files without text encoders or VAE look like that). Name a whole SDXL checkpoint."
+        )
     try:
         known = TensorNameMap(Layout.of(file.specs)).by_key
     except UserError as refusal:

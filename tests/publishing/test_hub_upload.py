@@ -1,4 +1,4 @@
-"""An upload sends a release's files, all of them and nothing else, to the repository that was named, once it is told to."""
+"""An upload sends a release's files, all of them and nothing else, to the repository that was named, if told to."""
 
 import hashlib
 import socket

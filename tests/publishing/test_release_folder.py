@@ -1,4 +1,4 @@
-"""`release/` holds the outputs of a finished build under the published names, and only if they are those of its lock."""
+"""`release/` holds the outputs of a finished build under the published names, if they are those of its lock."""
 
 import errno
 import json

@@ -1,8 +1,8 @@
 """Sends the folder `release/` to a repository on the Hugging Face Hub, with huggingface_hub's own upload.
 
-What is interrupted goes on with the next call: the Hub keeps what arrived, and huggingface_hub its own cache in HF_HOME;
-nothing is written into the folder. The token is in no message, and neither is the text of a caught error, which may hold
-a signed address or anything that a server sent.
+What is interrupted goes on with the next call: the Hub keeps what arrived, and huggingface_hub its own cache in
+HF_HOME; nothing is written into the folder. The token is in no message, and neither is the text of a caught error,
+which may hold a signed address or anything that a server sent.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""A recipe's training in the forms that kohya's tools read: a TOML for sd-scripts' --config_file, and a preset for LyCORIS.
+"""A recipe's training in the forms that kohya's tools read: a TOML for sd-scripts' --config_file, a preset for LyCORIS.
 
 For people who want to train on without this project. The keys are options of sd-scripts' sdxl_train_network.py (v0.8.3,
 the release's, to v0.9.1) and of LyCORIS's PresetConfig (2.1 to 4.1). What neither tool has an option for is a comment.
@@ -19,11 +19,11 @@ TEXT_ENCODER = ("CLIPAttention", "CLIPMLP")
 NOTES = """\
 The training of {title}, as its recipe ran it, for sd-scripts. From the folder of the model card:
   accelerate launch --num_processes {ranks} sdxl_train_network.py --config_file {file} --train_data_dir (or --in_json) …
-with captions of the form "kept tags, {separator}other tags". Written for {ranks} process(es): accumulation and warm-up depend on
-that number. sd-scripts draws its own shuffle, noise and time steps, so it trains a similar LoKr, not this one.
-Its version decides what has no option there: the crop that the model is told (here: {crop}), the divisor of the time
-step's exponents (here: {exponents}; 159 before v0.8.5), the pooled output of text encoder 2 (here: {projection}) and the divisor of
-the last, partial step (here: {divisor})."""
+with captions of the form "kept tags, {separator}other tags". Written for {ranks} process(es): accumulation and
+warm-up depend on that number. sd-scripts draws its own shuffle, noise and time steps, so it trains a similar LoKr, not
+this one. Its version decides what has no option there: the crop that the model is told (here: {crop}), the divisor of
+the time step's exponents (here: {exponents}; 159 before v0.8.5), the pooled output of text encoder 2 (here:
+{projection}) and the divisor of the last, partial step (here: {divisor})."""
 
 
 def training_toml(recipe: Recipe) -> str:
@@ -125,8 +125,8 @@ def _resolution(area: int, step: int) -> str:
 
 
 def preset_toml(preset: Preset) -> str:
-    """The preset. A class inside another one is reached through the outer one, or LyCORIS would train it twice. Names are
-    closed with `([.]|$)`, because LyCORIS takes them for patterns of any prefix. The keys are literal strings: toml
+    """The preset. A class inside another one is reached through the outer one, or LyCORIS would train it twice. Names
+    are closed with `([.]|$)`, because LyCORIS takes them for patterns of any prefix. The keys are literal strings: toml
     0.10.2, with which LyCORIS reads, leaves the escapes in the others.
     """
     outer = [name for name in preset.modules if name not in TEXT_ENCODER]

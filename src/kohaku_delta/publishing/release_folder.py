@@ -82,7 +82,8 @@ def _require_locked(rebuild: Artifact) -> None:
     if faults:
         raise UserError(
             f"{rebuild.name} is not the finished build that its dvc.lock describes:{first_lines(faults)}\n"
-            "Nothing was written. Run `dvc repro` in that folder (or `dvc checkout`, if outputs were edited)."
+            "Nothing was written. `dvc status` says what differs and would run again; `dvc checkout` brings back an output "
+            "that was edited."
         )
 
 
@@ -115,7 +116,7 @@ def _sources(rebuild: Artifact) -> list[SourceFile]:
 def _milestone_step(file: str) -> int:
     digits = file.removeprefix("delta-lokr-step").removesuffix(".safetensors")
     if not digits.isdecimal() or paths.milestone_name(int(digits)) != file:
-        raise UserError(f"{paths.MILESTONES}/{printable(file)} is no milestone that train writes. Run `dvc repro`.")
+        raise UserError(f"{paths.MILESTONES}/{printable(file)} is no milestone that train writes. Move it away.")
     return int(digits)
 
 

@@ -82,8 +82,8 @@ def _require_locked(rebuild: Artifact) -> None:
     if faults:
         raise UserError(
             f"{rebuild.name} is not the finished build that its dvc.lock describes:{first_lines(faults)}\n"
-            "Nothing was written. `dvc status` says what differs and would run again; `dvc checkout` brings back an output "
-            "that was edited."
+            "Nothing was written. `dvc status` says what differs and would run again; `dvc checkout` brings back an "
+            "output that was edited."
         )
 
 

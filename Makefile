@@ -7,12 +7,13 @@ REPRO ?=
 RECIPE ?= miniature
 BENCH ?=
 REHEARSAL ?=
+UPLOAD ?=
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 # --quiet shows only the stages' own lines; it hides DVC's errors too, so a failure names the command that shows them.
 failed = { echo "Error: DVC failed. If no line above says why, this shows it: $(1)" >&2; exit 1; }
 
-.PHONY: repro rehearsal pilot begin report test test-slow lint miniature-data bench-dataset bench-checkpoint bench-train bench-audit gpu-check image image-check wheels environment lock
+.PHONY: repro rehearsal pilot begin report release upload test test-slow lint miniature-data bench-dataset bench-checkpoint bench-train bench-audit gpu-check image image-check wheels environment lock
 
 repro: $(VENV)/requirements.txt
 	@dvc pull --quiet --remote embedded data.dvc || $(call failed,dvc pull --remote embedded data.dvc)
@@ -37,6 +38,14 @@ pilot:
 report: $(VENV)/requirements.txt
 	@kohaku-delta card $(RECIPE)
 	@kohaku-delta report $(RECIPE)
+
+# The build's files as they are published, in miniature/release (hard links to build/), and their upload: listed, or sent to a repository with
+# UPLOAD="--repo OWNER/NAME --yes". RECIPE=. for the release's.
+release: $(VENV)/requirements.txt
+	@kohaku-delta release $(RECIPE)
+
+upload: $(VENV)/requirements.txt
+	@kohaku-delta upload $(RECIPE) $(UPLOAD)
 
 test: $(VENV)/requirements.txt
 	@dvc pull --quiet --remote embedded data.dvc || $(call failed,dvc pull --remote embedded data.dvc)

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "kohaku_delta"
 LAYERS = [  # top to bottom
     {"__main__", "cli"},
+    {"publishing"},
     {"report", "preflight", "verify"},
     {"training", "preview", "dataset"},
     {"weights", "danbooru", "hub"},

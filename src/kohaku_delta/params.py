@@ -310,6 +310,22 @@ class Preview(StrictModel):
     prompts: Annotated[list[str], Field(min_length=1)]
 
 
+FileName = Annotated[str, Field(pattern=r"^([A-Za-z0-9_][A-Za-z0-9._-]*/)*[A-Za-z0-9_][A-Za-z0-9._-]*$")]
+
+
+class Release(StrictModel):
+    """The names of files in the folder that is published, with `/` between folders. No stage reads them."""
+
+    final: FileName
+    base: FileName
+    lokr: FileName
+    artists: FileName
+    characters: FileName
+    buckets: FileName
+    training: FileName
+    preset: FileName
+
+
 class PublishedFile(StrictModel):
     """null: not known."""
 
@@ -359,6 +375,7 @@ class Recipe(StrictModel):
     execution: Execution
     bake: Bake
     preview: Preview
+    release: Release
     published: Published | None
 
 

@@ -5,6 +5,7 @@ origin, which must never see a token. Each file has a list of faults, one for ea
 everything works.
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -54,6 +55,10 @@ class Hub:
         self.elsewhere: tuple[int, str] | None = None  # status and Location of every answer: it is no hub
         self.renamed: dict[str, str] = {}  # old name → new name, both as above
         self.commit = REVISION  # what main points at
+        self.stored: dict[str, bytes] = {}  # sha256 → bytes of large files that were uploaded
+        self.commits: list[dict] = []  # of each: "summary" and "files" (path → bytes)
+        self.upload_faults: list = []  # of the bytes of large files: a status, or drop
+        self.commit_faults: list[int] = []  # statuses
         self.retry_after = "0"  # seconds, sent with each 429
         self.asked: list[tuple] = []  # (server, method, path, range, authorization)
         self.open = self.most = 0  # of the bytes: requests at work, and the most at once
@@ -129,6 +134,17 @@ class HubHandler(BaseHTTPRequestHandler):
         waiting = {"Retry_After": self.hub.retry_after} if status == 429 else {}
         self.answer(status, b'{"error": "no"}', X_Error_Code=code, X_Error_Message=message, **waiting)
 
+    def body(self) -> bytes:
+        """The body of a request, also one that is sent in chunks."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        data = b""
+        while size := int(self.rfile.readline(), 16):
+            data += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return data
+
     def send(self, file: File, **headers):
         """The bytes of a file from the asked offset, with the fault that is due."""
         with self.hub.lock:
@@ -188,6 +204,23 @@ class Storage(HubHandler):
         digest = urlsplit(self.path).path[1:]
         file = next((file for file in self.hub.files.values() if file.lfs and file.etag == digest), None)
         return self.send(file) if file else self.refuse(404)
+
+    def do_PUT(self):
+        """Takes a large file."""
+        self.note("storage")
+        with self.hub.lock:
+            fault = self.hub.upload_faults.pop(0) if self.hub.upload_faults else None
+        if fault == "drop":
+            self.close_connection = True
+            return None
+        data = self.body()
+        if fault:
+            return self.refuse(fault)
+        digest = urlsplit(self.path).path[1:]
+        if hashlib.sha256(data).hexdigest() != digest:
+            return self.refuse(400)
+        self.hub.stored[digest] = data
+        return self.answer(200)
 
 
 class Resolver(HubHandler):
@@ -267,12 +300,21 @@ class Resolver(HubHandler):
 
     def do_POST(self):
         self.note("hub")
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        body = self.body().decode()
         if self.moved():
             return None
-        repo, _, rest = (
-            unquote(urlsplit(self.path).path).removeprefix("/api/").removeprefix("models/").partition("/paths-info/")
-        )
+        path = unquote(urlsplit(self.path).path)
+        if path == "/api/validate-yaml":
+            return self.json({"errors": [], "warnings": []})
+        for part, take in (
+            ("/preupload/", self.preupload),
+            (".git/info/lfs/objects/batch", self.batch),
+            ("/commit/", self.commit),
+        ):
+            if part in path:
+                repo = path.partition(part)[0].removeprefix("/api/models/").removeprefix("/")
+                return self.may_write(repo) and take(repo, body)
+        repo, _, rest = path.removeprefix("/api/").removeprefix("models/").partition("/paths-info/")
         if not self.allowed(repo):
             return None
         if rest != REVISION:
@@ -286,6 +328,46 @@ class Resolver(HubHandler):
                     | lfs
                 )
         return self.json(found)
+
+    def may_write(self, repo: str) -> bool:
+        if not self.allowed(repo):
+            return False
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self.refuse(403 if self.headers.get("Authorization") else 401, message="no write access")
+            return False
+        return True
+
+    def preupload(self, repo: str, body: str):
+        """Which of the files are large, and what there is of them."""
+        found = []
+        for each in json.loads(body)["files"]:
+            file = self.hub.files.get(f"{repo}/{each['path']}")
+            mode = "lfs" if each["path"].endswith((".safetensors", ".png")) else "regular"
+            oid = {"oid": file.etag} if file else {}
+            found.append({"path": each["path"], "uploadMode": mode, "shouldIgnore": False} | oid)
+        return self.json({"files": found})
+
+    def batch(self, repo: str, body: str):
+        objects = []
+        for each in json.loads(body)["objects"]:
+            put = {"actions": {"upload": {"href": f"{self.hub.storage}/{each['oid']}?signature=secret"}}}
+            objects.append(each | ({} if each["oid"] in self.hub.stored else put))
+        return self.json({"transfer": "basic", "objects": objects})
+
+    def commit(self, repo: str, body: str):
+        with self.hub.lock:
+            fault = self.hub.commit_faults.pop(0) if self.hub.commit_faults else None
+        if fault:
+            return self.refuse(fault)
+        lines = [json.loads(line) for line in body.splitlines()]
+        files = {}
+        for line in lines[1:]:
+            value, is_large = line["value"], line["key"] == "lfsFile"
+            data = self.hub.stored[value["oid"]] if is_large else base64.b64decode(value["content"])
+            files[value["path"]] = data
+            self.hub.add(f"{repo}/{value['path']}", data, lfs=is_large)
+        self.hub.commits.append({"summary": lines[0]["value"]["summary"], "files": files})
+        return self.json({"commitUrl": f"{self.hub.url}/{repo}/commit/{REVISION}", "commitOid": REVISION})
 
     def json(self, content):
         self.answer(200, json.dumps(content).encode(), Content_Type="application/json")

@@ -19,11 +19,13 @@ COMMANDS = [
     "pin",
     "preflight",
     "provenance",
+    "release",
     "replay",
     "report",
     "set-aside",
     "stage",
     "tensors",
+    "upload",
     "watch",
 ]
 

@@ -66,7 +66,7 @@ class RemoteFile:
         return (self.sha256 or self.git or "")[:16]
 
 
-def _token() -> str | None:
+def token() -> str | None:
     from huggingface_hub import constants, errors
     from huggingface_hub.utils import get_token
 
@@ -143,13 +143,13 @@ def require_online(what: str) -> None:
 def _headers() -> dict[str, str]:
     from huggingface_hub.utils import build_hf_headers
 
-    return build_hf_headers(token=_token() or False, library_name="kohaku-delta") | {"Accept-Encoding": "identity"}
+    return build_hf_headers(token=token() or False, library_name="kohaku-delta") | {"Accept-Encoding": "identity"}
 
 
-def _api():
+def api():
     from huggingface_hub import HfApi, constants
 
-    return HfApi(endpoint=constants.ENDPOINT, token=_token() or False, library_name="kohaku-delta")
+    return HfApi(endpoint=constants.ENDPOINT, token=token() or False, library_name="kohaku-delta")
 
 
 def _url(file: HubFile) -> str:
@@ -196,7 +196,7 @@ def latest_commit(file: HubFile) -> str:
     from huggingface_hub import constants
 
     with translate_errors(file), _translate_parse_errors():
-        info = _api().repo_info(file.repo, repo_type=file.kind, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        info = api().repo_info(file.repo, repo_type=file.kind, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     if not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
         raise UserError(f"{_endpoint()} does not give the commit of main of {file.repo}. {NO_HUB}")
     return info.sha
@@ -212,7 +212,7 @@ def list_files(files: list[HubFile]) -> dict[str, RemoteFile]:
     for start in range(0, len(files), BATCH):
         names, first = [file.file for file in files[start : start + BATCH]], files[start]
         with translate_errors(first), _translate_parse_errors():
-            answers = _api().get_paths_info(first.repo, names, revision=first.revision, repo_type=first.kind)
+            answers = api().get_paths_info(first.repo, names, revision=first.revision, repo_type=first.kind)
         for answer in answers:
             if answer.path in names and isinstance(answer, RepoFile):
                 sha256, git = (answer.lfs.sha256, None) if answer.lfs else (None, answer.blob_id)
@@ -322,7 +322,7 @@ def translate_errors(file: HubFile, reads_bytes: bool = False) -> Iterator[None]
         terms = "Accept its terms there with"
         sentence = (
             f"{where} is gated. {terms} your account, then set HF_TOKEN to a token of that account."
-            if _token() is None
+            if token() is None
             else f"{where} is gated, and the token in {_token_source()} is not entitled to it. {terms} the token's "
             "account."
         )
@@ -332,9 +332,7 @@ def translate_errors(file: HubFile, reads_bytes: bool = False) -> Iterator[None]
         sentence = f"{where} has no file {file.file} at the revision {file.revision}. {NO_URL}"
     except errors.RepositoryNotFoundError:
         who = (
-            "nobody without a token (HF_TOKEN)"
-            if _token() is None
-            else f"the account of the token in {_token_source()}"
+            "nobody without a token (HF_TOKEN)" if token() is None else f"the account of the token in {_token_source()}"
         )
         sentence = f"{where} does not exist, or not for {who}. Check the url in params.yaml, or {OTHER_MIRROR}"
     except errors.HfHubHTTPError as error:
@@ -342,7 +340,7 @@ def translate_errors(file: HubFile, reads_bytes: bool = False) -> Iterator[None]
         status = error.response.status_code
         sentence = (
             f"{where} wants a token (401). Set HF_TOKEN."
-            if status == 401 and _token() is None
+            if status == 401 and token() is None
             else f"{where}: the token in {_token_source()} is not valid (401). Make a new one; public files need none."
             if status == 401
             else f"The proxy of the environment (HTTP_PROXY or ALL_PROXY) wants another user or password ({status})."

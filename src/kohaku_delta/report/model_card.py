@@ -19,17 +19,24 @@ LICENSES = {
     "Fair AI Public License 1.0-SD": ("fair-ai-public-license-1.0-sd", "https://freedevproject.org/faipl-1.0-sd/")
 }
 PARENTS = {"merge": ("beta", "gamma", "sdxl"), "published": ("delta_base",)}
+FILES = build_summary.WEIGHTS | {
+    "artists": "artists-kxl-delta.json",
+    "characters": "characters-kxl-delta.json",
+    "pipeline": "diffusers",
+}  # as the card of build/ names them
 REPLAYED = 4  # steps in the card's example of a replay
 
 
-def render_card(build: Build) -> str:
-    """The whole card. Refuses a build that is not finished."""
-    front_matter, body = card_parts(build)
+def render_card(build: Build, files: dict[str, str] = FILES) -> str:
+    """The whole card. files: the names of what it describes, seen from its folder, with the keys of FILES. Refuses a
+    build that is not finished.
+    """
+    front_matter, body = card_parts(build, files)
     card = ModelCard(f"---\n{front_matter}\n---\n\n{body.rstrip()}\n")  # parses the front matter again
     return card.content
 
 
-def card_parts(build: Build) -> tuple[str, str]:
+def card_parts(build: Build, files: dict[str, str] = FILES) -> tuple[str, str]:
     """Front matter and body of the card. Refuses a build that is not finished."""
     final, dataset, steps = build.output(build_summary.WEIGHTS["final"]), build.dataset, build.steps
     if not final or not dataset or not steps:
@@ -48,7 +55,7 @@ def card_parts(build: Build) -> tuple[str, str]:
         caption=build.recipe.caption,
         preview=build.recipe.preview,
         title=build.recipe.bake.title,
-        files=build_summary.WEIGHTS,
+        files=files,
         images=f"{dataset.trained:,}",
         final_size=format_size(final.size),
         training=table_rows.training(build),
@@ -56,7 +63,7 @@ def card_parts(build: Build) -> tuple[str, str]:
         quality=table_rows.quality_tags(build),
         years=table_rows.date_tags(build),
         inputs=_inputs(build),
-        snippet=_snippet(build),
+        snippet=_snippet(build, files["pipeline"]),
         checks=_checks(build, steps),
         link=license_link(build),
     )
@@ -105,7 +112,7 @@ def _inputs(build: Build) -> list[tuple[str, int, int, str | None, str]]:
     return rows
 
 
-def _snippet(build: Build) -> str:
+def _snippet(build: Build, pipeline: str) -> str:
     """Python that draws the preview's first prompt with diffusers."""
     preview, cuda = build.recipe.preview, build.recipe.train.device == "cuda"
     arguments = {
@@ -120,7 +127,7 @@ def _snippet(build: Build) -> str:
     dtype, to_device = (build.recipe.merge.output_dtype, '.to("cuda")') if cuda else ("float32", "")
     return (
         "import torch\nfrom diffusers import StableDiffusionXLPipeline\n\n"
-        f'pipeline = StableDiffusionXLPipeline.from_pretrained("diffusers", torch_dtype=torch.{dtype}){to_device}\n'
+        f'pipeline = StableDiffusionXLPipeline.from_pretrained("{pipeline}", torch_dtype=torch.{dtype}){to_device}\n'
         f'pipeline(\n{lines}).images[0].save("picture.png")'
     )
 

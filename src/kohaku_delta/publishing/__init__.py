@@ -1,0 +1,1 @@
+"""What a finished build publishes: the folder `release/`, the settings in other programs' forms, the upload."""

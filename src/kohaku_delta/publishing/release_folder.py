@@ -1,0 +1,182 @@
+"""The folder `release/` beside a finished build, laid out as the published repository was.
+
+Every file is an output that dvc.lock records, hashed against it first, or is written here from the recipe and such
+outputs: the card, and the settings for other programs. Weights are not stored twice: files are hard links to the
+outputs, and copies only if the file system allows no links. The folder appears as a whole or not at all. It is no
+output of a stage, and nothing in it comes from the clock, the host or the network.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from kohaku_delta import atomic_files, paths
+from kohaku_delta.errors import UserError, first_lines
+from kohaku_delta.formats import hashing
+from kohaku_delta.params import Release
+from kohaku_delta.provenance.artifact import Artifact
+from kohaku_delta.publishing import kohya_settings
+from kohaku_delta.report import build_summary, model_card
+from kohaku_delta.strict_model import printable
+from kohaku_delta.units import format_size
+from kohaku_delta.verify import check_lock
+from kohaku_delta.verify.findings import PASS
+
+FOLDER = "release"
+CARD = "README.md"  # the name that Hugging Face reads
+CHECKS = (check_lock.check_pipeline, check_lock.check_parameters, check_lock.check_links, check_lock.check_outputs)
+NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS}  # hard links are impossible here
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of the folder and the output that it is."""
+
+    name: str  # in the folder
+    path: Path
+    bytes: int
+    sha256: str
+
+
+def write_release(rebuild: Artifact, say: Callable[[str], object]) -> dict[str, int]:
+    """Writes `release/` in the recipe's folder; returns the bytes of its files by name. say: takes a sentence on what
+    is copied, before it is. Raises UserError for a build that is not finished or not as its dvc.lock says, and for a
+    folder with files that are not of this release.
+    """
+    if rebuild.bundle:
+        raise UserError(f"{rebuild.name} is a bundle, which has no weights. Name a recipe's folder with its build.")
+    times = {path: path.stat().st_mtime_ns for path in (rebuild.folder / paths.BUILD).rglob("*") if path.is_file()}
+    _require_locked(rebuild)
+    sources = _sources(rebuild)
+    texts = _texts(rebuild)
+    names = [source.name for source in sources] + list(texts)
+    if doubled := sorted({name for name in names if _collides(name, names)}):
+        raise UserError(
+            f"Two files of the release would have one name, or lie in a file: {', '.join(doubled)}. "
+            "Correct the section release of params.yaml."
+        )
+    folder = rebuild.folder / FOLDER
+    _refuse_other_files(folder, set(names))
+    with atomic_files.atomic_dir(folder) as aside:
+        if unlinked := [source for source in sources if not _link(source, aside / source.name)]:
+            _copy(unlinked, aside, say)
+        for source in sources:
+            if source.path.stat().st_mtime_ns != times.get(source.path):
+                raise UserError(f"{source.path} was changed while the release was made. Make it again.")
+        for name, text in texts.items():
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            (aside / name).write_text(text, encoding="utf-8", newline="\n")
+    return {name: (folder / name).stat().st_size for name in sorted(names)}
+
+
+def _require_locked(rebuild: Artifact) -> None:
+    """Raises UserError unless the whole pipeline ran, and every output is the one in dvc.lock."""
+    faults = [
+        f"{finding.group}/{finding.name}: {printable(finding.message)}"
+        for finding in (check(rebuild) for check in CHECKS)
+        if finding.status != PASS
+    ]
+    if faults:
+        raise UserError(
+            f"{rebuild.name} is not the finished build that its dvc.lock describes:{first_lines(faults)}\n"
+            "Nothing was written. `dvc status` says what differs and would run again; `dvc checkout` brings back an "
+            "output that was edited."
+        )
+
+
+def _sources(rebuild: Artifact) -> list[SourceFile]:
+    """The outputs that are published, by their names in the folder."""
+    names = rebuild.recipe.release
+    lokr = PurePosixPath(names.lokr)
+    milestones = {
+        paths.milestone_name(step): str(lokr.with_name(f"{lokr.stem}-step{step:08d}{lokr.suffix}"))
+        for step in map(_milestone_step, rebuild.digests[paths.MILESTONES].files or {})
+    }
+    renamed = {
+        paths.FINAL: names.final,
+        paths.BASE: names.base,
+        paths.LOKR: names.lokr,
+        paths.ARTISTS: names.artists,
+        paths.CHARACTERS: names.characters,
+        paths.BUCKETS: names.buckets,
+        paths.PREVIEW: "preview.png",
+        paths.MILESTONES_PNG: "milestones.png",
+    }
+    sources = [_source(rebuild, out, None, name) for out, name in renamed.items()]
+    for out, place in ((paths.MILESTONES, milestones), (paths.DIFFUSERS, {}), (paths.SAMPLES, {})):
+        for file in rebuild.digests[out].files or {}:
+            name = f"samples/{file}" if out == paths.SAMPLES else place.get(file, file)
+            sources.append(_source(rebuild, out, file, name))
+    return sources
+
+
+def _milestone_step(file: str) -> int:
+    digits = file.removeprefix("delta-lokr-step").removesuffix(".safetensors")
+    if not digits.isdecimal() or paths.milestone_name(int(digits)) != file:
+        raise UserError(f"{paths.MILESTONES}/{printable(file)} is no milestone that train writes. Move it away.")
+    return int(digits)
+
+
+def _source(rebuild: Artifact, out: str, file: str | None, name: str) -> SourceFile:
+    digest, path = rebuild.digests[out], rebuild.folder / out
+    if file is None:
+        return SourceFile(name, path, digest.bytes, digest.sha256)
+    return SourceFile(name, path / file, (path / file).stat().st_size, (digest.files or {})[file])
+
+
+def _texts(rebuild: Artifact) -> dict[str, str]:
+    """The files that are written here: name → text."""
+    names = rebuild.recipe.release
+    return {
+        CARD: model_card.render_card(build_summary.read_build(rebuild.folder), card_files(names)),
+        names.training: kohya_settings.training_toml(rebuild.recipe),
+        names.preset: kohya_settings.preset_toml(rebuild.recipe.lokr.preset),
+    }
+
+
+def card_files(names: Release) -> dict[str, str]:
+    """The names that the card of the folder uses; the parts of the diffusers folder lie beside it."""
+    return names.model_dump(include={"final", "base", "lokr", "artists", "characters"}) | {"pipeline": "."}
+
+
+def _collides(name: str, names: list[str]) -> bool:
+    return names.count(name) > 1 or any(str(above) in names for above in PurePosixPath(name).parents)
+
+
+def _refuse_other_files(folder: Path, names: set[str]) -> None:
+    """The folder is replaced as a whole, and what a user put into it, or signed, must not vanish."""
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
+    if other := sorted(found - names):
+        raise UserError(
+            f"{folder} holds files that are not of this release:{first_lines([printable(name) for name in other])}\n"
+            f"Move them away, or delete {folder}: its large files are links, and {paths.BUILD}/ keeps them."
+        )
+
+
+def _link(source: SourceFile, target: Path) -> bool:
+    """Whether a hard link could be made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.path.resolve(), target)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        return False
+    return True
+
+
+def _copy(sources: list[SourceFile], folder: Path, say: Callable[[str], object]) -> None:
+    total, free = sum(source.bytes for source in sources), shutil.disk_usage(folder).free
+    if total > free:
+        raise UserError(
+            f"{len(sources)} files ({format_size(total)}) cannot be hard links here and have to be copied, and only "
+            f"{format_size(free)} are free. Put build/ and DVC's cache on one file system, or free some space."
+        )
+    say(f"{len(sources)} files ({format_size(total)}) are copied, because no hard link to them is possible here")
+    for source in sources:
+        shutil.copyfile(source.path, folder / source.name)
+        if hashing.hash_file(folder / source.name) != source.sha256:
+            raise UserError(f"{source.path} was changed, or wrongly copied, while the release was made. Make it again.")

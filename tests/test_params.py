@@ -53,6 +53,7 @@ EPSILON = {  # what Epsilon's recipe changes in Delta's
     "caption.no_quality_above_id", "merge.start", "schedule.micro_batches", "train.tag_dropout", "train.noise_offset",
     "train.learning_rate_unet", "train.learning_rate_text", "train.warmup_steps", "train.timestep_freq_shift",
     "train.milestone_every", "execution.ranks", "bake.title", "bake.description", "bake.date",
+    *(f"release.{name}" for name in ("final", "base", "lokr", "artists", "characters")),
 }  # fmt: skip
 MARKS = ("page", "tool", "inferred", "not known", "ours", "Delta's", "this recipe's place")
 

@@ -12,6 +12,7 @@ import click
 from kohaku_delta import params as recipes
 from kohaku_delta import paths
 from kohaku_delta.cli.stage_command import FILE, StageCommand, print_summary
+from kohaku_delta.printing import print_line
 from kohaku_delta.sdxl import checkpoint_checks
 from kohaku_delta.weights import bake
 
@@ -28,9 +29,9 @@ def main(params: Path, base: Path, lokr: Path, out: Path, force: bool, drop_extr
     recipe = recipes.load(params)
     baked = bake.bake(base, lokr, recipe.bake, recipe.model.side, out, force, drop_extra)
     if baked.embeddings:
-        click.echo(f"bake: left out {checkpoint_checks.list_names(baked.embeddings)}", err=True)
+        print_line(f"bake: left out {checkpoint_checks.list_names(baked.embeddings)}", err=True)
     for module in baked.left_out:
-        click.echo(f"bake: left out {module}, which matches no tensor", err=True)
+        print_line(f"bake: left out {module}, which matches no tensor", err=True)
     print_summary(
         "bake",
         f"{baked.tensors:,} tensors changed, {baked.written.bytes:,} bytes, sha256 {baked.written.sha256} → {out}",

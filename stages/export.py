@@ -15,6 +15,7 @@ from kohaku_delta import numerics, paths
 from kohaku_delta import params as recipes
 from kohaku_delta.cli.stage_command import FILE, StageCommand, print_summary
 from kohaku_delta.hub import inputs_manifest as listed
+from kohaku_delta.printing import print_line
 from kohaku_delta.sdxl import checkpoint_checks
 
 
@@ -48,7 +49,7 @@ def main(
 
     exported = export_diffusers.export(model, tokenizers, recipe, out, drop_extra)
     if exported.left_out:
-        click.echo(f"export: left out {checkpoint_checks.list_names(exported.left_out)}", err=True)
+        print_line(f"export: left out {checkpoint_checks.list_names(exported.left_out)}", err=True)
     print_summary(
         "export", f"{exported.bytes:,} bytes of tensors, vae scaling factor {recipe.vae_scaling_factor} → {out}"
     )

@@ -15,6 +15,7 @@ from kohaku_delta import params as recipes
 from kohaku_delta import paths
 from kohaku_delta.cli.stage_command import FILE, StageCommand, print_summary
 from kohaku_delta.hub import inputs_manifest as listed
+from kohaku_delta.printing import print_line
 from kohaku_delta.weights import merge
 
 
@@ -53,7 +54,7 @@ def main(
         parents = {"gamma": gamma or listed.path(inputs, "gamma"), "beta": beta or listed.path(inputs, "beta")}
         merged = merge.merge(sdxl or listed.path(inputs, "sdxl"), parents, recipe, out)
     for note in merged.notes:
-        click.echo(f"merge: {note}", err=True)
+        print_line(f"merge: {note}", err=True)
     written = merged.written
     print_summary(
         "merge", f"{written.bytes:,} bytes, sha256 {written.sha256[:16]}…, contents {written.digest[:16]}… → {out}"

@@ -18,6 +18,7 @@ from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import selection
 from kohaku_delta.formats import parquet
 from kohaku_delta.hub import inputs_manifest as listed
+from kohaku_delta.printing import print_line
 
 
 @click.command(cls=StageCommand)
@@ -30,7 +31,7 @@ def main(params: Path, inputs: Path, database: Path | None, out: Path) -> None:
     recipe = recipes.load(params)
     source = Database(database or listed.path(inputs, "database"))
     for warning in schema.check_schema(source):
-        click.echo(f"select: {warning}", err=True)
+        print_line(f"select: {warning}", err=True)
     selected = selection.select(source, recipe.selection)
     parquet.write(selected, out)
     drawn = pc.sum(selected["drawn"]).as_py()

@@ -203,7 +203,7 @@ def test_a_strangers_recipe_cannot_fill_the_memory_or_control_the_terminal(tmp_p
     with pytest.raises(UserError, match="aliases"):
         load(path)
     path.write_bytes(b"#" * (yaml_file.MAX_BYTES + 1))
-    with pytest.raises(UserError, match="more than 8,388,608 bytes"):
+    with pytest.raises(UserError, match="more than 524,288 bytes"):
         load(path)
     path.write_text('"\\e[2J\\n": 1\n' + f"root: [{'x' * 100_000}]\n")
     with pytest.raises(UserError) as refusal:

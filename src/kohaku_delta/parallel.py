@@ -51,13 +51,13 @@ def map_all(function: Callable[[Key, threading.Event], Result], items: Sequence[
                 try:
                     results[items[futures[future]]] = future.result()
                 except UserError as error:
-                    errors[futures[future]] = error.message
+                    errors[futures[future]] = error.lines
         except BaseException:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if errors:
-        messages = list(dict.fromkeys(message for _, message in sorted(errors.items())))
+        messages = list(dict.fromkeys(line for _, lines in sorted(errors.items()) for line in lines))
         more = [f"{len(messages) - SHOWN:,} more files failed."] if len(messages) > SHOWN else []
-        raise UserError("\n".join(messages[:SHOWN] + more))
+        raise UserError(*messages[:SHOWN], *more)
     return results

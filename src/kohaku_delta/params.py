@@ -12,11 +12,12 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 from kohaku_delta import strict_model, yaml_file
 from kohaku_delta.strict_model import StrictModel
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Pixels = Annotated[int, Field(gt=0, multiple_of=8)]  # SDXL's VAE makes one latent of 8 × 8 pixels
+Positive = Annotated[int, Field(gt=0, lt=1 << 63)]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Pixels = Annotated[int, Field(gt=0, le=8192, multiple_of=8)]  # SDXL's VAE makes one latent of 8 × 8 pixels
 Byte = Annotated[int, Field(ge=0, le=255)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Place = Annotated[int, Field(gt=0, lt=1 << 15)]  # schedule.parquet has it as int16
 Dtype = Literal["float32", "float16", "bfloat16"]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -40,7 +41,7 @@ def _numbers(mapping: Any) -> Any:
 class Pin(StrictModel):
     """One input: `hf://[datasets/]owner/name[@revision]/file` or `file://path`. sha256: whole, a prefix, or null."""
 
-    url: Annotated[str, Field(pattern=r"^(hf|file)://.+")]
+    url: Annotated[str, Field(pattern=r"^(hf|file)://.+", max_length=2000)]
     bytes: Positive | None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")] | None
 
@@ -191,12 +192,12 @@ class Model(StrictModel):
 
 
 class Schedule(StrictModel):
-    seed: int
-    epochs: Positive
+    seed: Count
+    epochs: Annotated[int, Field(gt=0, le=10_000)]
     max_steps: Positive | None
     batch_size: Positive
-    micro_batches: Positive
-    lanes: Positive
+    micro_batches: Place
+    lanes: Place
     area: Positive
     min_side: Pixels
     max_side: Pixels

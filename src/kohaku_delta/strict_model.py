@@ -10,9 +10,11 @@ from typing import Any
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from kohaku_delta import regular_files
 from kohaku_delta.errors import UserError
+from kohaku_delta.printing import printable
 
-MAX_SENTENCES, MAX_SENTENCE = 5, 400
+MAX_SENTENCES, MAX_SENTENCE, MAX_ERRORS = 5, 400, 1000
 EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -37,10 +39,10 @@ class PartialModel(StrictModel):
     model_config = ConfigDict(extra="ignore")
 
 
-def describe_errors(source: Path | str, error: ValidationError, content: Any, remedy: str = "") -> str:
-    """One sentence per wrong key of `content` (what was validated), at most five, and the remedy. Text from the file is
-    escaped and cut, so it cannot control a terminal.
-    """
+def describe_errors(source: Path | str, error: ValidationError, content: Any, remedy: str = "") -> list[str]:
+    """One sentence per wrong key of `content` (what was validated), at most five, cut; the remedy ends the last one."""
+    if error.error_count() > MAX_ERRORS:  # each of them would take memory
+        return [f"{source}: more than {MAX_ERRORS:,} of its values are not what they should be. {remedy}".rstrip()]
     sentences: list[str] = []
     values: dict[str, Any] = {}
     expected: dict[str, list[str]] = {}
@@ -59,8 +61,8 @@ def describe_errors(source: Path | str, error: ValidationError, content: Any, re
             values[key] = details["input"]
             expected.setdefault(key, []).append(_expected(kind, context, details["msg"]))
     wrong = [f"{key} is {values[key]!r:.80}; it must be {' or '.join(kinds)}." for key, kinds in expected.items()]
-    lines = [f"{source}: {printable(sentence)}" for sentence in (wrong + sentences)[:MAX_SENTENCES]]
-    return "\n".join(lines) + (f" {remedy}" if remedy else "")
+    lines = [f"{source}: {_cut(sentence)}" for sentence in (wrong + sentences)[:MAX_SENTENCES]]
+    return [*lines[:-1], f"{lines[-1]} {remedy}".rstrip()]
 
 
 def _key(location: tuple[int | str, ...], kind: str, content: Any) -> str:
@@ -85,9 +87,8 @@ def _expected(kind: str, context: dict, message: str) -> str:
     )
 
 
-def printable(text: str) -> str:
-    """Text from a file, escaped and cut, so that it cannot control a terminal."""
-    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+def _cut(text: str) -> str:
+    text = printable(text)
     return text if len(text) <= MAX_SENTENCE else f"{text[:MAX_SENTENCE]} …"
 
 
@@ -96,16 +97,12 @@ def validate(source: Path | str, kind: Any, content: Any, remedy: str = "") -> A
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
-        raise UserError(describe_errors(source, error, content, remedy)) from None
+        raise UserError(*describe_errors(source, error, content, remedy)) from None
 
 
 def read_json(path: Path, kind: Any, max_bytes: int, remedy: str = "") -> Any:
     """A JSON file as an instance of `kind`. Raises FileNotFoundError, and UserError for what does not fit."""
-    with open(path, "rb") as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise UserError(f"{path} has more than {max_bytes:,} bytes, the limit for such a file. {remedy}".rstrip())
-    return parse_json(path, kind, content, remedy)
+    return parse_json(path, kind, regular_files.read_regular(path, max_bytes, remedy), remedy)
 
 
 def parse_json(source: Path | str, kind: Any, content: bytes, remedy: str = "") -> Any:
@@ -117,4 +114,4 @@ def parse_json(source: Path | str, kind: Any, content: bytes, remedy: str = "") 
             parsed = pydantic_core.from_json(content)
         except ValueError:
             parsed = None
-        raise UserError(describe_errors(source, error, parsed, remedy)) from None
+        raise UserError(*describe_errors(source, error, parsed, remedy)) from None

@@ -1,6 +1,5 @@
 """kohaku-delta audit: check a rebuild or its bundle, offline."""
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from kohaku_delta import numerics
 from kohaku_delta.cli.exit_codes import ComparisonCommand
 from kohaku_delta.cli.stage_command import FILE
 from kohaku_delta.formats import hashing
+from kohaku_delta.printing import print_json, print_line, printable
 from kohaku_delta.provenance import dvc_yaml
 from kohaku_delta.provenance.artifact import open_artifact
 
@@ -57,23 +57,28 @@ def audit(target: Path, as_json: bool, **options) -> None:
             made.append(finding)
             if not as_json:
                 status = click.style(finding.status, fg=COLORS[finding.status])
-                click.echo(f"{status}  {finding.group + '/' + finding.name:18} {finding.message}")
+                print_line(f"  {finding.group + '/' + finding.name:18} {finding.message}", style=status)
         lock_sha256 = hashing.digest_path(rebuild.folder / dvc_yaml.LOCK, md5=False).sha256
         is_bundle = rebuild.bundle is not None
     exit_code, verdict = findings.summarize(made)
     if as_json:
         content = {
-            "target": str(target),
+            "target": printable(str(target)),
             "lock": lock_sha256,
             "bundle": is_bundle,
             "findings": [
-                {"group": finding.group, "name": finding.name, "status": finding.status, "said": finding.message}
+                {
+                    "group": finding.group,
+                    "name": finding.name,
+                    "status": finding.status,
+                    "said": printable(finding.message),
+                }
                 for finding in made
             ],
             "exit": exit_code,
             "verdict": verdict,
         }
-        click.echo(json.dumps(content, indent=1, ensure_ascii=False))
+        print_json(content)
     else:
-        click.echo(f"verdict: {verdict}")
+        print_line(f"verdict: {verdict}")
     raise SystemExit(exit_code)

@@ -10,6 +10,7 @@ from kohaku_delta import atomic_files, paths
 from kohaku_delta.cli.stage_command import FILE, StageCommand
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import hashing
+from kohaku_delta.printing import print_line
 from kohaku_delta.provenance import bundles, dvc_yaml, signature, stage_record, statement
 from kohaku_delta.provenance.artifact import Artifact, is_library_locks, open_artifact
 
@@ -49,7 +50,7 @@ def bundle(out: Path, folder: Path, key: Path | None) -> None:
             with atomic_files.atomic_dir(out) as target:
                 shutil.copytree(gathered, target, dirs_exist_ok=True)
         count = sum(path.is_file() for path in gathered.rglob("*"))
-    click.echo(f"{count} files, {sum(left_out.values()):,} bytes of weights left out → {out}")
+    print_line(f"{count} files, {sum(left_out.values()):,} bytes of weights left out → {out}")
 
 
 def _gather(rebuild: Artifact, to: Path) -> dict[str, int]:

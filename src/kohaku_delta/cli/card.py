@@ -6,6 +6,7 @@ import click
 
 from kohaku_delta import atomic_files
 from kohaku_delta.cli.stage_command import FILE, StageCommand
+from kohaku_delta.printing import print_line
 from kohaku_delta.report import build_summary, model_card
 
 
@@ -21,4 +22,4 @@ def card(folder: Path, out: Path | None) -> None:
     text = model_card.render_card(build)
     with atomic_files.atomic_write(out, "w") as file:
         file.write(text)
-    click.echo(f"{out}: the card of {build.recipe.bake.title}")
+    print_line(f"{out}: the card of {build.recipe.bake.title}")

@@ -6,6 +6,7 @@ import click
 
 from kohaku_delta.cli.exit_codes import DIFFERENT, EQUAL, ComparisonCommand
 from kohaku_delta.cli.stage_command import FILE
+from kohaku_delta.printing import print_line
 from kohaku_delta.provenance.artifact import open_artifact
 from kohaku_delta.verify import compare_rebuilds
 
@@ -28,11 +29,11 @@ def compare(a: Path, b: Path) -> None:
         if not unequal and not unmatched:
             count = sum(len(one.stages[name].outs) for name in outputs)
             note = f"; the hosts differ: {'; '.join(hosts)}" if hosts else ""
-            click.echo(f"equal: all {count} outputs of {len(outputs)} stages, byte for byte{note}")
+            print_line(f"equal: all {count} outputs of {len(outputs)} stages, byte for byte{note}")
             raise SystemExit(EQUAL)
         if unequal:
             first = next(iter(unequal))
-            click.echo(f"different from the stage {first} on: {', '.join(unequal[first])}")
+            print_line(f"different from the stage {first} on: {', '.join(unequal[first])}")
             for kind, difference in compare_rebuilds.stage_differences(one, other):
                 _row(kind, difference)
             equal = ", ".join(name for name in outputs if name not in unequal) or "no stage"
@@ -49,4 +50,4 @@ def compare(a: Path, b: Path) -> None:
 
 
 def _row(kind: str, text: str) -> None:
-    click.echo(f"  {kind:12} {text}")
+    print_line(f"  {kind:12} {text}")

@@ -1,12 +1,11 @@
 """kohaku-delta operators: compares this processor's results, operator by operator, with the expected ones."""
 
-import json
-
 import click
 
 from kohaku_delta import numerics
 from kohaku_delta.cli.exit_codes import DIFFERENT, EQUAL
 from kohaku_delta.errors import version_option
+from kohaku_delta.printing import print_json, print_line
 from kohaku_delta.provenance import environment
 
 
@@ -23,15 +22,15 @@ def operators(as_json: bool) -> None:
 
     found, expected = measured.digests(), measured.known()
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        print_json(found)
         return
-    click.echo(f"processor: {ascii(environment.host_facts()['processor'])[1:-1]}")
+    print_line(f"processor: {ascii(environment.host_facts()['processor'])[1:-1]}")
     differing = [name for name, digest in found.items() if expected.get(name) != digest]
     for name, digest in found.items():
-        click.echo(f"{'DIFFERS' if name in differing else 'equal  '}  {name:<28}{digest}")
-    click.echo(f"-        {'torch.sqrt (not used)':<28}{measured.digest(measured.torch_square_roots())}")
+        print_line(f"{'DIFFERS' if name in differing else 'equal  '}  {name:<28}{digest}")
+    print_line(f"-        {'torch.sqrt (not used)':<28}{measured.digest(measured.torch_square_roots())}")
     note = f"; these differ: {', '.join(differing)}" if differing else ""
-    click.echo(f"operators: {len(found) - len(differing)} of {len(found)} are equal{note}")
+    print_line(f"operators: {len(found) - len(differing)} of {len(found)} are equal{note}")
     raise SystemExit(DIFFERENT if differing else EQUAL)
 
 

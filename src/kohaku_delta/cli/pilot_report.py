@@ -14,6 +14,7 @@ from kohaku_delta import params as recipes
 from kohaku_delta.cli.exit_codes import DIFFERENT, EQUAL, ComparisonCommand
 from kohaku_delta.cli.stage_command import FILE
 from kohaku_delta.errors import UserError
+from kohaku_delta.printing import print_line
 from kohaku_delta.provenance import dvc_yaml
 
 REPORT, ROW = f"{paths.BUILD}/pilot.json", f"{paths.BUILD}/pilot.md"
@@ -46,7 +47,9 @@ def pilot_report(folder: Path) -> None:
     for name, text in ((REPORT, json.dumps(pilot, indent=1, ensure_ascii=False)), (ROW, row)):
         with atomic_files.atomic_write(folder / name, "w") as file:
             file.write(f"{text}\n")
-    click.echo(f"{row}\n\n{folder / REPORT}: the report; {folder / ROW}: its row for the table in docs/hosts.md")
+    print_line(row)
+    print_line()
+    print_line(f"{folder / REPORT}: the report; {folder / ROW}: its row for the table in docs/hosts.md")
     raise SystemExit(EQUAL if set(replayed.values()) == {"equal"} else DIFFERENT)
 
 
@@ -58,5 +61,5 @@ def _replay(folder: Path, step: int) -> str:
     if done.returncode not in (EQUAL, DIFFERENT):
         raise UserError(f"Step {step} could not be computed again. The line above says why.")
     said = done.stdout.splitlines()[0] if done.stdout else "no word"
-    click.echo(f"replay: {said}")
+    print_line(f"replay: {said}")
     return "equal" if done.returncode == EQUAL else said.removeprefix("different: ")

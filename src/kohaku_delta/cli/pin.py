@@ -8,6 +8,7 @@ from kohaku_delta import atomic_files
 from kohaku_delta import params as recipes
 from kohaku_delta.cli.stage_command import FILE, StageCommand
 from kohaku_delta.hub import fill_pins
+from kohaku_delta.printing import print_line
 
 MAX_LINES = 30  # of a diff
 
@@ -24,16 +25,17 @@ def pin(params: Path, yes: bool) -> None:
     for path, content in reversed(edit.files.items()):
         lines = fill_pins.unified_diff(path, content)
         more = [f"… and {len(lines) - MAX_LINES:,} more lines"] if len(lines) > MAX_LINES else []
-        click.echo("\n".join(lines[:MAX_LINES] + more))
+        for line in lines[:MAX_LINES] + more:
+            print_line(line)
     for sentence in edit.remarks:
-        click.echo(sentence)
+        print_line(sentence)
     if not edit.files:
-        click.echo(f"{params}: no pin of a file on the Hub leaves anything open")
+        print_line(f"{params}: no pin of a file on the Hub leaves anything open")
     elif yes or click.confirm("Write this?"):
         for path, content in edit.files.items():  # the lists first: params.yaml holds their digests
             with atomic_files.atomic_write(path) as file:
                 file.write(content)
-            click.echo(f"written: {path}")
+            print_line(f"written: {path}")
     else:
-        click.echo("nothing was written")
+        print_line("nothing was written")
         raise SystemExit(1)

@@ -11,6 +11,7 @@ from kohaku_delta.cli.stage_command import FILE
 from kohaku_delta.preflight import build_plan, host_checks, host_facts, parameter_counts
 from kohaku_delta.preflight.build_plan import PlanRow
 from kohaku_delta.preflight.host_checks import CheckResult
+from kohaku_delta.printing import print_line
 
 
 @click.command(cls=ComparisonCommand)
@@ -40,10 +41,10 @@ def preflight(params: Path, simulate: str | None, seconds_per_step: float | None
     results = host_checks.run_checks(host, recipe)
     _print_results(results)
     if host.model is None and not simulate:
-        click.echo(f"memory and disk are not checked: {build_plan.unknown_size(recipe)}")
+        print_line(f"memory and disk are not checked: {build_plan.unknown_size(recipe)}")
     failed = [result.name for result in results if not result.ok]
     note = f"; red: {', '.join(failed)}" if failed else ""
-    click.echo(f"preflight: {len(results) - len(failed)} of {len(results)} are green{note}")
+    print_line(f"preflight: {len(results) - len(failed)} of {len(results)} are green{note}")
     raise SystemExit(DIFFERENT if failed else EQUAL)
 
 
@@ -52,13 +53,13 @@ def _print_results(results: list[CheckResult]) -> None:
     width = max(len(result.name) for result in results)
     for result in results:
         status = click.style("green", fg="green") if result.ok else click.style("red  ", fg="red")
-        click.echo(f"{status}  {result.name:<{width}}  {result.what}")
+        print_line(f"  {result.name:<{width}}  {result.what}", style=status)
         if not result.ok:
-            click.echo(f"       {'':<{width}}  → {result.remedy}")
+            print_line(f"       {'':<{width}}  → {result.remedy}")
 
 
 def _print_plan(rows: list[PlanRow]) -> None:
     first, second = max(len(row.what) for row in rows), max(len(row.figure) for row in rows)
     for row in rows:
-        click.echo(f"{row.what:<{first}}  {row.figure:>{second}}  {row.source}".rstrip())
-    click.echo()
+        print_line(f"{row.what:<{first}}  {row.figure:>{second}}  {row.source}".rstrip())
+    print_line()

@@ -7,6 +7,7 @@ import click
 from kohaku_delta.cli.exit_codes import DIFFERENT, EQUAL, ComparisonCommand
 from kohaku_delta.cli.stage_command import FILE
 from kohaku_delta.errors import UserError
+from kohaku_delta.printing import print_line
 from kohaku_delta.provenance import bundles, signature, statement
 from kohaku_delta.provenance.artifact import open_artifact
 
@@ -28,12 +29,12 @@ def provenance(folder: Path, key: Path | None, verify: Path | None) -> None:
             if rebuild.bundle:
                 raise UserError(f"{folder} is a bundle. Sign it when you pack it: kohaku-delta bundle OUT --key KEY.")
             keyid = signature.sign(statement.build_statement(rebuild), key, path)
-            click.echo(f"signed by {keyid[:16]}…: {stages} stages → {path}")
+            print_line(f"signed by {keyid[:16]}…: {stages} stages → {path}")
             return
         if key or not verify:
             raise click.UsageError("Give --key to sign, or --verify to check.")
         if difference := statement.signed_difference(rebuild, verify):
-            click.echo(f"different: {difference} is not what the records say")
+            print_line(f"different: {difference} is not what the records say")
             raise SystemExit(DIFFERENT)
-        click.echo(f"verified: {stages} stages, signed by {verify}, equal to the records")
+        print_line(f"verified: {stages} stages, signed by {verify}, equal to the records")
         raise SystemExit(EQUAL)

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from kohaku_delta.cli.stage_command import FILE, StageCommand
+from kohaku_delta.printing import print_line
 from kohaku_delta.provenance.artifact import open_artifact
 from kohaku_delta.publishing import release_folder
 from kohaku_delta.units import format_size
@@ -18,8 +19,8 @@ def release(folder: Path) -> None:
     Outputs are hashed against dvc.lock first, and linked. Nothing is sent; `kohaku-delta upload` does that.
     """
     with open_artifact(folder) as rebuild:
-        files = release_folder.write_release(rebuild, click.echo)
+        files = release_folder.write_release(rebuild, print_line)
         place = rebuild.folder / release_folder.FOLDER
     for name, size in files.items():
-        click.echo(f"{size:>15,}  {name}")
-    click.echo(f"{place}: {len(files)} files, {format_size(sum(files.values()))}")
+        print_line(f"{size:>15,}  {name}")
+    print_line(f"{place}: {len(files)} files, {format_size(sum(files.values()))}")

@@ -10,6 +10,7 @@ from kohaku_delta import params as recipes
 from kohaku_delta.cli.exit_codes import DIFFERENT, EQUAL, ComparisonCommand
 from kohaku_delta.cli.stage_command import FILE
 from kohaku_delta.formats import parquet
+from kohaku_delta.printing import print_line
 from kohaku_delta.verify import replay_training
 
 
@@ -64,11 +65,11 @@ def replay(
             bar.update()
             if difference:
                 bar.close()
-                click.echo(f"different: step {step}: {difference}")
+                print_line(f"different: step {step}: {difference}")
                 raise SystemExit(DIFFERENT)
     count = last - first + 1
-    click.echo(f"equal: {count} steps, {first} to {last}, bit for bit")
-    click.echo(replay_training.confidence(count, parquet.read(files["journal"], ["step"]).num_rows))
+    print_line(f"equal: {count} steps, {first} to {last}, bit for bit")
+    print_line(replay_training.confidence(count, parquet.read(files["journal"], ["step"]).num_rows))
 
 
 def _compare_losses(recipe, files: dict, lokr: Path, device: str, sample: int, seed: int) -> bool:
@@ -76,10 +77,10 @@ def _compare_losses(recipe, files: dict, lokr: Path, device: str, sample: int, s
     step, losses = replay_training.losses(recipe, files, lokr, device, sample, seed)
     for each in losses:
         error = each.ours / each.journal - 1
-        click.echo(f"step {step}, place {each.place}: loss {each.ours:.6f}, journal {each.journal:.6f} ({error:+.2e})")
+        print_line(f"step {step}, place {each.place}: loss {each.ours:.6f}, journal {each.journal:.6f} ({error:+.2e})")
     error = replay_training.rms_relative_error(losses)
     equal = error <= replay_training.TOLERANCE
-    click.echo(
+    print_line(
         f"{'equal within tolerance' if equal else 'different'}: {len(losses)} losses of step {step}, "
         f"relative error {error:.2e} (root mean square); up to {replay_training.TOLERANCE:.0e} is rounding"
     )

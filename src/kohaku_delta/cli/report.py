@@ -6,6 +6,7 @@ import click
 
 from kohaku_delta import atomic_files
 from kohaku_delta.cli.stage_command import FILE, StageCommand
+from kohaku_delta.printing import print_line
 from kohaku_delta.report import build_summary, html_page
 
 
@@ -19,4 +20,4 @@ def report(folder: Path, out: Path | None) -> None:
     text = html_page.render_page(build, folder)
     with atomic_files.atomic_write(out, "w") as file:
         file.write(text)
-    click.echo(f"{out}: {len(text.encode()):,} bytes; open it in a browser")
+    print_line(f"{out}: {len(text.encode()):,} bytes; open it in a browser")

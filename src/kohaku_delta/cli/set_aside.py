@@ -6,6 +6,7 @@ import click
 
 from kohaku_delta import params as recipes
 from kohaku_delta.cli.stage_command import FILE, StageCommand
+from kohaku_delta.printing import print_line
 from kohaku_delta.provenance import dvc_yaml
 
 
@@ -22,12 +23,12 @@ def set_aside(folder: Path, work: Path | None) -> None:
 
     runs = run_folders.set_aside(work)
     for run in runs:
-        click.echo(f"{run.folder} ({run.progress}) → {run_folders.set_aside_path(run.folder)}")
+        print_line(f"{run.folder} ({run.progress}) → {run_folders.set_aside_path(run.folder)}")
         if run.inputs is None:
-            click.echo(f"  {run.fault} The training is found by the name of its folder.")
+            print_line(f"  {run.fault} The training is found by the name of its folder.")
     if runs:
-        click.echo(
+        print_line(
             "To go on with one, restore what it was trained with (its depends.json names it) and run `dvc repro`."
         )
     else:
-        click.echo(f"{work} holds no unfinished training; nothing was moved.")
+        print_line(f"{work} holds no unfinished training; nothing was moved.")

@@ -8,6 +8,7 @@ import click
 from kohaku_delta import sandbox
 from kohaku_delta.errors import Interrupted, UserError, version_option
 from kohaku_delta.hub import dvc_checkout
+from kohaku_delta.printing import print_line
 from kohaku_delta.provenance import stage_record
 
 REMEDIES = {
@@ -48,7 +49,7 @@ class StageCommand(click.Command):
 
 def print_summary(stage: str, line: str) -> None:
     """The one line that a stage ends with."""
-    click.echo(f"{stage}: {line}")
+    print_line(f"{stage}: {line}")
 
 
 def format_counts(counts: dict[str, int]) -> str:

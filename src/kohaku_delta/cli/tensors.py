@@ -7,6 +7,7 @@ import click
 from kohaku_delta import params as recipes
 from kohaku_delta.cli.exit_codes import DIFFERENT, EQUAL, ComparisonCommand
 from kohaku_delta.cli.stage_command import FILE
+from kohaku_delta.printing import print_line
 from kohaku_delta.verify import check_release, compare_tensors
 from kohaku_delta.verify.compare_tensors import Comparison
 
@@ -36,14 +37,14 @@ def tensors(a: Path, b: Path | None, published: bool, params: Path, worst: int) 
 def _identify(path: Path, params: Path) -> bool:
     files = check_release.published_hashes(recipes.load(params))
     digest = check_release.file_sha256(path)
-    click.echo(f"{path}: {path.stat().st_size:,} bytes, sha256 {digest}")
+    print_line(f"{path}: {path.stat().st_size:,} bytes, sha256 {digest}")
     matches = check_release.identify_file(digest, files)
     for file in matches:
         note = "" if len(file.sha256) == 64 else f", by the {len(file.sha256)} digits that are known"
-        click.echo(f"is {file.name} of {params}{note}")
+        print_line(f"is {file.name} of {params}{note}")
     if not matches:
-        click.echo(f"is none of {', '.join(file.name for file in files)} of {params}")
-        click.echo(
+        print_line(f"is none of {', '.join(file.name for file in files)} of {params}")
+        print_line(
             "The same tensors in another container have another sha256: "
             "kohaku-delta tensors A B compares with the published file itself."
         )
@@ -62,7 +63,8 @@ def _compare(a: Path, b: Path, worst: int) -> bool:
         lines = [_only_dtype(found, a, b)]
     else:
         lines = _differences(found, a, b, worst)
-    click.echo("\n".join([*lines, *(f"  {sentence}" for sentence in found.container)]))
+    for line in [*lines, *(f"  {sentence}" for sentence in found.container)]:
+        print_line(line)
     return found.same_tensors
 
 

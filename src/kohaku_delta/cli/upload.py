@@ -6,6 +6,7 @@ import click
 
 from kohaku_delta.cli.stage_command import FILE, StageCommand
 from kohaku_delta.errors import UserError
+from kohaku_delta.printing import print_line
 from kohaku_delta.publishing import hub_upload, release_folder
 from kohaku_delta.units import format_size
 
@@ -27,14 +28,14 @@ def upload(folder: Path, repo: str | None, yes: bool) -> None:
     if repo:
         hub_upload.check_repository(repo)
     for name, size in files.items():
-        click.echo(f"{size:>15,}  {name}")
+        print_line(f"{size:>15,}  {name}")
     total = f"{len(files)} files, {sum(files.values()):,} bytes ({format_size(sum(files.values()))})"
     if not yes:
         where = repo or "the repository that --repo names"
-        click.echo(f"{total} would be sent from {place} to {where}. Nothing was sent: --repo and --yes send them.")
+        print_line(f"{total} would be sent from {place} to {where}. Nothing was sent: --repo and --yes send them.")
         return
     if not repo:
         raise UserError("--yes needs --repo OWNER/NAME: where the files are to go.")
-    click.echo(f"{total} are sent from {place} to {repo}")
+    print_line(f"{total} are sent from {place} to {repo}")
     address = hub_upload.upload_folder(place, repo, "Upload a rebuild")
-    click.echo(f"sent: {address}")
+    print_line(f"sent: {address}")

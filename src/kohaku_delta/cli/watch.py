@@ -11,6 +11,7 @@ from kohaku_delta import params as recipes
 from kohaku_delta.cli.stage_command import FILE, StageCommand
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import Recipe
+from kohaku_delta.printing import print_line
 from kohaku_delta.provenance import dvc_yaml
 
 INPUTS = {"inputs": paths.INPUTS, "selection": paths.SELECTION, "base": paths.BASE}
@@ -39,16 +40,16 @@ def watch(recipe: Path, device: str, work: Path | None) -> None:
     run, *others = watch_training.find_runs(work or recipe / values.execution.work)
     if others:
         names = ", ".join(f"{other.folder.name} ({other.done:,} of {other.steps:,} steps)" for other in others)
-        click.echo(f"watch: other trainings there, not measured: {names}")
-    click.echo(f"watch: {run.folder}, {run.done:,} of {run.steps:,} steps saved")
+        print_line(f"watch: other trainings there, not measured: {names}")
+    print_line(f"watch: {run.folder}, {run.done:,} of {run.steps:,} steps saved")
     measured, new = watch_training.watch(_on_device(values, device), files | BY_HAND, run.folder)
     for step, (_, losses) in measured.items():
         loss = f"held-out loss {losses['sdxl']:.4f}" if losses else "no held-out post"
-        click.echo(f"  step {step:>8,}  {loss}{'' if step in new else ', measured before'}")
+        print_line(f"  step {step:>8,}  {loss}{'' if step in new else ', measured before'}")
     if len(measured) == 1:
-        click.echo(f"  no milestone yet: there is one every {values.train.milestone_every:,} steps")
+        print_line(f"  no milestone yet: there is one every {values.train.milestone_every:,} steps")
     folder = run.folder / watch_training.FOLDER
-    click.echo(f"→ {folder / Path(paths.MILESTONES_CSV).name}, {folder / Path(paths.MILESTONES_PNG).name}")
+    print_line(f"→ {folder / Path(paths.MILESTONES_CSV).name}, {folder / Path(paths.MILESTONES_PNG).name}")
 
 
 def _on_device(recipe: Recipe, device: str) -> Recipe:

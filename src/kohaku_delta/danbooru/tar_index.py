@@ -19,7 +19,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from threading import Event
 
-import click
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
@@ -30,6 +29,7 @@ from kohaku_delta.danbooru.tars import pread_fully
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
 from kohaku_delta.parallel import ordered_map
+from kohaku_delta.printing import print_line
 
 NAME = re.compile(rb"(?s:.*/)?(?P<id>[0-9]{1,18})\.(?P<extension>[^./]+)")
 READER = 2  # increased when other members are found in the same tar; an index made before is then made again
@@ -236,7 +236,7 @@ def _write_index(keep, found: dict[str, tuple[str, TarMembers]]) -> None:
                 columns = (getattr(members, field.name) for field in fields(members))
                 append(pa.table([pa.repeat(tar, count), pa.repeat(state, count), *columns], schema=SCHEMA))
     except OSError as error:
-        click.echo(
+        print_line(
             f"The index of the tars cannot be kept at {keep} ({error.strerror}): they will be read again next time. "
             "Choose another place with --index.",
             err=True,

@@ -21,9 +21,11 @@ from kohaku_delta.dataset.post_metadata import date_tags, post_metadata, reason_
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
 from kohaku_delta.params import Caption, Percentiles, Schedule
+from kohaku_delta.regular_files import read_regular
 from kohaku_delta.sdxl.tokenizer import ClipTokenizer, is_plain
 
 TOP = 20  # names per kind
+MAX_BUCKETS = 1 << 20  # bytes of bucket.txt
 BUCKET = re.compile(r"bucket \d+: resolution \((\d+), (\d+)\), count: (\d+)")
 META = 4  # type of a tag
 
@@ -69,7 +71,7 @@ def metadata_counts(database: Database, ids: np.ndarray, parameters: Caption) ->
 def bucket_counts(path: Path, parameters: Schedule) -> dict:
     """Images per bucket [width, height, count], micro-batches per epoch, and steps."""
     buckets = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_regular(path, MAX_BUCKETS).decode("utf-8").splitlines():
         match = BUCKET.fullmatch(line)
         if not match:
             raise UserError(

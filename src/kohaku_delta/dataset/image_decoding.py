@@ -20,7 +20,6 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,6 +30,7 @@ from kohaku_delta.danbooru import image, tar_index, tars
 from kohaku_delta.danbooru.image import Decoding
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
+from kohaku_delta.printing import print_line
 from kohaku_delta.sandbox import audit_hook
 
 FEW = 1000  # images that are decoded sooner than processes start
@@ -218,7 +218,7 @@ def _keep(folder: Path, tar: Path, key: str, results: pa.Table) -> Path | None:
         all_results = pa.concat_tables([_kept_results(folder, tar, key), results])
         parquet.write(all_results, _results_file(folder, tar), {KEY: key})
     except OSError as error:
-        click.echo(
+        print_line(
             f"The results of decoding cannot be kept in {folder} ({error.strerror}): a run that is killed will decode "
             "the following images again. Choose another place with --index.",
             err=True,

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kohaku_delta.regular_files import open_descriptor
+
 BLOCK = 4096  # bytes; enough for every device and file system
 ALIGNMENT = 8  # bytes; numbers of any dtype may start at such an address
 MIN_DIRECT = 1 << 18  # bytes of a read, or of a file to write, from which O_DIRECT pays
@@ -33,7 +35,7 @@ class Reader:
     """An open file that any thread may read by position."""
 
     def __init__(self, path: Path):
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.descriptor = open_descriptor(path)
         try:
             self._direct: int | None = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         except OSError:

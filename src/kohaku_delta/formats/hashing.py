@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kohaku_delta.errors import UserError
 from kohaku_delta.parallel import ordered_map
+from kohaku_delta.regular_files import open_regular
 
 # See .dvcignore
 EXCLUDED = re.compile(r"(^|/)(__pycache__|[^/]*\.egg-info|[^/]*\.members\.decoded)(/|$)|\.pyc$|\.members\.parquet$")
@@ -58,7 +59,7 @@ def folder_digest(files: dict[str, str]) -> str:
 def _feed(path: Path, digests: list, advance: Callable[[int], object] | None = None) -> int:
     """Update every digest with the file's bytes, from one reading; return their number."""
     size = 0
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         while piece := file.read(PIECE):
             for digest in digests:
                 digest.update(piece)

@@ -24,6 +24,7 @@ from kohaku_delta.formats import dtypes
 MAX_HEADER = 64 << 20  # bytes. SDXL's has 0.3 MB; the published LoKr's, with every tag it was trained on, about 14 MB
 MAX_STRUCTURE = 4 << 20  # bytes of it outside strings: each may take a hundred bytes of memory when parsed
 MAX_NUMBERS = 1 << 48  # of a tensor
+MAX_DIMENSIONS = 32
 STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -134,13 +135,18 @@ def _entry_fault(entry: Any) -> str | None:
     if not isinstance(dtype, str) or dtype not in dtypes.BYTES:
         return f"has the dtype {dtype!r:.40}, which is not known"
     # an empty tensor may not have absurd sides either
-    if not _are_counts(shape) or len(shape) > 32 or prod(max(side, 1) for side in shape) > MAX_NUMBERS:
+    if not _are_counts(shape) or len(shape) > MAX_DIMENSIONS or is_too_large(shape):
         return "has no proper shape"
     if not _are_counts(span) or len(span) != 2 or span[0] > span[1]:
         return "has no proper offsets"
     if prod(shape) * dtypes.BYTES[dtype] != span[1] - span[0]:
         return f"has {span[1] - span[0]} bytes, which is not what {dtype} {shape!r:.80} takes"
     return None
+
+
+def is_too_large(shape: list[int]) -> bool:
+    """Whether a tensor of this shape would have more than MAX_NUMBERS numbers if no side of it were 0."""
+    return prod(max(side, 1) for side in shape) > MAX_NUMBERS
 
 
 def _are_counts(values: Any) -> bool:

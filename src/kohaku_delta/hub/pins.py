@@ -16,9 +16,11 @@ from pathlib import Path
 from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import Pin, Recipe
+from kohaku_delta.regular_files import read_regular
 
 HF = re.compile(r"^hf://(?P<kind>datasets/)?(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[^/]+))?/(?P<file>.+)$")
 SPAN = re.compile(r"\{(\d+)\.\.(\d+)\}")
+MAX_SPAN, MAX_LIST = 100_000, 16 << 20  # files of a span; bytes of its list
 COLUMNS = ["file", "bytes", "sha256"]
 
 
@@ -76,6 +78,8 @@ def span_urls(pin: Pin) -> list[str]:
     match = SPAN.search(pin.url)
     if not match:
         return [pin.url]
+    if span_files(pin) > MAX_SPAN:
+        raise UserError(f"{pin.url} names {span_files(pin):,} files; at most {MAX_SPAN:,} are meant by one pin.")
     before, after = pin.url[: match.start()], pin.url[match.end() :]
     return [f"{before}{number:0{len(match[1])}}{after}" for number in range(int(match[1]), int(match[2]) + 1)]
 
@@ -116,7 +120,7 @@ def format_pin_list(files: list[tuple[str, int, str | None]]) -> bytes:
 def read_pin_list(pin_list: Path, pin: Pin) -> dict[str, tuple[int, str | None]]:
     """file → (bytes, sha256) of a list whose own sha256 is the pin's."""
     try:
-        content = pin_list.read_bytes()
+        content = read_regular(pin_list, MAX_LIST)
     except FileNotFoundError:
         raise UserError(
             f"{pin_list} does not exist; {pin.url} is pinned by it. "
@@ -128,7 +132,10 @@ def read_pin_list(pin_list: Path, pin: Pin) -> dict[str, tuple[int, str | None]]
             f"{pin_list} has the sha256 {found}; params.yaml pins {pin.sha256} ({pin.url}). "
             "Restore the list that was pinned."
         )
-    header, *rows = list(csv.reader(io.StringIO(content.decode("utf-8", "replace")))) or [[]]
+    try:
+        header, *rows = list(csv.reader(io.StringIO(content.decode("utf-8", "replace")))) or [[]]
+    except csv.Error:
+        header, rows = [], []
     row_form = re.compile(r"[^,]*,[1-9][0-9]{0,17},([0-9a-f]{64})?")
     if header != COLUMNS or any(len(row) != 3 or not row_form.fullmatch(",".join(row)) for row in rows):
         raise UserError(

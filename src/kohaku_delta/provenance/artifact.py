@@ -15,18 +15,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kohaku_delta import params, paths
+from kohaku_delta import params, paths, regular_files
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import hashing
 from kohaku_delta.formats.hashing import Digest
 from kohaku_delta.params import Recipe
-from kohaku_delta.provenance import bundles, dvc_lock, dvc_yaml, import_closure, stage_record
+from kohaku_delta.provenance import bundles, dvc_lock, dvc_yaml, import_closure, stage_record, target_paths
 from kohaku_delta.provenance.dvc_lock import LockedStage
 from kohaku_delta.provenance.dvc_yaml import StageDeclaration
 from kohaku_delta.provenance.import_closure import StageCode
 from kohaku_delta.provenance.stage_record import Record
 from kohaku_delta.yaml_file import read_yaml
 
+MAX_INPUTS = 16 << 20  # bytes of inputs.json; that of the release has 1 MB
 REPOSITORY = Path(__file__).resolve().parents[3]  # of the code that runs now
 
 
@@ -42,6 +43,12 @@ class Artifact:
     bundle: bundles.Bundle | None
     records: dict[str, Record] = field(default_factory=dict)  # by stage, of the runs that dvc.lock describes
     unreadable: dict[str, str] = field(default_factory=dict)  # stage → why its record cannot be read
+
+    @cached_property
+    def work(self) -> Path | None:
+        """The folder of the saved states; None for a bundle, and for one that lies outside the recipe's folder."""
+        inside = not self.bundle and target_paths.is_inside(self.recipe.execution.work)
+        return self.folder / self.recipe.execution.work if inside else None
 
     @cached_property
     def digests(self) -> dict[str, Digest]:
@@ -80,7 +87,7 @@ class Artifact:
         """The entries of build/inputs.json, each with its input's name; empty if the file is missing or malformed."""
         path = self.output("inputs.json")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))["inputs"] if path else {}
+            content = json.loads(regular_files.read_regular(path, MAX_INPUTS))["inputs"] if path else {}
             entries = [
                 {"name": name} | entry
                 for name, listed in content.items()
@@ -136,7 +143,12 @@ def open_artifact(path: Path) -> Iterator[Artifact]:
     yield _read(name, path)
 
 
+RECIPE = (dvc_yaml.PARAMS, dvc_yaml.PIPELINE, dvc_yaml.LOCK, bundles.MANIFEST, bundles.TENSORS, bundles.PROVENANCE)
+
+
 def _read(name: str, folder: Path) -> Artifact:
+    """Nothing is opened before it was looked at whether it lies in the folder."""
+    target_paths.check_files(folder, [*RECIPE, paths.BUILD, *(path.name for path in folder.glob("pins-*.csv"))])
     rebuild = Artifact(
         name,
         folder,
@@ -145,8 +157,12 @@ def _read(name: str, folder: Path) -> Artifact:
         dvc_lock.read_lock(folder / dvc_yaml.LOCK),
         bundles.read_manifest(folder) if (folder / bundles.MANIFEST).exists() else None,
     )
+    outs = [*rebuild.writers, *(out.path for stage in rebuild.lock.values() for out in stage.outs)]
+    target_paths.check_files(folder, [*outs, *([rebuild.recipe.execution.work] if rebuild.work else [])])
     if rebuild.bundle:
         _ = rebuild.tensors  # a list that contradicts itself is refused before anything is judged by it
+    else:
+        _check_root(rebuild)
     for stage, locked in rebuild.lock.items():
         path = folder / paths.RECORDS / stage_record.record_filename(stage, locked.key())
         if stage in rebuild.stages and path.is_file():
@@ -155,3 +171,13 @@ def _read(name: str, folder: Path) -> Artifact:
             except UserError as error:
                 rebuild.unreadable[stage] = error.message.replace(f"{folder}/", "")
     return rebuild
+
+
+def _check_root(rebuild: Artifact) -> None:
+    """Raises UserError if the code of a recipe's folder is said to lie neither around it nor where this code lies."""
+    root = (rebuild.folder / rebuild.recipe.root).resolve()
+    if root not in (REPOSITORY, rebuild.folder.resolve(), *rebuild.folder.resolve().parents):
+        raise UserError(
+            f"{rebuild.folder / dvc_yaml.PARAMS}: root is {rebuild.recipe.root}, which is no repository around this "
+            "recipe's folder. Audit the folder where it was built, or its bundle."
+        )

@@ -13,16 +13,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, field_validator
 
 from kohaku_delta import strict_model
 from kohaku_delta.errors import UserError
-from kohaku_delta.formats import hashing, safetensors_io
+from kohaku_delta.formats import dtypes, hashing, safetensors_header, safetensors_io
 from kohaku_delta.formats.safetensors_header import TensorSpec, content_digest
 from kohaku_delta.parallel import ordered_map
 from kohaku_delta.provenance.stage_record import Count, Sha256
+from kohaku_delta.regular_files import open_regular
 from kohaku_delta.strict_model import StrictModel
 
 MANIFEST, TENSORS, LIBRARIES, PROVENANCE = "bundle.json", "tensors.json", "requirements", "provenance.json"
@@ -33,7 +34,15 @@ MEMBER = re.compile(
 )
 MAX_MEMBERS = 10_000
 MAX_MEMBER_BYTES = 16 << 30  # the release's captions take about 1 GB
-MAX_JSON_BYTES = 64 << 20
+MAX_JSON_BYTES = 16 << 20  # the release's tensors.json takes about 3 MB
+MAX_EXTENSION = 1 << 20  # bytes of a member's extended header
+EXTENSIONS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 FOREIGN = "The bundle was not written by kohaku-delta."
 
 
@@ -46,9 +55,16 @@ class Bundle(StrictModel):
 
 
 class Tensor(StrictModel):
-    dtype: str
-    shape: list[Count]
+    dtype: Literal[tuple(dtypes.BYTES)]  # type: ignore[valid-type]
+    shape: Annotated[list[Count], Field(max_length=safetensors_header.MAX_DIMENSIONS)]
     sha256: Sha256
+
+    @field_validator("shape")
+    @classmethod
+    def _possible(cls, shape: list[int]) -> list[int]:
+        if safetensors_header.is_too_large(shape):
+            raise ValueError(f"{shape!r:.80} is no shape of a tensor")
+        return shape
 
 
 class WeightsDigest(StrictModel):
@@ -110,15 +126,28 @@ def unpack_bundle(path: Path) -> Iterator[Path]:
     remedy = "Name a recipe's folder, or what `kohaku-delta bundle` wrote."
     with tempfile.TemporaryDirectory(prefix="kohaku-delta-") as folder:
         try:
-            with tarfile.open(path, "r:") as tar:
+            with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as tar:
                 _unpack(tar, Path(folder), path)
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{path}: a member is a file and a folder at once. {FOREIGN}") from None
-        except (tarfile.TarError, EOFError, ValueError, UnicodeError) as error:
+        except (tarfile.TarError, EOFError, ValueError, UnicodeError, RecursionError) as error:
             raise UserError(f"{path} is not a bundle: {error}. {remedy}") from None
         if not (Path(folder) / MANIFEST).is_file():
             raise UserError(f"{path} is not a bundle: it holds no {MANIFEST}. {remedy}")
         yield Path(folder)
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose extended headers, which are read as a whole, are small."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        member = super().frombuf(buf, encoding, errors)
+        if member.type not in tarfile.SUPPORTED_TYPES or not member.size >= 0:
+            raise tarfile.ReadError("it holds a member of an unknown kind")
+        if member.type in EXTENSIONS and member.size > MAX_EXTENSION:
+            raise tarfile.ReadError(f"a member has an extended header of {member.size:,} bytes")
+        return member
 
 
 def _unpack(tar: tarfile.TarFile, folder: Path, path: Path) -> None:

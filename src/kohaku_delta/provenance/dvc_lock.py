@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from kohaku_delta import strict_model, yaml_file
-from kohaku_delta.provenance import dvc_yaml, stage_record
+from kohaku_delta.provenance import dvc_yaml, stage_record, target_paths
 from kohaku_delta.strict_model import StrictModel
 
 
@@ -44,4 +44,7 @@ class Lock(StrictModel):
 
 def read_lock(path: Path) -> dict[str, LockedStage]:
     """The stages of a dvc.lock, by name. Raises UserError and names the field at fault."""
-    return strict_model.validate(path, Lock, yaml_file.read_yaml(path), "DVC did not write this dvc.lock.").stages
+    stages = strict_model.validate(path, Lock, yaml_file.read_yaml(path), "DVC did not write this dvc.lock.").stages
+    for name, stage in stages.items():
+        target_paths.check_stage(path, name, [out.path for out in stage.outs])
+    return stages

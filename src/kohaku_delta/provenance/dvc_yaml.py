@@ -11,13 +11,14 @@ from typing import Any
 
 from kohaku_delta import strict_model
 from kohaku_delta.errors import UserError
+from kohaku_delta.provenance import target_paths
 from kohaku_delta.strict_model import PartialModel
 from kohaku_delta.yaml_file import read_yaml
 
 PIPELINE, LOCK, PARAMS = "dvc.yaml", "dvc.lock", "params.yaml"
 FIELD = re.compile(r"\$\{(\w+)\}")
 
-Entries = list[str | dict[str, Any]]  # a path, or one path with its settings
+Entries = list[str | dict[str, dict[str, Any]]]  # a path, or one path with its settings
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,15 @@ def stage_declarations(folder: Path) -> dict[str, StageDeclaration]:
     def paths(*lists: Entries) -> tuple[str, ...]:
         return tuple(posixpath.normpath(fill(path)) for entries in lists for path in entry_paths(entries))
 
-    return {
+    stages = {
         name: StageDeclaration(
             name, fill(stage.cmd), tuple(stage.params), paths(stage.deps), paths(stage.outs, stage.metrics, stage.plots)
         )
         for name, stage in pipeline.stages.items()
     }
+    for name, declared in stages.items():
+        target_paths.check_stage(folder / PIPELINE, name, declared.outs)
+    return stages
 
 
 def parameters(values: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

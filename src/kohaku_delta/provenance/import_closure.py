@@ -21,6 +21,7 @@ from packaging.utils import canonicalize_name
 
 from kohaku_delta import paths, strict_model
 from kohaku_delta.errors import UserError
+from kohaku_delta.regular_files import read_regular
 from kohaku_delta.strict_model import StrictModel
 
 PACKAGE = "kohaku_delta"
@@ -150,7 +151,7 @@ def locked_libraries(lock: Path) -> dict[str, Library]:
     """
     remedy = "Restore the file from the repository, or run `make lock`."
     try:
-        lines = lock.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+        lines = read_regular(lock, MAX_BYTES).decode("utf-8").replace("\\\n", " ").splitlines()
     except (OSError, UnicodeDecodeError):
         raise UserError(f"{lock}, the lock of the recipe's libraries, cannot be read. {remedy}") from None
     libraries: dict[str, Library] = {}

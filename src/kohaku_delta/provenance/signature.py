@@ -10,9 +10,10 @@ from typing import Any
 
 from kohaku_delta import atomic_files
 from kohaku_delta.errors import UserError
+from kohaku_delta.regular_files import read_regular
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
-MAX_BYTES = 64 << 20
+MAX_BYTES = 16 << 20
 ENVELOPE_FIELDS, SIGNATURE_FIELDS = {"payload", "payloadType", "signatures"}, {"keyid", "sig"}
 
 
@@ -68,10 +69,9 @@ def verify_signature(path: Path, key: Path) -> bytes:
     name, remedy = path.name, "Nothing in it is believed."
     if not path.is_file():
         raise UserError(f"{name} does not exist: this rebuild was not signed.")
-    if path.stat().st_size > MAX_BYTES:
-        raise UserError(f"{name} has {path.stat().st_size:,} bytes, more than a provenance may have.")
+    text = read_regular(path, MAX_BYTES)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(text)
         unknown = sorted(content.keys() - ENVELOPE_FIELDS)
         unknown += [field for entry in content["signatures"] for field in sorted(entry.keys() - SIGNATURE_FIELDS)]
         envelope = Envelope.from_dict(content)

@@ -24,6 +24,7 @@ from pydantic import Field
 from kohaku_delta import atomic_files, paths, process_facts, strict_model
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import hashing
+from kohaku_delta.printing import print_line
 from kohaku_delta.provenance import dvc_yaml, environment, import_closure
 from kohaku_delta.provenance.dvc_yaml import StageDeclaration
 from kohaku_delta.provenance.import_closure import StageCode
@@ -33,7 +34,7 @@ from kohaku_delta.yaml_file import read_yaml
 MAX_BYTES = 4 << 20  # bytes of a record; that of train has 40 kB
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Md5 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}(\.dir)?$")]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class Input(StrictModel):
@@ -62,7 +63,7 @@ class Revision(StrictModel):
 class Times(StrictModel):
     began: str
     ended: str
-    seconds: float
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Record(StrictModel):
@@ -126,7 +127,7 @@ def recorded(context: click.Context) -> Iterator[None]:
             _end(run)
         except (OSError, UserError) as error:  # the outputs are whole, and the audit reports that a record is missing
             reason = getattr(error, "strerror", None) or error
-            click.echo(f"{run.stage.name}: no record was left: {reason}", err=True)
+            print_line(f"{run.stage.name}: no record was left: {reason}", err=True)
 
 
 def stage_script(command: click.Command) -> Path | None:

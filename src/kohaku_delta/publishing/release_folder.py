@@ -81,9 +81,10 @@ def _require_locked(rebuild: Artifact) -> None:
     ]
     if faults:
         raise UserError(
-            f"{rebuild.name} is not the finished build that its dvc.lock describes:{first_lines(faults)}\n"
+            f"{rebuild.name} is not the finished build that its dvc.lock describes:",
+            *first_lines(faults),
             "Nothing was written. `dvc status` says what differs and would run again; `dvc checkout` brings back an "
-            "output that was edited."
+            "output that was edited.",
         )
 
 
@@ -151,8 +152,9 @@ def _refuse_other_files(folder: Path, names: set[str]) -> None:
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
     if other := sorted(found - names):
         raise UserError(
-            f"{folder} holds files that are not of this release:{first_lines([printable(name) for name in other])}\n"
-            f"Move them away, or delete {folder}: its large files are links, and {paths.BUILD}/ keeps them."
+            f"{folder} holds files that are not of this release:",
+            *first_lines(other),
+            f"Move them away, or delete {folder}: its large files are links, and {paths.BUILD}/ keeps them.",
         )
 
 

@@ -14,6 +14,7 @@ from kohaku_delta import strict_model
 from kohaku_delta.dataset import dataset_statistics
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import Schedule
+from kohaku_delta.regular_files import read_regular
 from kohaku_delta.strict_model import PartialModel
 
 Count = Annotated[int, Field(ge=0)]
@@ -123,10 +124,10 @@ def _columns(path: Path, names: tuple[str, ...], remedy: str, empty: str = "") -
     text = _text(path, remedy)
     if text is None:
         return None
-    rows = list(csv.DictReader(text.splitlines()))
     try:
+        rows = list(csv.DictReader(text.splitlines()))
         return {name: [float(row[name] or empty) for row in rows] for name in names}
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, csv.Error):
         raise UserError(f"{path} needs the columns {', '.join(names)} with a number in each row. {remedy}") from None
 
 
@@ -142,7 +143,7 @@ def read_buckets(path: Path, schedule: Schedule) -> list[list[int]] | None:
 
 def _text(path: Path, remedy: str) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_regular(path, MAX_BYTES).decode("utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except UnicodeDecodeError:

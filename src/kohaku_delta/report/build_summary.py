@@ -8,7 +8,7 @@ from kohaku_delta import params as recipes
 from kohaku_delta import paths, strict_model
 from kohaku_delta.hub import inputs_manifest, pins
 from kohaku_delta.params import Pin, Recipe
-from kohaku_delta.provenance import dvc_yaml
+from kohaku_delta.provenance import dvc_yaml, target_paths
 from kohaku_delta.provenance.bundles import PROVENANCE
 from kohaku_delta.provenance.dvc_lock import LockedPath
 from kohaku_delta.report import build_files, stage_status
@@ -87,6 +87,7 @@ class Build:
 def read_build(place: Path) -> Build:
     """The build of the recipe in the folder `place` (params.yaml, dvc.yaml, dvc.lock, build/)."""
     lock, folder, provenance = place / dvc_yaml.LOCK, place / paths.BUILD, place / PROVENANCE
+    target_paths.check_files(place, [dvc_yaml.PARAMS, dvc_yaml.PIPELINE, dvc_yaml.LOCK, PROVENANCE, paths.BUILD])
     stages = stage_status.read_stages(place)
     current = recipes.load(place / dvc_yaml.PARAMS)
     locked, disagreeing = stage_status.merged_parameters(stages)

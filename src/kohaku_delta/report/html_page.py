@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from kohaku_delta.errors import UserError
+from kohaku_delta.printing import printable_page
 from kohaku_delta.report import fidelity_table, images, markdown, model_card, status_badges, table_rows
 from kohaku_delta.report.build_files import Comparison
 from kohaku_delta.report.build_summary import Build
@@ -43,7 +44,7 @@ def render_page(build: Build, place: Path) -> str:
     )
     templates.filters |= {"size": format_size, "duration": format_duration, "hash": _hash}
     article, front_matter, unfinished = _card(build)
-    return templates.get_template("page.html").render(
+    page = templates.get_template("page.html").render(
         build=build,
         title=build.recipe.bake.title,
         sections=SECTIONS,
@@ -69,6 +70,7 @@ def render_page(build: Build, place: Path) -> str:
         unfinished=unfinished,
         license_link=model_card.license_link(build),
     )
+    return printable_page(page)
 
 
 def _hash(value: str) -> Markup:

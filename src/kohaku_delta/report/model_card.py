@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.hub import pins
+from kohaku_delta.printing import printable_page
 from kohaku_delta.report import build_summary, markdown, table_rows
 from kohaku_delta.report.build_summary import Build
 from kohaku_delta.units import format_size
@@ -32,7 +33,7 @@ def render_card(build: Build, files: dict[str, str] = FILES) -> str:
     build that is not finished.
     """
     front_matter, body = card_parts(build, files)
-    card = ModelCard(f"---\n{front_matter}\n---\n\n{body.rstrip()}\n")  # parses the front matter again
+    card = ModelCard(printable_page(f"---\n{front_matter}\n---\n\n{body.rstrip()}\n"))  # parses the front matter again
     return card.content
 
 

@@ -4,10 +4,9 @@ What the files are now is not looked at here.
 """
 
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from kohaku_delta import paths
-from kohaku_delta.errors import UserError
 from kohaku_delta.provenance import dvc_lock, dvc_yaml, stage_record
 from kohaku_delta.provenance.dvc_lock import LockedPath
 from kohaku_delta.provenance.stage_record import Record
@@ -34,12 +33,6 @@ def read_stages(folder: Path) -> list[StageStatus]:
             stages.append(StageStatus(name, reads, {}, {}))
             continue
         outs = {out.path: out for out in entry.outs}
-        for path in map(PurePosixPath, outs):
-            if path.is_absolute() or ".." in path.parts:
-                raise UserError(
-                    f"{folder / dvc_yaml.LOCK}: {name} has the output {path}, outside the recipe's folder. "
-                    "Run `dvc repro` to write the lock again."
-                )
         record_path = folder / paths.RECORDS / stage_record.record_filename(name, entry.key())
         record = stage_record.read_record(record_path) if record_path.is_file() else None
         if record and {path: output.md5 for path, output in record.outputs.items()} != {

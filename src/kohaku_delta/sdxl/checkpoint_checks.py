@@ -65,7 +65,7 @@ def require_floats(file: SafetensorsFile) -> None:
     try:
         known = TensorNameMap(Layout.of(file.specs)).by_key
     except UserError as refusal:
-        raise UserError(f"{file.path}: {refusal.message}") from None
+        raise UserError(f"{file.path}: {refusal.lines[0]}", *refusal.lines[1:]) from None
     for name, spec in file.specs.items():
         if name in known and spec.dtype not in dtypes.FLOATS:
             raise UserError(

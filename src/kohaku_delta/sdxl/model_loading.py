@@ -188,11 +188,11 @@ def require_architecture(path, shapes: Mapping[str, tuple[int, ...]], model: Mod
         configs = architecture(shapes, model)
         faults = shape_faults(TensorNameMap(Layout.of(shapes)), build(configs), shapes)
     except UserError as refusal:
-        raise UserError(f"{path}: {refusal.message}") from None
+        raise UserError(f"{path}: {refusal.lines[0]}", *refusal.lines[1:]) from None
     if faults:
         extra = checkpoint_checks.outside(shapes)
-        remedy = "\nThe merge stage leaves out what is no part of SDXL (merge.extra_tensors: drop)." if extra else ""
-        raise UserError(f"{path} is not the SDXL checkpoint that its shapes suggest:" + first_lines(faults) + remedy)
+        remedy = ["The merge stage leaves out what is no part of SDXL (merge.extra_tensors: drop)."] if extra else []
+        raise UserError(f"{path} is not the SDXL checkpoint that its shapes suggest:", *first_lines(faults), *remedy)
     return configs
 
 
@@ -261,7 +261,7 @@ def to_checkpoint(modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.Ten
             value = value[:, :, None, None]
         tensors[key] = value.contiguous()
     if left := [f"{part}: {path}" for part, state in states.items() for path in state]:
-        raise ValueError("no checkpoint name for" + first_lines(left))
+        raise ValueError("\n".join(["no checkpoint name for", *first_lines(left)]))
     positions = len(tensors[PREFIX["te1"] + "embeddings.position_embedding.weight"])
     tensors[POSITION_IDS] = torch.arange(positions).expand(1, -1).contiguous()
     dtype = tensors[PREFIX["te2"] + "text_projection"].dtype

@@ -36,7 +36,9 @@ FEWER_WORKERS = "set fewer execution.workers, which changes no bits, and run thi
 GO_ON = "Change nothing in params.yaml: with the right file the training goes on from its last saved state."
 OTHER_BYTES = (
     "The tar no longer has the bytes that the filter stage checked: its disk, or a copy of it, is damaged. "
-    f"{tars.HASH_AGAIN} {GO_ON}\n"
+    f"{tars.HASH_AGAIN} {GO_ON}"
+)
+DAMAGED_FROM_THE_BEGINNING = (
     "If every hash agrees and filter.image_check is `header`, the image was damaged from the beginning, because "
     "`header` did not decode it. `decode` drops such posts, but that changes the schedule and begins another training. "
     "If this one is far on, its milestones' LoKr files are usable models: `python stages/bake.py --lokr FILE`."
@@ -109,11 +111,14 @@ class BatchBuilder:
             most = image.MAX_PIXELS if self.decoding.reencode_webp else row["width"] * row["height"]
             decoded = image.decode(data, most, self.decoding)
         except image.UnreadableImage as error:
-            raise UserError(f"{where} cannot be decoded ({error}). {OTHER_BYTES}") from None
+            raise UserError(f"{where} cannot be decoded ({error}). {OTHER_BYTES}", DAMAGED_FROM_THE_BEGINNING) from None
         size = (decoded.shape[1], decoded.shape[0])
         if size != (row["width"], row["height"]):
             expected = f"{row['width']}×{row['height']}"
-            raise UserError(f"{where} is {size[0]}×{size[1]}; posts.parquet says {expected}. {OTHER_BYTES}")
+            raise UserError(
+                f"{where} is {size[0]}×{size[1]}; posts.parquet says {expected}. {OTHER_BYTES}",
+                DAMAGED_FROM_THE_BEGINNING,
+            )
         return buckets.resize_and_crop(decoded, bucket), size
 
     def batch(self, posts: list[int], visits: list[int], bucket: tuple[int, int]) -> Batch:

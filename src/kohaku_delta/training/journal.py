@@ -103,13 +103,20 @@ def final_hash(chain: str, lokr: str) -> str:
 
 def read_journal(path: Path) -> Journal:
     """Read a journal and verify its chain. Raises UserError for another file, and names the first row that is wrong."""
-    rows = parquet.read(path, SCHEMA.names).to_pylist()
+    table = parquet.read_bounded(path, SCHEMA.names)
+    for field in SCHEMA:
+        column = table[field.name]
+        if column.type != field.type or column.null_count:
+            raise UserError(
+                f"{path}: the column {field.name} is not what the train stage writes ({field.type}, no nulls)."
+            )
+    rows = table.to_pylist()
     metadata = pq.read_schema(path).metadata or {}
     try:
         header = json.loads(metadata[HEADER.encode()])
         if not isinstance(header, dict):
             raise ValueError
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         raise UserError(
             f"{path} has no header ({HEADER} in its metadata): it is not a journal of this recipe's train stage."
         ) from None

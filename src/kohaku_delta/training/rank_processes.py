@@ -187,7 +187,8 @@ def launch_ranks(count: int, arguments: list[str]) -> None:
     if requests and (first is None or first.is_consequence):
         raise UserError(f"Stopped by {requests[0]}. Saved steps are kept; run the stage again to go on.")
     if first:
-        raise UserError(first.message if requests and first.rank == 0 and first.message else first.describe())
+        message = first.message if requests and first.rank == 0 and first.message else first.describe()
+        raise UserError(*message.splitlines())
 
 
 def _start(rank: int, count: int, port: int, arguments: list[str]) -> Rank:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from kohaku_delta import atomic_files, strict_model
 from kohaku_delta.errors import UserError
+from kohaku_delta.printing import printable
 from kohaku_delta.strict_model import StrictModel
 from kohaku_delta.training import checkpointing
 from kohaku_delta.training.checkpointing import DEPENDS
@@ -106,7 +107,7 @@ def describe_differences(old: dict[str, str], new: dict[str, str]) -> str:
     for name in names[:MAX_NAMES]:
         values = (old.get(name, "none"), new.get(name, "none"))
         short = all(len(value) <= MAX_VALUE for value in values)
-        texts.append(strict_model.printable(f"{name}: {values[0]} → {values[1]}" if short else name))
+        texts.append(printable(f"{name}: {values[0]} → {values[1]}" if short else name))
     return ", ".join(texts) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
 
 

@@ -12,7 +12,10 @@ from kohaku_delta.formats import hashing
 from kohaku_delta.hub import inputs_manifest, pins
 from kohaku_delta.provenance import bundles, import_closure
 from kohaku_delta.provenance.artifact import REPOSITORY, Artifact, is_library_locks
+from kohaku_delta.regular_files import read_regular
 from kohaku_delta.verify.findings import Check, Skip, check, format_some
+
+MAX_CODE = 4 << 20  # bytes of a file of code
 
 
 @check("lock/code")
@@ -29,7 +32,7 @@ def check_code(rebuild: Artifact) -> Check:
         yield f"{paths.CODE} names code outside of src/ and stages/: {format_some(outside)}"
         return ""
     repository = REPOSITORY if rebuild.bundle else rebuild.folder / rebuild.recipe.root
-    present = {file: (repository / file).read_bytes() for file in digests if (repository / file).is_file()}
+    present = {file: read_regular(repository / file, MAX_CODE) for file in digests if (repository / file).is_file()}
     differing = _differing(digests, present)
     if not differing:
         return f"{len(digests)} files of code are those at hand"
@@ -106,6 +109,11 @@ def check_libraries(rebuild: Artifact) -> Check:
     name = f"{folder.path}/{rebuild.recipe.requirements}.txt"
     here = rebuild.folder / (bundles.LIBRARIES if rebuild.bundle else folder.path)
     file = here / f"{rebuild.recipe.requirements}.txt"
+    if not rebuild.bundle and posixpath.normpath(folder.path) != posixpath.normpath(
+        posixpath.join(rebuild.recipe.root, bundles.LIBRARIES)
+    ):
+        yield f"dvc.lock names {folder.path}, which is not the folder requirements of this recipe's code"
+        return ""
     if not file.is_file():
         yield f"{name} does not exist"
         return ""
@@ -193,11 +201,15 @@ def check_data(rebuild: Artifact, hashed: bool) -> Check:
             yield f"{path} does not exist"
     for path, entry in present:
         if path.stat().st_size != entry["bytes"]:
-            yield f"{path} has {path.stat().st_size:,} bytes, inputs.json says {entry['bytes']:,}"
+            yield f"{path} has another size than inputs.json says, {entry['bytes']:,} bytes"
     total = sum(path.stat().st_size for path, _ in present)
     if not hashed:
         raise Skip(f"{len(present)} inputs have the right sizes and were not read; --data hashes their {total:,} bytes")
-    known = [(path, entry["sha256"]) for path, entry in present if len(entry["sha256"]) == 64]
+    known = [
+        (path, entry["sha256"])
+        for path, entry in present
+        if len(entry["sha256"]) == 64 and path.stat().st_size == entry["bytes"]
+    ]
     digests = hashing.digest_paths((path for path, _ in known), md5=False)
     for (path, sha256), digest in zip(known, digests, strict=True):
         if digest.sha256 != sha256:

@@ -29,9 +29,11 @@ def check_saved_states(rebuild: Artifact, own_journal: Journal | None) -> Check:
 
     A state belongs to this training if the folder's name follows from its depends.json, and that names our inputs.
     """
-    work = rebuild.folder / rebuild.recipe.execution.work
     if rebuild.bundle:
         raise Skip("a bundle holds no states")
+    work = rebuild.work
+    if work is None:
+        raise Skip("execution.work lies outside the recipe's folder: the states there are not read")
     own_journal = require_journal(own_journal)
     from kohaku_delta.training import checkpointing, run_folders
 
@@ -168,7 +170,7 @@ def _saved_state(rebuild: Artifact, own_journal: Journal, step: int) -> Path | N
     """The folder of the state of this journal after `step` steps."""
     from kohaku_delta.training import checkpointing
 
-    for folder in sorted((rebuild.folder / rebuild.recipe.execution.work).glob("*")):
+    for folder in sorted(rebuild.work.glob("*") if rebuild.work else []):
         state = checkpointing.state_path(folder, step)
         try:
             rows = journal.read_journal(state / checkpointing.JOURNAL).rows

@@ -21,6 +21,7 @@ from kohaku_delta.provenance import dvc_yaml
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.provenance.stage_record import Record
 from kohaku_delta.training import journal as journals
+from kohaku_delta.training.schedule import SCHEMA as SCHEDULE
 from kohaku_delta.verify import check_chain, replay_training
 from kohaku_delta.verify.findings import format_some
 
@@ -109,11 +110,11 @@ def _differing_files(a: Artifact, b: Artifact, name: str) -> list[Path]:
 
 def _posts(a: Artifact, b: Artifact, name: str, kind: str) -> Iterator[Line]:
     """The first row in which two tables with one row per post differ."""
-    tables = [parquet.read(path).combine_chunks() for path in _differing_files(a, b, f"{name}.parquet")]
+    tables = [parquet.read_bounded(path).combine_chunks() for path in _differing_files(a, b, f"{name}.parquet")]
     if not tables:
         return
     one, other = tables
-    if one.schema != other.schema:
+    if one.schema != other.schema or not all(map(_has_posts, tables)):
         yield kind, f"{name}.parquet has other columns: {', '.join(one.column_names)} | {', '.join(other.column_names)}"
         return
     row = check_chain.first_difference(one, other)
@@ -146,9 +147,16 @@ def _posts(a: Artifact, b: Artifact, name: str, kind: str) -> Iterator[Line]:
     )
 
 
+def _has_posts(table: pa.Table) -> bool:
+    return "post_id" in table.column_names and table["post_id"].type == pa.int64() and not table["post_id"].null_count
+
+
 def _schedule(a: Artifact, b: Artifact) -> Iterator[Line]:
-    tables = [parquet.read(path).combine_chunks() for path in _differing_files(a, b, "schedule.parquet")]
+    tables = [parquet.read_bounded(path).combine_chunks() for path in _differing_files(a, b, "schedule.parquet")]
     if not tables:
+        return
+    if any(not table.schema.equals(SCHEDULE) for table in tables):
+        yield "micro-batch", "schedule.parquet has other columns than the schedule stage writes"
         return
     row = check_chain.first_difference(*tables)
     if row is None:
@@ -170,7 +178,9 @@ def _steps(a: Artifact, b: Artifact) -> Iterator[Line]:
     if one.header.get("base") != other.header.get("base"):
         yield "step", f"the journals begin with other bases: {bases[0]}… | {bases[1]}…"
     schedule, lokr = a.output("schedule.parquet"), a.tensors.get(paths.LOKR)
-    micro_batches = parquet.read(schedule, ["step", "lane", "posts"]) if schedule else None
+    micro_batches = parquet.read_bounded(schedule) if schedule else None
+    if micro_batches and not micro_batches.schema.equals(SCHEDULE):
+        micro_batches = None
     names = sorted(name for name in lokr.tensors if not name.endswith(".alpha")) if lokr else []
     for step, (ours, theirs) in enumerate(zip_longest(one.rows, other.rows)):
         if ours is None or theirs is None:

@@ -22,6 +22,7 @@ from kohaku_delta.weights import lokr_format
 from kohaku_delta.weights.weight_delta import delta_shape, load_delta
 
 LORA_PREFIXES = ("lora_", "lycoris_", lokr_format.EMBEDDING)
+MAX_DIFFERENCE = 1 << 28  # numbers of a layer; SDXL's largest has 38 million
 COMPONENTS = tuple(dict.fromkeys(Path(place).parts[0] for place in PLACES.values()))
 
 
@@ -141,6 +142,10 @@ def _difference(
     file: SafetensorsFile, module: str, kind: str, parts: dict[str, str], shape: tuple[int, ...], bias: bool
 ) -> LazyTensor:
     row = prod(shape[1:])
+    if shape[0] * row > MAX_DIFFERENCE:
+        raise UserError(
+            f"{file.path}: {module} would change {shape[0] * row:,} numbers, more than any layer of SDXL has."
+        )
 
     def open_delta() -> ReadPart:
         delta = load_delta(file, module, kind, parts, shape, bias)

@@ -231,7 +231,7 @@ def _raise_mismatch(path: Path, missing: list[str], unknown: list[str], other: l
     faults = [f"missing: {name}" for name in missing] + [f"not known: {name}" for name in unknown]
     faults += [f"other: {line}" for line in other]
     if faults:
-        raise UserError(f"{path} is not a whole SDXL checkpoint of the donor's shapes:" + first_lines(faults))
+        raise UserError(f"{path} is not a whole SDXL checkpoint of the donor's shapes:", *first_lines(faults))
 
 
 def _join(things) -> str:

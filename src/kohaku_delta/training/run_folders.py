@@ -29,7 +29,7 @@ from kohaku_delta.training.checkpointing import DEPENDS
 KEY = re.compile(r"[0-9a-f]{16}")
 SET_ASIDE = ".set-aside"
 MAX_BYTES = 1 << 20  # of depends.json; the release's has 20 kB
-MAX_NAMES, MAX_VALUE = 5, 40  # of what differs, in a message
+MAX_NAMES, MAX_NAME, MAX_VALUE = 5, 100, 40  # of what differs, in a message
 
 
 class Dependencies(StrictModel):
@@ -107,6 +107,7 @@ def describe_differences(old: dict[str, str], new: dict[str, str]) -> str:
     for name in names[:MAX_NAMES]:
         values = (old.get(name, "none"), new.get(name, "none"))
         short = all(len(value) <= MAX_VALUE for value in values)
+        name = name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}…"
         texts.append(printable(f"{name}: {values[0]} → {values[1]}" if short else name))
     return ", ".join(texts) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
 

@@ -28,6 +28,7 @@ def quirks(recipe: Recipe) -> dict[str, bool]:
         "selection.replacement": recipe.selection.replacement
         and any(posts.draw != "all" for posts in recipe.selection.ranges),
         "filter.exif_rotation": not recipe.filter.exif_rotation,
+        "filter.reencode_webp": not recipe.filter.reencode_webp,
         "caption.before_first_year": recipe.caption.before_first_year == "early",
         "caption.no_quality_above_id": (recipe.caption.no_quality_above_id or inf) <= 7_000_000,
         "lokr.forward": recipe.lokr.forward == "delta",

@@ -101,7 +101,8 @@ def test_what_the_recipe_copies_and_repairs_is_read_from_it(copy):
         )
     )
     message = audit(copy)[1]["fidelity/quirks"][1]
-    copied = "selection.replacement, filter.exif_rotation, filter.reencode_webp, caption.no_quality_above_id, train.last_step_divisor"
+    pixels = "filter.exif_rotation, filter.reencode_webp"
+    copied = f"selection.replacement, {pixels}, caption.no_quality_above_id, train.last_step_divisor"
     assert f"copied: {copied}" in message
     assert "repaired by parameter: caption.before_first_year, lokr.forward, train.crop_conditioning" in message
 

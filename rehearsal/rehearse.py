@@ -98,7 +98,7 @@ def write_recipe(recipe_folder: Path, folder: Path) -> None:
     click.echo("hashing the inputs")
     found = synthetic_inputs.hashes(files, folder / "hashes.json")
     for name, pinned in content["download"]["inputs"].items():
-        for pin in pinned if isinstance(pinned, list) else [pinned]:
+        for place, pin in enumerate(pinned if isinstance(pinned, list) else [pinned]):
             own = [path for other, each, path in files if other == name and each.url == pin["url"]]
             if not own:  # the recipe does not read it
                 continue
@@ -107,7 +107,7 @@ def write_recipe(recipe_folder: Path, folder: Path) -> None:
             pin["bytes"], pin["sha256"] = found[own[0]]
             if pins.SPAN.search(pin["url"]):
                 listed = pins.format_pin_list([(path.name, *found[path]) for path in own])
-                paths.pin_list_path(folder, name).write_bytes(listed)
+                paths.pin_list_path(folder, name, place).write_bytes(listed)
                 pin["bytes"], pin["sha256"] = sum(found[path][0] for path in own), hashlib.sha256(listed).hexdigest()
     values = dict(flattened(content)) | {"root": content["root"], "published": content["published"]}
     lines = [

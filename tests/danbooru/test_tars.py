@@ -267,12 +267,19 @@ def test_a_sparse_file_is_refused_whatever_number_of_pieces_it_has(tmp_path, for
         assert contents(path)[2] == ("webp", b"behind it")
 
 
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-@pytest.mark.parametrize("folder", ["", "long/" * 16, "a-folder-with-a-long-name/" * 5])
+@pytest.mark.parametrize(
+    "form, folder",
+    [
+        *(
+            (form, folder)
+            for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+            for folder in ("", "long/" * 16)
+        ),
+        *((form, "a-folder-with-a-long-name/" * 5) for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)),
+    ],  # a target of 100 bytes is the longest that ustar has room for
+)
 def test_a_hard_link_is_the_file_that_it_names(tmp_path, form, folder):
     first, second = f"{folder}1.webp", f"{folder}2.png"
-    if form == tarfile.USTAR_FORMAT and len(folder) > 90:
-        pytest.skip("ustar has no room for such a target")
     path = write_tar(
         tmp_path / "data-0001.tar", [(first, b"first"), special(second, tarfile.LNKTYPE, first), ("3.webp", b"z")], form
     )

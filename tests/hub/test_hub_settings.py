@@ -7,9 +7,14 @@ import ssl
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from huggingface_hub import constants
 from test_misbehaving_hub import DATA, NAME, PLACE, gather, pin, recipe
 
@@ -230,14 +235,21 @@ def test_a_page_instead_of_a_hub_is_told_at_once(hub, tmp_path):
 
 
 def test_a_certificate_that_is_not_trusted_is_told_at_once(hub, monkeypatch, tmp_path):
-    key = tmp_path / "key.pem"
-    command = (
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -keyout key.pem -out certificate.pem"
+    key, name, now = (
+        ec.generate_private_key(ec.SECP256R1()),
+        x509.Name.from_rfc4514_string("CN=localhost"),
+        datetime.now(UTC),
     )
-    if subprocess.run(command.split(), cwd=tmp_path, capture_output=True).returncode:
-        pytest.skip("there is no openssl to make a certificate with")
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    (tmp_path / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    (tmp_path / "certificate.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "certificate.pem", key)
+    context.load_cert_chain(tmp_path / "certificate.pem", tmp_path / "key.pem")
     server = hub.servers[0]
     server.socket = context.wrap_socket(server.socket, server_side=True)
     monkeypatch.setattr(constants, "ENDPOINT", f"https://localhost:{server.server_port}")

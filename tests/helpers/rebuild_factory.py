@@ -78,7 +78,7 @@ def write(folder: Path) -> Path:
         for name, pins in content["download"]["inputs"].items()
     }
     (build / "inputs.json").write_text(
-        json.dumps({"inputs": listed | {"database": listed["database"][0]}}, sort_keys=True)
+        json.dumps({"inputs": listed | {"database": listed["database"][0]}, "start": "merge"}, sort_keys=True)
     )
 
     database = Database(DATABASE)
@@ -154,7 +154,10 @@ def _pin(folder: Path, path: Path) -> dict:
 
 
 def _listed(folder: Path, pin: dict) -> dict:
-    return pin | {"path": os.path.relpath(folder / pin["url"].removeprefix("file://"), folder / "build")}
+    return pin | {
+        "pinned": "sha256",
+        "path": os.path.relpath(folder / pin["url"].removeprefix("file://"), folder / "build"),
+    }
 
 
 def _train(folder: Path, recipe, rows: pa.Table, base: str) -> None:

@@ -14,8 +14,6 @@ from kohaku_delta.printing import print_line
 from kohaku_delta.provenance import bundles, dvc_yaml, signature, stage_record, statement
 from kohaku_delta.provenance.artifact import Artifact, is_library_locks, open_artifact
 
-MAX_BYTES = 16 << 20  # of an output that is no table; a larger one is left out
-
 
 @click.command(cls=StageCommand)
 @click.argument("out", type=FILE)
@@ -87,4 +85,4 @@ def _gather(rebuild: Artifact, to: Path) -> dict[str, int]:
 def _is_left_out(path: Path) -> bool:
     if path.name.endswith(bundles.WEIGHTS):
         return True
-    return path.suffix != ".parquet" and path.stat().st_size > MAX_BYTES
+    return path.suffix != ".parquet" and path.stat().st_size > bundles.MAX_OUTPUT

@@ -1,14 +1,17 @@
 """kohaku-delta compare: where two rebuilds start to differ, and what differs between their hosts."""
 
+from itertools import chain
 from pathlib import Path
 
 import click
 
-from kohaku_delta.cli.exit_codes import DIFFERENT, EQUAL, ComparisonCommand
+from kohaku_delta.cli.exit_codes import CANNOT_COMPARE, DIFFERENT, EQUAL, ComparisonCommand
 from kohaku_delta.cli.stage_command import FILE
 from kohaku_delta.printing import print_line
 from kohaku_delta.provenance.artifact import open_artifact
 from kohaku_delta.verify import compare_rebuilds
+from kohaku_delta.verify.compare_rebuilds import OutputComparison
+from kohaku_delta.verify.findings import format_some
 
 
 @click.command(cls=ComparisonCommand)
@@ -18,27 +21,32 @@ def compare(a: Path, b: Path) -> None:
     """Compare two rebuilds, recipe folders or bundles: the first stage, post, caption, micro-batch, step, lane and
     tensor that differ.
 
-    Values before “|” are those of A. Exit code 0: every output of every stage is equal; 1: some differ; 2: they cannot
-    be compared.
+    Values before “|” are those of A. Equal is what was hashed on both sides; of weights that a bundle leaves out, only
+    what its dvc.lock claims is compared, and that is said. Exit code 0: every output of every stage is equal; 1: some
+    differ; 2: they cannot be compared, or not wholly.
     """
     with open_artifact(a) as one, open_artifact(b) as other:
-        outputs = compare_rebuilds.differing_outputs(one, other)
-        unequal = {name: outs for name, outs in outputs.items() if outs}
+        found = compare_rebuilds.compare_outputs(one, other)
         unmatched = compare_rebuilds.stages_in_one_only(one, other)
+        unfinished = compare_rebuilds.unfinished_stages(one, other)
         hosts = compare_rebuilds.host_differences(one, other)
-        if not unequal and not unmatched:
-            count = sum(len(one.stages[name].outs) for name in outputs)
-            note = f"; the hosts differ: {'; '.join(hosts)}" if hosts else ""
-            print_line(f"equal: all {count} outputs of {len(outputs)} stages, byte for byte{note}")
-            raise SystemExit(EQUAL)
-        if unequal:
-            first = next(iter(unequal))
-            print_line(f"different from the stage {first} on: {', '.join(unequal[first])}")
+        count = sum(map(len, found.equal.values()))
+        if not found.unequal and not unmatched:
+            print_line(
+                _verdict(found, count, unfinished) + (f"; the hosts differ: {'; '.join(hosts)}" if hosts else "")
+            )
+            raise SystemExit(CANNOT_COMPARE if found.unknown or unfinished or not count else EQUAL)
+        if found.unequal:
+            first = next(iter(found.unequal))
+            print_line(f"different from the stage {first} on: {', '.join(found.unequal[first])}")
             for kind, difference in compare_rebuilds.stage_differences(one, other):
                 _row(kind, difference)
-            equal = ", ".join(name for name in outputs if name not in unequal) or "no stage"
-            count = sum(map(len, unequal.values()))
-            _row("outputs", f"{count} differ, of {', '.join(unequal)}; equal are those of {equal}")
+            equal = ", ".join(found.equal_stages) or "no stage"
+            unequal = sum(map(len, found.unequal.values()))
+            _row("outputs", f"{unequal} differ, of {', '.join(found.unequal)}; equal are those of {equal}")
+        for outs, what in ((found.claimed, "only claimed to be equal"), (found.unknown, "not hashed on both sides")):
+            if outs:
+                _row(what, format_some(chain(*outs.values())))
         for difference in unmatched:
             _row("stage", difference)
         if not hosts:
@@ -47,6 +55,18 @@ def compare(a: Path, b: Path) -> None:
         for difference in hosts:
             _row("host", difference)
         raise SystemExit(DIFFERENT)
+
+
+def _verdict(found: OutputComparison, count: int, unfinished: list[str]) -> str:
+    """The sentence for two rebuilds of which no output is known to differ."""
+    hashed = f"{count} outputs of {len(found.equal)} stages"
+    claims = ", ".join(chain(*found.claimed.values()))
+    claimed = f"; weights that are only claimed to be equal, by dvc.lock: {claims}" if claims else ""
+    if not (found.unknown or unfinished or not count):
+        return f"equal: {'' if claims else 'all '}{hashed}, byte for byte{claimed}"
+    faults = [f"not hashed on both sides: {', '.join(chain(*found.unknown.values()))}"] if found.unknown else []
+    faults += [f"no stage {', '.join(unfinished)} in either dvc.lock"] if unfinished else []
+    return f"cannot be judged: {'; '.join(faults) or 'nothing was hashed'}; equal, byte for byte, are {hashed}{claimed}"
 
 
 def _row(kind: str, text: str) -> None:

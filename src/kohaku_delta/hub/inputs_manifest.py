@@ -20,11 +20,11 @@ from kohaku_delta.hub import progress, verified_files
 from kohaku_delta.hub.verified_files import VerifiedFile
 from kohaku_delta.parallel import ordered_map
 
-CONVERTED = "converted"
+CONVERTED, MEMBERS = "converted", "members"
 PINNED = {
     "sha256": "as pinned",
     "recorded": "without a pin, recorded here",
-    "members": "in part, each member by the public index",
+    MEMBERS: "in part, each member by the public index",
     CONVERTED: "converted from another input",
 }
 
@@ -139,7 +139,7 @@ def _changed(manifest: Path, files: list[tuple[Path, dict]]) -> list[tuple[Path,
 
 def _rehash(manifest: Path, name: str, changed: list[tuple[Path, dict]]) -> None:
     for file, entry in changed:
-        if entry.get("pinned") == "members":  # a sparse tar has no sha256 of its own
+        if entry.get("pinned") == MEMBERS:  # a sparse tar has no sha256 of its own
             raise UserError(
                 f"{file} was changed, or copied here, after the download stage verified its members. "
                 f"{_remedy(name, entry)}"

@@ -32,6 +32,7 @@ MEMBER = re.compile(
     r"((bundle|tensors|provenance)\.json|requirements/[\w-][\w.-]*|dvc\.yaml|dvc\.lock|params\.yaml|pins-[\w-]+\.csv|"
     r"build/(?:[\w-][\w.-]*/){0,3}[\w-][\w.-]*)"
 )
+MAX_OUTPUT = 16 << 20  # bytes of an output that is no table; a larger one is left out
 MAX_MEMBERS = 10_000
 MAX_MEMBER_BYTES = 16 << 30  # the release's captions take about 1 GB
 MAX_JSON_BYTES = 16 << 20  # the release's tensors.json takes about 3 MB

@@ -1,99 +1,68 @@
 """The checks lock/code, libraries, pins and data: what the stages ran and read from outside the pipeline."""
 
-import os
+import json
 import posixpath
 import re
-import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kohaku_delta import paths
-from kohaku_delta.errors import UserError
+from kohaku_delta.danbooru import posts_json
 from kohaku_delta.formats import hashing
 from kohaku_delta.hub import inputs_manifest, pins
+from kohaku_delta.params import Pin, Recipe
 from kohaku_delta.provenance import bundles, import_closure
-from kohaku_delta.provenance.artifact import REPOSITORY, Artifact, is_library_locks
+from kohaku_delta.provenance.artifact import MAX_INPUTS, Artifact, is_library_locks
 from kohaku_delta.regular_files import read_regular
+from kohaku_delta.verify import known_code
 from kohaku_delta.verify.findings import Check, Skip, check, format_some
+from kohaku_delta.verify.known_code import KnownCode
 
-MAX_CODE = 4 << 20  # bytes of a file of code
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @check("lock/code")
 def check_code(rebuild: Artifact) -> Check:
-    """build/code describes the code at hand, or that of the commit that the records name."""
+    """build/code names every file of every stage, with its digest, as the code at hand has them, or that of the commit
+    that the records name.
+    """
+    if not rebuild.code:
+        raise Skip(f"{paths.CODE} does not exist: the stage `code` has not run here")
     digests: dict[str, str] = {}
-    for code in rebuild.code.values():
+    for name, code in rebuild.code.items():
         if conflicting := [file for file, digest in code.files.items() if digests.setdefault(file, digest) != digest]:
             files = format_some(conflicting)
             yield f"{files} differed between {code.stage} and another stage: run `dvc repro` to its end"
-    if not digests:
-        raise Skip(f"{paths.CODE} does not exist: the stage `code` has not run here")
-    if outside := [file for file in digests if not file.startswith(("src/", "stages/")) or ".." in file.split("/")]:
-        yield f"{paths.CODE} names code outside of src/ and stages/: {format_some(outside)}"
-        return ""
-    repository = REPOSITORY if rebuild.bundle else rebuild.folder / rebuild.recipe.root
-    present = {file: read_regular(repository / file, MAX_CODE) for file in digests if (repository / file).is_file()}
-    differing = _differing(digests, present)
+        if code.stage != name or f"stages/{name}.py" not in code.files:
+            yield f"{paths.CODE}/{name}.json does not name stages/{name}.py"
+    known = known_code.known_codes(rebuild)
+    differing = _differing_files(rebuild, next(known))
+    count = f"{len(digests)} files of code of {len(rebuild.code)} stages"
     if not differing:
-        return f"{len(digests)} files of code are those at hand"
-    commit = rebuild.commit
-    committed = _committed_files(repository, commit, list(digests)) if commit else None
-    if commit and committed is not None:
-        for file in _differing(digests, committed):
-            yield f"{file} is not what commit {commit[:10]} holds"
-        return (
-            f"{len(digests)} files of code are those of commit {commit[:10]}; "
-            f"{len(differing)} differ from the code at hand"
-        )
-    if rebuild.bundle:
-        revision = f"commit {commit[:10]}" if commit else "the revision that was run"
+        return f"{count} are those at hand"
+    for commit in known:
+        for file in _differing_files(rebuild, commit):
+            yield f"{file} is not what {commit.name} holds"
+        return f"{count} are those of {commit.name}; {len(differing)} differ from the code at hand"
+    if rebuild.bundle or (rebuild.folder / rebuild.recipe.root).resolve() != known_code.REPOSITORY:
+        revision = f"commit {rebuild.commit[:10]}" if rebuild.commit else "the revision that was run"
         raise Skip(f"{format_some(differing)} differ from the code at hand, and {revision} is not here: check it out")
     yield f"{format_some(differing)}: not what {paths.CODE} says was run. `dvc repro` runs what changed"
     return ""
 
 
-def _differing(digests: dict[str, str], contents: dict[str, bytes]) -> list[str]:
-    """The files whose content does not have the digest of build/code."""
-
-    def digest(file: str) -> str | None:
-        try:
-            return import_closure.file_digest(file, contents[file]) if file in contents else None
-        except UserError:  # not Python that can be parsed
-            return None
-
-    return [file for file, expected in digests.items() if digest(file) != expected]
-
-
-def _committed_files(repository: Path, commit: str, files: list[str]) -> dict[str, bytes] | None:
-    """File → its content in the commit, without those that the commit lacks. None without git, or without the commit.
-
-    Only objects that are here are read: git fetches nothing.
+def _differing_files(rebuild: Artifact, known: KnownCode) -> list[str]:
+    """The files of code that build/code lacks, or names with another digest, or names and this code does not run; and
+    its own files for stages that are missing or unknown.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-
-    def git(*arguments: str, stdin: str = "") -> bytes:
-        return subprocess.run(
-            ["git", "-C", str(repository), *arguments],
-            input=stdin.encode(),
-            capture_output=True,
-            check=True,
-            env=environment | {"GIT_NO_LAZY_FETCH": "1"},
-        ).stdout
-
-    try:
-        git("cat-file", "-e", f"{commit}^{{commit}}")
-        output = git("cat-file", "--batch", stdin="".join(f"{commit}:{file}\n" for file in files))
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    contents, position = {}, 0
-    for file in files:  # per file: `<id> blob <size>\n<content>\n`, or one line that says it is missing
-        header, _, _ = output[position:].partition(b"\n")
-        position += len(header) + 1
-        match header.split():
-            case [_, b"blob", size]:
-                contents[file] = output[position : position + int(size)]
-                position += int(size) + 1
-    return contents
+    named = {name: code.files for name, code in rebuild.code.items()}
+    differing = [f"{paths.CODE}/{name}.json" for name in named.keys() ^ known.files.keys()]
+    for name in named.keys() & known.files.keys():
+        one, other = named[name], known.files[name]
+        differing += [file for file in one.keys() | other.keys() if one.get(file) != other.get(file)]
+    return sorted(set(differing))
 
 
 @check("lock/libraries")
@@ -137,54 +106,84 @@ def check_libraries(rebuild: Artifact) -> Check:
 
 @check("lock/pins")
 def check_pins(rebuild: Artifact) -> Check:
-    """inputs.json has each pinned input, with the pinned size and sha256. Of a span of files without a list only the
-    names are pinned.
+    """inputs.json has each input that params.yaml pins and a stage reads, and no other, in the order of the pins, with
+    the pinned size and sha256. How a file is known, and which may be missing, follows from params.yaml alone.
     """
     if not rebuild.inputs:
         if rebuild.output("inputs.json"):
             yield f"{paths.INPUTS} is not a list of inputs"
         raise Skip(f"{paths.INPUTS} does not exist")
-    unread = pins.unread_inputs(rebuild.recipe)
-    pinned: set[str] = set()
+    manifest = json.loads(read_regular(rebuild.folder / paths.INPUTS, MAX_INPUTS))
+    if manifest.keys() != {"inputs", "start"} or manifest["start"] != rebuild.recipe.merge.start:
+        yield f"{paths.INPUTS} has another start than merge.start in params.yaml, or other keys than download writes"
+    expected = _expected_inputs(rebuild)
     whole = 0
-    for name, listed in rebuild.recipe.download.inputs.items():
-        for place, pin in enumerate(listed if isinstance(listed, list) else [listed]):
-            span = pins.SPAN.search(pin.url)
-            folder = pin.url[: pin.url.rindex("/", 0, span.start()) + 1] if span else ""
-            rows: dict[str, tuple[int, str | None]] = {}
-            if span and pin.sha256:  # the pin is that of pins-<input>.csv
-                try:
-                    rows = pins.read_pin_list(paths.pin_list_path(rebuild.folder, name, place), pin)
-                except UserError as error:
-                    yield error.message.replace(f"{rebuild.folder}/", "")
-            urls = _url_pattern(pin.url, span)
-            entries = [entry for entry in rebuild.inputs if entry["name"] == name and urls.fullmatch(entry["url"])]
-            if not entries and name not in unread:
-                yield f"{pin.url} is pinned and not in inputs.json"
-            for entry in entries:
-                url = entry["url"]
-                pinned.add(url)
-                size, sha256 = rows.get(url[len(folder) :], (None, None)) if span else (pin.bytes, pin.sha256)
-                whole += len(sha256 or "") == 64
-                same = entry["sha256"].startswith(sha256 or "") and entry["bytes"] == (size or entry["bytes"])
-                if not same and entry.get("pinned") != "members":  # a sparse tar has no sha256 of its own
-                    yield f"{url} has another size or sha256 than params.yaml pins"
-    for entry in rebuild.inputs:
-        made_of = entry["url"].rpartition("#")[0]  # the database that download made of posts.json
-        converted = entry.get("pinned") == inputs_manifest.CONVERTED and entry["name"] == "database"
-        if entry["url"] not in pinned and not (converted and made_of in pinned):
-            yield f"{entry['url']} is in inputs.json and not pinned"
+    for name in sorted(expected.keys() | manifest["inputs"].keys()):
+        inputs, entry = expected.get(name), manifest["inputs"].get(name, [])
+        entries = entry if isinstance(entry, list) else [entry]
+        pinned = {pin.url: pin for pin in inputs.files} if inputs else {}
+        found = [each["url"] for each in entries]
+        for url in sorted(set(found) - pinned.keys()):
+            yield f"{url} is in inputs.json and not pinned, or no stage reads it"
+        for url in sorted(pinned.keys() - set(found)):
+            yield f"{url} is pinned and not in inputs.json"
+        if inputs and set(found) == pinned.keys():
+            if found != list(pinned) or isinstance(entry, list) != inputs.several:
+                yield f"inputs.json lists the files of {name} twice, in another order or another form than the pins"
+            for each in entries:
+                pin = pinned[each["url"]]
+                whole += len(pin.sha256 or "") == 64
+                yield from _entry_faults(each, pin, inputs.known or pins.pin_strength(pin))
     rest = len(rebuild.inputs) - whole
     return f"{len(rebuild.inputs)} inputs as pinned, {whole} of them by a whole sha256" + (
         f"; {rest} others as the first download recorded them" if rest else ""
     )
 
 
-def _url_pattern(url: str, span: re.Match[str] | None) -> re.Pattern[str]:
-    """Matches the urls that a pin names: its own, or those of its span of numbers."""
-    if span is None:
-        return re.compile(re.escape(url))
-    return re.compile(rf"{re.escape(url[: span.start()])}\d+{re.escape(url[span.end() :])}")
+@dataclass(frozen=True)
+class ExpectedInput:
+    """An input as inputs.json must have it. known: how all its files are known; None: each by its own pin."""
+
+    files: list[Pin]
+    several: bool
+    known: str | None = None
+
+
+def _expected_inputs(rebuild: Artifact) -> dict[str, ExpectedInput]:
+    """The inputs that download writes into inputs.json, by name. Raises UserError if a list of pins is not the pinned
+    one.
+    """
+    recipe = rebuild.recipe
+    unread = pins.unread_inputs(recipe)
+    expected = {
+        name: ExpectedInput(
+            pins.expand_input(name, listed, rebuild.folder),
+            isinstance(listed, list),
+            inputs_manifest.MEMBERS if is_sparse(recipe, name) else None,
+        )
+        for name, listed in recipe.download.inputs.items()
+        if name not in unread
+    }
+    for pin in expected["posts"].files if "posts" in expected else []:
+        database = Pin(url=f"{pin.url}#{posts_json.DATABASE}", bytes=None, sha256=None)
+        expected["database"] = ExpectedInput([database], False, inputs_manifest.CONVERTED)
+    return expected
+
+
+def is_sparse(recipe: Recipe, name: str) -> bool:
+    """Whether the files of this input are tars with holes, of which only the selected members were downloaded."""
+    return name == "tars" and recipe.download.images == "selected"
+
+
+def _entry_faults(entry: dict[str, Any], pin: Pin, known: str) -> Iterator[str]:
+    """A sparse tar has the size and the sha256 of the whole tar, which its index names."""
+    keys = {"path", "bytes", "sha256", "url", "pinned"} | ({"members"} if known == inputs_manifest.MEMBERS else set())
+    if entry.keys() != keys or entry["pinned"] != known:
+        yield f"{pin.url}: inputs.json says “{entry.get('pinned')}” or has other keys; by params.yaml it is “{known}”"
+    if entry["bytes"] != (pin.bytes or entry["bytes"]) or not entry["sha256"].startswith(pin.sha256 or ""):
+        yield f"{pin.url} has another size or sha256 than params.yaml pins"
+    if not SHA256.fullmatch(entry["sha256"]):
+        yield f"{pin.url}: inputs.json has no whole sha256 of it"
 
 
 @check("lock/data")
@@ -208,10 +207,16 @@ def check_data(rebuild: Artifact, hashed: bool) -> Check:
     known = [
         (path, entry["sha256"])
         for path, entry in present
-        if len(entry["sha256"]) == 64 and path.stat().st_size == entry["bytes"]
+        if path.stat().st_size == entry["bytes"] and not is_sparse(rebuild.recipe, entry["name"])
     ]
+    if not known:
+        raise Skip("no input has the size that inputs.json says, or all are tars with holes, which have no sha256")
     digests = hashing.digest_paths((path for path, _ in known), md5=False)
     for (path, sha256), digest in zip(known, digests, strict=True):
         if digest.sha256 != sha256:
             yield f"{path} is not what the download stage verified"
-    return f"{len(known)} inputs hashed again, {total:,} bytes"
+    total = sum(digest.bytes for digest in digests)
+    sparse = sum(is_sparse(rebuild.recipe, entry["name"]) for entry in rebuild.inputs)
+    return f"{len(known)} inputs hashed again, {total:,} bytes" + (
+        f"; not hashed: {sparse} tars with holes, whose members only their indexes know" if sparse else ""
+    )

@@ -2,10 +2,11 @@
 
 The kinds are input, parameter, code, library, post, caption, micro-batch, step (with its lane) and tensor; the first
 line is the cause, and the lines below it mostly its consequences. Rebuilds are equal only if every output of every
-stage is.
+stage is, and equal is only what was hashed on both sides: an md5 in a dvc.lock is a claim.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,30 +23,76 @@ from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.provenance.stage_record import Record
 from kohaku_delta.training import journal as journals
 from kohaku_delta.training.schedule import SCHEMA as SCHEDULE
-from kohaku_delta.verify import check_chain, replay_training
+from kohaku_delta.verify import check_chain, known_code, replay_training
 from kohaku_delta.verify.findings import format_some
 
 MAX_TEXT = 160  # characters shown of a value
 Line = tuple[str, str]  # kind, sentence; what is before “|” is the first rebuild's
 
 
-def differing_outputs(a: Artifact, b: Artifact) -> dict[str, list[str]]:
-    """Stage → its outputs that differ, in the order of the pipeline, of the stages in both locks. Raises UserError if
-    there are none.
+@dataclass(frozen=True)
+class OutputComparison:
+    """Outputs by stage, in the order of the pipeline. Equal are those that were hashed on both sides in this run."""
+
+    equal: dict[str, list[str]]  # of every stage in both locks
+    unequal: dict[str, list[str]]
+    claimed: dict[str, list[str]]  # a bundle leaves them out as weights; its dvc.lock has the md5 of the other side
+    unknown: dict[str, list[str]]  # not hashed on both sides, for no reason that a bundle has
+
+    @property
+    def equal_stages(self) -> list[str]:
+        """The stages of which every output is equal."""
+        return [name for name in self.equal if name not in self.unequal | self.claimed | self.unknown]
+
+
+def compare_outputs(a: Artifact, b: Artifact) -> OutputComparison:
+    """Compares every output that either dvc.yaml declares, of the stages in both locks. Raises UserError if there are
+    none.
     """
-    shared = [name for name in a.stages if name in a.lock and name in b.lock]
+    shared = [name for name in a.stages if name in a.lock and name in b.lock and name in b.stages]
     if not shared:
         raise UserError(
             f"{a.name} and {b.name} have no finished stage in common. Two rebuilds of one recipe can be compared."
         )
-    return {name: [out for out in a.stages[name].outs if _md5(a, name, out) != _md5(b, name, out)] for name in shared}
+    found = OutputComparison({name: [] for name in shared}, {}, {}, {})
+    for name in shared:
+        for out in dict.fromkeys(a.stages[name].outs + b.stages[name].outs):
+            hashed = _is_hashed(a, name, out), _is_hashed(b, name, out)
+            if _md5(a, name, out) != _md5(b, name, out):
+                found.unequal.setdefault(name, []).append(out)
+            elif all(hashed):
+                found.equal[name].append(out)
+            elif all(here or _is_left_out(side, out) for here, side in zip(hashed, (a, b), strict=True)):
+                found.claimed.setdefault(name, []).append(out)
+            else:
+                found.unknown.setdefault(name, []).append(out)
+    return found
+
+
+def _is_hashed(rebuild: Artifact, stage: str, path: str) -> bool:
+    """Whether the output is here and holds anything, or is the empty folder that dvc.lock describes."""
+    digest = rebuild.digests.get(path)
+    return digest is not None and (digest.files != {} or digest.md5 == _locked_md5(rebuild, stage, path))
+
+
+def _is_left_out(rebuild: Artifact, path: str) -> bool:
+    return rebuild.bundle is not None and path in rebuild.bundle.left_out
 
 
 def _md5(rebuild: Artifact, stage: str, path: str) -> str | None:
     """The md5 of an output as it is here; of one that is not here, as dvc.lock has it."""
-    if path in rebuild.digests:
-        return rebuild.digests[path].md5
+    here = _is_hashed(rebuild, stage, path)
+    return rebuild.digests[path].md5 if here else _locked_md5(rebuild, stage, path)
+
+
+def _locked_md5(rebuild: Artifact, stage: str, path: str) -> str | None:
     return next((out.md5 for out in rebuild.lock[stage].outs if out.path == path), None)
+
+
+def unfinished_stages(a: Artifact, b: Artifact) -> list[str]:
+    """The stages, of either dvc.yaml or of the pipeline at hand, that neither lock has."""
+    names = dict.fromkeys([*a.stages, *b.stages, *sorted(known_code.stages_at_hand())])
+    return [name for name in names if name not in a.lock and name not in b.lock]
 
 
 def stage_differences(a: Artifact, b: Artifact) -> Iterator[Line]:

@@ -13,6 +13,7 @@ from kohaku_delta.errors import UserError
 from kohaku_delta.provenance.artifact import Artifact
 
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
+NECESSARY = ("lock/pipeline", "lock/code")  # what was run: without these no PASS of another check means anything
 SHOWN = 3  # faults and names listed; the others are counted
 
 Check = Generator[str, None, str]
@@ -72,7 +73,9 @@ def format_some(names: Iterable[str], shown: int = SHOWN) -> str:
 
 
 def summarize(findings: list[Finding]) -> tuple[int, str]:
-    """(exit code, verdict): 0 if nothing failed, 1 if anything did, 2 if nothing could be checked."""
+    """(exit code, verdict): 0 if nothing failed, 1 if anything did, 2 if it cannot be judged, because nothing was
+    checked or because it is not known what was run.
+    """
     failed, passed, skipped = (
         [f"{finding.group}/{finding.name}" for finding in findings if finding.status == status]
         for status in (FAIL, PASS, SKIP)
@@ -82,4 +85,6 @@ def summarize(findings: list[Finding]) -> tuple[int, str]:
         return 1, f"FAIL: {format_some(failed, 6)} failed, {len(passed)} checks passed{not_made}"
     if not passed:
         return 2, f"nothing could be checked{not_made}"
+    if unknown := [name for name in skipped if name in NECESSARY]:
+        return 2, f"it cannot be judged without {' and '.join(unknown)}; {len(passed)} checks passed{not_made}"
     return 0, f"PASS: {len(passed)} checks passed, none failed{not_made}"

@@ -2,6 +2,7 @@
 
 from itertools import chain
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -9,7 +10,7 @@ from kohaku_delta.cli.exit_codes import CANNOT_COMPARE, DIFFERENT, EQUAL, Compar
 from kohaku_delta.cli.stage_command import FILE
 from kohaku_delta.printing import print_line
 from kohaku_delta.provenance.artifact import open_artifact
-from kohaku_delta.verify import compare_rebuilds
+from kohaku_delta.verify import compare_rebuilds, compare_statement
 from kohaku_delta.verify.compare_rebuilds import OutputComparison
 from kohaku_delta.verify.findings import format_some
 
@@ -17,14 +18,26 @@ from kohaku_delta.verify.findings import format_some
 @click.command(cls=ComparisonCommand)
 @click.argument("a", type=FILE)
 @click.argument("b", type=FILE)
-def compare(a: Path, b: Path) -> None:
+@click.option("--key", type=FILE, help="The public key (PEM) of B's signer, if B is a signed provenance (.json).")
+def compare(a: Path, b: Path, key: Path | None) -> None:
     """Compare two rebuilds, recipe folders or bundles: the first stage, post, caption, micro-batch, step, lane and
     tensor that differ.
 
     Values before “|” are those of A. Equal is what was hashed on both sides; of weights that a bundle leaves out, only
     what its dvc.lock claims is compared, and that is said. Exit code 0: every output of every stage is equal; 1: some
     differ; 2: they cannot be compared, or not wholly.
+
+    B may be the signed provenance of a known rebuild (rebuilds/NAME.json, with --key rebuilds/NAME.pub): the outputs of
+    A are hashed, and compared with what was signed.
     """
+    if b.suffix == ".json":
+        if not key:
+            raise click.UsageError(f"{b} is a signed provenance: name its signer's public key with --key.")
+        compare_signed(a, b, key)
+    if key:
+        raise click.UsageError(
+            "--key is for a signed provenance (.json) as B. A folder or bundle is compared as it is."
+        )
     with open_artifact(a) as one, open_artifact(b) as other:
         found = compare_rebuilds.compare_outputs(one, other)
         unmatched = compare_rebuilds.stages_in_one_only(one, other)
@@ -67,6 +80,28 @@ def _verdict(found: OutputComparison, count: int, unfinished: list[str]) -> str:
     faults = [f"not hashed on both sides: {', '.join(chain(*found.unknown.values()))}"] if found.unknown else []
     faults += [f"no stage {', '.join(unfinished)} in either dvc.lock"] if unfinished else []
     return f"cannot be judged: {'; '.join(faults) or 'nothing was hashed'}; equal, byte for byte, are {hashed}{claimed}"
+
+
+def compare_signed(a: Path, b: Path, key: Path) -> NoReturn:
+    """Compare a rebuild with a signed provenance, and exit."""
+    with open_artifact(a) as rebuild:
+        signed = compare_statement.read_signed_build(b, key)
+        unequal = {name: outs for name, outs in compare_statement.differing_outputs(rebuild, signed).items() if outs}
+        unmatched = compare_statement.unmatched_outputs(rebuild, signed)
+        rows = [("outputs", line) for line in unmatched] + list(compare_statement.causes(rebuild, signed))
+        stages = signed.outputs()
+        if unequal:
+            print_line(f"different from the stage {next(iter(unequal))} on: {', '.join(chain(*unequal.values()))}")
+            equal = ", ".join(name for name in stages if name not in unequal) or "no stage"
+            rows.insert(0, ("outputs", f"{sum(map(len, unequal.values()))} differ; equal are those of {equal}"))
+        elif unmatched:
+            print_line("cannot be judged: no output differs, but not all could be compared")
+        else:
+            count = sum(map(len, stages.values()))
+            print_line(f"equal: all {count} outputs of {len(stages)} stages have the sha256 that {key} signed")
+        for kind, text in rows:
+            _row(kind, text)
+    raise SystemExit(DIFFERENT if unequal else CANNOT_COMPARE if unmatched else EQUAL)
 
 
 def _row(kind: str, text: str) -> None:

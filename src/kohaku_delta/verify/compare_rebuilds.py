@@ -104,7 +104,7 @@ def stage_differences(a: Artifact, b: Artifact) -> Iterator[Line]:
             {name: value for code in rebuild.code.values() for name, value in getattr(code, field).items()}
             for rebuild in (a, b)
         )
-        if names := _differing_keys(one, other):
+        if names := differing_keys(one, other):
             yield kind, format_some(names)
     for name, kind in (("selection", "post"), ("posts", "post"), ("dropped", "post"), ("captions", "caption")):
         yield from _posts(a, b, name, kind)
@@ -113,14 +113,15 @@ def stage_differences(a: Artifact, b: Artifact) -> Iterator[Line]:
     yield from _tensors(a, b)
 
 
-def _differing_keys(one: dict, other: dict) -> list:
+def differing_keys(one: dict, other: dict) -> list:
+    """The keys whose values differ, or that only one of the two has; sorted."""
     return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
 
 
 def _inputs(a: Artifact, b: Artifact) -> Iterator[Line]:
     names = {entry["url"]: entry["name"] for entry in a.inputs + b.inputs}
     one, other = ({entry["url"]: entry["sha256"] for entry in rebuild.inputs} for rebuild in (a, b))
-    for url in _differing_keys(one, other):
+    for url in differing_keys(one, other):
         here, there = (f"{sha256s[url][:16]}…" if url in sha256s else "missing" for sha256s in (one, other))
         yield "input", f"{names[url]}, {Path(url).name}: {here} | {there}"
 
@@ -132,7 +133,16 @@ def _parameters(a: Artifact, b: Artifact) -> Iterator[Line]:
         {key: value for name in shared for key, value in _flatten(rebuild.lock[name].parameters).items()}
         for rebuild in (a, b)
     )
-    for key in _differing_keys(one, other):
+    yield from _parameter_lines(one, other)
+
+
+def parameter_differences(one: dict, other: dict) -> Iterator[Line]:
+    """The keys of two params.yaml that differ, dotted."""
+    yield from _parameter_lines(_flatten(one), _flatten(other))
+
+
+def _parameter_lines(one: dict[str, str], other: dict[str, str]) -> Iterator[Line]:
+    for key in differing_keys(one, other):
         if key != "root" and not key.startswith("download.inputs."):
             yield "parameter", f"{key}: {_short(one.get(key, 'missing'))} | {_short(other.get(key, 'missing'))}"
 
@@ -257,7 +267,7 @@ def _tensors(a: Artifact, b: Artifact) -> Iterator[Line]:
     for out in a.tensors:
         if out in b.tensors and a.tensors[out] != b.tensors[out]:
             one, other = a.tensors[out].tensors, b.tensors[out].tensors
-            names, total = _differing_keys(one, other), len(one.keys() | other.keys())
+            names, total = differing_keys(one, other), len(one.keys() | other.keys())
             yield "tensor", f"{out}: {names[0]}; {len(names):,} of {total:,} tensors differ"
 
 

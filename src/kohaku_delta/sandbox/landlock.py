@@ -80,9 +80,11 @@ def _rules(policy: StagePolicy) -> Iterator[tuple[str, int]]:
     """The paths with the rights that hold for them and for all that is in them. Unwatched folders have all rights."""
     for path in readable_roots(policy.allowed | policy.written, policy.watched):
         yield path, READ
-    for path in readable_roots(policy.changed | policy.written, policy.watched):
+    for path in readable_roots(policy.written, policy.watched):
         yield path, ~READ
-    for path in policy.listed | policy.changed:  # a folder is opened to flush it to the disk
+    for path in policy.changed:  # a folder is opened to flush it to the disk
+        yield path, ~READ | READ_DIR
+    for path in policy.listed:
         yield path, READ_DIR
     for path in policy.emptied:
         yield path, REMOVE_DIR

@@ -548,10 +548,17 @@ def test_inputs_and_outs_may_be_links_into_a_cache(stage, repository, request):
         allowed(done)
         assert ("and Landlock" in done.stdout) == ("both" in request.node.name)
         refused(stage("open('PLACE/repository/cache/4567')"), repository, "cache/4567")
+        folder = repository / "repository" / "pictures" / "inner"
+        folder.mkdir(parents=True)
+        (folder / "link").symlink_to(cache / "4567")  # a folder's files as well
+        (folder / "further").symlink_to(repository / "mirror")
+        given = ("--tars", str(folder.parent))
+        allowed(stage("Path('PLACE/repository/pictures/inner/link').read_text(); os.listdir('PLACE/mirror')", *given))
     finally:
         (build / "text.txt").unlink()
         shutil.move(cache / "0123", build / "text.txt")
         shutil.rmtree(cache)
+        shutil.rmtree(repository / "repository" / "pictures", ignore_errors=True)
 
 
 @BOTH

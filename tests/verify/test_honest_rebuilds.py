@@ -152,13 +152,19 @@ def passes(code, found):
     assert code == 0 and not failed(found), failed(found)
 
 
-@pytest.mark.parametrize("what", VARIANTS)
+def slow(names, quick):
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize(
+    "what", slow(VARIANTS, ("links to the cache", "hard links to the cache", "a clone with pulled outs", "CRLF"))
+)
 def test_an_honest_rebuild_passes(copy, what):
     VARIANTS[what](copy)
     passes(*audit(copy, "--data"))
 
 
-@pytest.mark.parametrize("what", OWN)
+@pytest.mark.parametrize("what", slow(OWN, ("build on another disk, links to the cache", "states on another disk")))
 def test_build_and_states_may_be_links_in_ones_own_repository_alone(copy, monkeypatch, what):
     OWN[what](copy)
     code, output = ask("audit", copy)
@@ -203,18 +209,11 @@ def test_a_bundle_holds_no_links_wherever_it_lies(copy, monkeypatch, tmp_path):
     assert code == 2 and "build" in output, output
 
 
-@pytest.mark.parametrize("name", ["with spaces/of the recipe", "ünïcode 漢字/Rezept №1", "(1)/a'b\"c;$HOME&"])
-def test_a_path_may_have_any_characters(honest_rebuild, tmp_path, name):
-    folder = tmp_path / name  # as deep as the original: params.yaml names the code by `..`
-    shutil.copytree(honest_rebuild, folder)
-    content = rebuild_factory.loaded(folder / "params.yaml")
-    content["root"] = os.path.relpath(ROOT, folder)
-    rebuild_factory.dump(folder / "params.yaml", content)
-    rebuild_factory.lock(folder)
-    rebuild_factory.records(folder)
-    passes(*audit(folder, "--data"))
+def test_a_path_may_have_any_characters(tmp_path):
+    passes(*audit(rebuild_factory.write(tmp_path / "ünï 漢字" / "(1)/a'b\"c;$HOME & №1"), "--data"))
 
 
+@pytest.mark.slow
 def test_a_folder_may_be_named_from_within_through_its_build_or_through_a_link(copy, monkeypatch, tmp_path):
     passes(*audit(copy / "build"))
     (tmp_path / "link").symlink_to(copy)
@@ -245,6 +244,7 @@ def audit_elsewhere(folder, environment=None, become=""):
     return findings
 
 
+@pytest.mark.slow
 def test_an_audit_in_the_plainest_environment(copy):
     """No locale, no home directory that exists, another time zone and umask."""
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TZ": "Asia/Tokyo", "HOME": "/nonexistent"}
@@ -252,12 +252,16 @@ def test_an_audit_in_the_plainest_environment(copy):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may become another user")
-@pytest.mark.parametrize("mode", ["readable", "read-only"])
+@pytest.mark.parametrize("mode", slow(["readable", "read-only"], ("read-only",)))
 def test_an_audit_by_another_user(copy, mode):
     """Files that are readable and not owned; in folders where nothing can be written."""
     modes(0o444, 0o555)(copy) if mode == "read-only" else modes(0o644, 0o755)(copy)
     for folder in copy.parents:
-        if folder.stat().st_uid == os.getuid() and folder not in Path("/tmp").resolve().parents and folder != Path("/tmp"):
+        if (
+            folder.stat().st_uid == os.getuid()
+            and folder not in Path("/tmp").resolve().parents
+            and folder != Path("/tmp")
+        ):
             folder.chmod(folder.stat().st_mode | 0o055)
     audit_elsewhere(copy, {"HOME": "/nonexistent"}, f"os.setgid({OTHER_USER}); os.setuid({OTHER_USER}); ")
 
@@ -265,9 +269,47 @@ def test_an_audit_by_another_user(copy, mode):
 def test_a_checkout_with_another_line_end_has_the_same_bytes(tmp_path):
     """core.autocrlf=true, as on Windows: .gitattributes says that no byte is converted."""
     subprocess.run(
-        ["git", "-c", "core.autocrlf=true", "clone", "--quiet", "--shared", str(ROOT), str(tmp_path / "clone")], check=True
+        ["git", "-c", "core.autocrlf=true", "clone", "--quiet", "--shared", str(ROOT), str(tmp_path / "clone")],
+        check=True,
     )
     names = subprocess.run(["git", "-C", str(ROOT), "ls-tree", "-r", "--name-only", "-z", "HEAD"], capture_output=True)
     texts = [name for name in names.stdout.decode().split("\0") if name.endswith((".yaml", ".lock", ".txt", ".py"))]
     assert "miniature/dvc.lock" in texts
     assert not [name for name in texts if b"\r\n" in (tmp_path / "clone" / name).read_bytes()]
+
+
+def dvc(folder, *command):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("DVC_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *command, "-q"], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["symlink", "hardlink", "reflink,symlink", "copy", "pull"])
+def test_what_dvc_itself_restored_passes(copy, kind):
+    """`dvc checkout` from the cache with each type of link; `dvc pull` from a remote, without records."""
+    dvc(copy.parent, "init", "--no-scm")
+    store = copy.parent / ("remote" if kind == "pull" else ".dvc/cache")
+    for path in [copy / out for name in rebuild_factory.STAGES for out in rebuild_factory.declared(copy, name)["outs"]]:
+        for file in [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]:
+            cached(file, store)
+        if path.is_dir():
+            found = rebuild_factory.hashed(path)
+            listing = [
+                {"md5": rebuild_factory.hashed(path / name)["md5"], "relpath": name} for name in sorted(found["files"])
+            ]
+            place = store / "files" / "md5" / found["md5"][:2] / found["md5"][2:]
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(json.dumps(listing))
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if kind == "pull":
+        removed("build/records", "work")(copy)
+        dvc(copy.parent, "remote", "add", "elsewhere", str(store))
+        dvc(copy, "pull", "-r", "elsewhere")
+    else:
+        dvc(copy.parent, "config", "cache.type", kind)
+        dvc(copy, "checkout")
+    assert (copy / "build" / "samples" / "base-00.png").is_symlink() == ("symlink" in kind)
+    passes(*audit(copy, "--data"))

@@ -118,6 +118,8 @@ def policy_for(script: Path, entry: dict[str, Any], context: click.Context) -> S
         if isinstance(value, Path)
         and (context.get_parameter_source(name) is not ParameterSource.DEFAULT or str(value) in (*deps, *outs))
     ]
+    # DVC may link the files of a folder too, as it keeps them (`cache.type: symlink`)
+    allowed += [link for path in list(allowed) if os.path.isdir(path) for link in _links_in(str(path))]
     # the lists of the caption stage, for example, lie beside the captions, wherever these go
     allowed += [folder / Path(out).name for folder in written for out in outs]
     changed = {tempfile.gettempdir(), *map(os.path.dirname, map(cache_from_source, code))}
@@ -147,7 +149,8 @@ def policy_for(script: Path, entry: dict[str, Any], context: click.Context) -> S
     if stage == "download":
         hub_files, hub_folders = _hub_configuration()
         written |= {Path(mirror), *hub_folders}
-        allowed += [paths.stamps_path(options["out"]), os.path.join(recipe_folder, recipe.supplied)]
+        supplied = os.path.join(recipe_folder, recipe.supplied)
+        allowed += [paths.stamps_path(options["out"]), supplied, *_links_in(supplied)]
         links = _links_in(mirror)
         changed |= {link for link in links if os.path.exists(link)}
         allowed += [mirror, *links, *hub_files, *hub_folders, *_pinned_files(recipe, recipe_folder)]
@@ -251,14 +254,15 @@ def _links_in(folder: str) -> list[str]:
     """The links to files and folders in a folder, at any depth, and in the folders that they lead to: what they lead to
     may be opened too.
     """
-    links: dict[str, None] = {}
-    folders = {os.path.realpath(folder): None}
-    for start in folders:  # grows on the way
+    links: list[str] = []
+    folders, known = [os.path.realpath(folder)], set()
+    while folders:
+        known.add(start := folders.pop())
         for top, inner, names in os.walk(start):
             found = [path for name in inner + names if os.path.islink(path := f"{top}/{name}")]
-            links |= dict.fromkeys(found)
-            folders |= dict.fromkeys(os.path.realpath(path) for path in found if os.path.isdir(path))
-    return list(links)
+            links += found
+            folders += {os.path.realpath(path) for path in found if os.path.isdir(path)} - known
+    return links
 
 
 def _pinned_files(recipe: Recipe, folder: str) -> list[str]:

@@ -416,6 +416,7 @@ HEARD = {  # what Python itself does, with the hook alone → the name in the re
         ("open(text.resolve()).close(); os.symlink('PLACE/mirror/gamma', 'build/.text.txt.0.aside'); "
          "os.replace('build/.text.txt.0.aside', text.resolve()); open(text.resolve())", "mirror/gamma"),
     "renamed onto an output": ("os.rename('build/other.txt', 'build/out.txt')", "build/other.txt"),
+    "a folder renamed": ("os.rename('PLACE/repository/like', 'build/like')", "repository/like"),
     "renamed by dir_fd":
         (open_folder("build") + "os.rename('other.txt', 'out.txt', src_dir_fd=folder, dst_dir_fd=folder)", "other.txt"),
     "replaced": ("os.replace('PLACE/mirror/gamma', 'build/out.txt')", "mirror/gamma"),

@@ -91,10 +91,12 @@ def _candidates(path) -> Iterator[str]:
     yield path
     for descriptor in os.listdir("/proc/self/fd"):
         try:
-            if stat.S_ISDIR(os.stat(int(descriptor)).st_mode):
-                yield os.path.join(os.readlink(f"/proc/self/fd/{descriptor}"), path)
+            is_folder = stat.S_ISDIR(os.stat(int(descriptor)).st_mode)
+            other = os.path.join(os.readlink(f"/proc/self/fd/{descriptor}"), path)
         except OSError:  # the descriptor of the list itself
             continue
+        if is_folder and os.path.isdir(os.path.dirname(other)):
+            yield other
 
 
 def _is_declared(path, flags: int) -> bool:
@@ -137,26 +139,28 @@ def _check_list(path=None) -> None:
         )
 
 
-def _check_remove(path, dir_fd=-1) -> None:
-    """A file that is removed must be declared like one that is opened; so must one that is renamed or linked."""
+def _check_name(path, dir_fd=-1, is_new: bool = False) -> None:
+    """A file that is removed must be declared like one that is opened; so must both names of one that is renamed or
+    linked.
+    """
     _allowed.clear()  # what a name leads to may be another file from now on
     path = os.fsdecode(path)
     if type(dir_fd) is int and dir_fd >= 0:
         path = os.path.join(os.readlink(f"/proc/self/fd/{dir_fd}"), path)
     path = os.path.abspath(path)
-    if not os.path.isdir(path) or os.path.islink(path):
+    if is_new or os.path.lexists(path):
         _judge(path, canonical_path(path, follow=False))
 
 
 def _check_rename(source, target, source_fd=-1, target_fd=-1) -> None:
     raise_if_violated()
-    _check_remove(source, source_fd)
-    _check_remove(target, target_fd)
+    _check_name(source, source_fd)
+    _check_name(target, target_fd, is_new=True)
 
 
 def _check_symlink(source, target, dir_fd=-1) -> None:
     raise_if_violated()
-    _check_remove(target, dir_fd)
+    _check_name(target, dir_fd, is_new=True)
 
 
 def _check_truncate(path, length) -> None:
@@ -249,7 +253,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("os.rename", "os.link"), _check_rename),
     "os.symlink": _check_symlink,
     "os.truncate": _check_truncate,
-    "os.remove": _check_remove,
+    "os.remove": _check_name,
     "ctypes.dlopen": _check_shared_library,
     "sqlite3.connect": _check_database,
     "os.spawn": lambda mode, executable, arguments, *_: _check_program(executable, arguments),

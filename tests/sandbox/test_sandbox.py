@@ -409,6 +409,10 @@ HEARD = {  # what Python itself does, with the hook alone → the name in the re
         (open_folder("PLACE/repository/like") + "os.open('build/text.txt', 0, dir_fd=folder)", "like/build/text.txt"),
     "up from the libraries":
         ("open(os.path.dirname(os.__file__) + '/..' * 30 + 'PLACE/mirror/gamma')", "mirror/gamma"),
+    "up from a link": (
+        "os.symlink('PLACE/mirror', os.environ['TMPDIR'] + '/up'); open(os.environ['TMPDIR'] + '/up/../mirror/gamma')",
+        "mirror/gamma"),
+    "listed up from a link": ("os.listdir(os.environ['TMPDIR'] + '/up/../mirror')", "mirror"),
     "a link that is led elsewhere":
         ("link = os.environ['TMPDIR'] + '/link'; os.symlink(text.resolve(), link); open(link); os.remove(link); "
          "os.symlink('PLACE/mirror/gamma', link); open(link)", "/link"),

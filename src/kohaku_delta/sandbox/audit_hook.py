@@ -99,9 +99,17 @@ def _candidates(path) -> Iterator[str]:
             yield other
 
 
+def _absolute(path) -> str:
+    """The path from the root on. `..` leads up from where a link leads to, as for the system."""
+    path = os.path.join(os.getcwd(), os.fsdecode(path))
+    if "/.." not in path:
+        return os.path.normpath(path)
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+
+
 def _is_declared(path, flags: int) -> bool:
     """Whether the file is declared. Raises UserError if it is not, and exists or would be created."""
-    path = os.path.abspath(os.fsdecode(path))
+    path = _absolute(path)
     if os.path.isdir(path) or (not flags & os.O_CREAT and not os.path.isfile(path)):
         # an open folder reveals nothing until it is listed; the system itself reports a file that does not exist
         return False
@@ -130,7 +138,7 @@ def _judge(path: str, known_as: str, is_new: bool = False) -> bool:
 
 
 def _check_list(path=None) -> None:
-    path = os.readlink(f"/proc/self/fd/{path}") if type(path) is int else os.path.abspath(os.fsdecode(path or "."))
+    path = os.readlink(f"/proc/self/fd/{path}") if type(path) is int else _absolute(path or ".")
     real = canonical_path(path)
     if not (_policy.may_open(real) or real in _policy.listed) and os.path.isdir(path):
         _refuse(
@@ -147,7 +155,7 @@ def _check_name(path, dir_fd=-1, is_new: bool = False) -> None:
     path = os.fsdecode(path)
     if type(dir_fd) is int and dir_fd >= 0:
         path = os.path.join(os.readlink(f"/proc/self/fd/{dir_fd}"), path)
-    path = os.path.abspath(path)
+    path = _absolute(path)
     if is_new or os.path.lexists(path):
         _judge(path, canonical_path(path, follow=False))
 

@@ -224,12 +224,14 @@ def test_a_folder_may_be_named_from_within_through_its_build_or_through_a_link(c
     passes(*audit(".."))
 
 
-def test_a_bundle_of_linked_outputs_equals_that_of_copies(copy, tmp_path):
+def test_a_bundle_of_linked_outputs_equals_that_of_copies(copy, honest_rebuild, tmp_path):
     assert ask("bundle", tmp_path / "copies.tar", "--recipe", copy)[0] == 0
     linked_to_a_cache(os.symlink)(copy)
     assert ask("bundle", tmp_path / "links.tar", "--recipe", copy)[0] == 0
     assert (tmp_path / "copies.tar").read_bytes() == (tmp_path / "links.tar").read_bytes()
     passes(*audit(tmp_path / "links.tar"))
+    code, output = ask("compare", honest_rebuild, copy)
+    assert code == 0 and output.startswith("equal: all "), output
 
 
 def audit_elsewhere(folder, environment=None, become=""):

@@ -94,6 +94,7 @@ def repository(tmp_path_factory):
             for name in (
                 "repository/params.yaml",
                 "mirror/data-0001.tar",
+                "mirror.members.parquet",
                 "mirror/gamma",
                 "home/.config/settings",
                 "home/given.txt",
@@ -354,14 +355,158 @@ def test_the_kernel_holds_c_code_and_other_programs(stage, repository, do):
     allowed(stage(do, "--tars", str(repository / "mirror")))  # it was for want of a declaration
 
 
-def test_another_program_is_refused_where_the_kernel_cannot_hold_it(stage, repository):
-    refused(
-        stage("import subprocess; subprocess.run(['cat', 'PLACE/mirror/gamma'])"),
-        repository,
-        "started the program cat",
-        "Landlock",
+def test_where_the_kernel_cannot_hold_a_program_only_what_it_names_is_judged(stage, repository):
+    """A library that starts `ldconfig` works; the record says that less was held."""
+    do = "import subprocess; subprocess.run(['PROGRAM', 'PLACE/mirror/gamma'])"
+    refused(stage(do.replace("PROGRAM", "cat")), repository, "mirror/gamma")
+    refused(stage("os.system('cat PLACE/mirror/gamma')"), repository, "mirror/gamma")
+    program = repository / "home" / "program"
+    program.write_text("#!/bin/sh\necho ran")
+    program.chmod(0o755)
+    refused(stage("import subprocess; subprocess.run(['PLACE/home/program'])"), repository, "home/program")
+    done = stage(
+        "import subprocess; subprocess.run(['/sbin/ldconfig', '-p'], check=True, stdout=subprocess.DEVNULL); "
+        "subprocess.run([sys.executable, '-c', 'pass'], check=True); "
+        "from kohaku_delta import sandbox; print(sandbox.describe_confinement())"
     )
-    allowed(stage("import subprocess; subprocess.run([sys.executable, '-c', 'pass'], check=True)"))
+    allowed(done)
+    assert "audit hook alone: the kernel does not offer Landlock" in done.stdout and "programs" in done.stdout
+
+
+EACH_IN_A_PROCESS = """
+import ctypes, json, shutil, subprocess, traceback
+libc = ctypes.CDLL(None, use_errno=True)
+child = lambda *words, run=subprocess.run: run(words, capture_output=True)
+for name, line in json.loads(CASES).items():
+    if not os.fork():
+        result = "done"
+        try:
+            exec(line)
+        except BaseException as error:
+            result = f"{type(error).__name__} {getattr(error, 'message', error)}"
+        os.write(1, f"case {name}: {ascii(result)}\\n".encode())
+        os._exit(0)
+    os.wait()
+"""
+
+
+def attempts(stage, cases):
+    """What came of each of these lines, each in a process of its own."""
+    done = stage(EACH_IN_A_PROCESS.replace("CASES", repr(json.dumps(cases))))
+    allowed(done)
+    told = dict(line[5:].split(": ", 1) for line in done.stdout.splitlines() if line.startswith("case "))
+    assert told.keys() == cases.keys(), done.stderr
+    return told
+
+
+def open_folder(path):
+    return f"folder = os.open('{path}', os.O_RDONLY); "
+
+
+HEARD = {  # what Python itself does, with the hook alone → the name in the refusal
+    "dir_fd": (open_folder("PLACE/mirror") + "os.open('gamma', os.O_RDONLY, dir_fd=folder)", "mirror/gamma"),
+    "dir_fd beside a declared name":
+        (open_folder("PLACE/repository/like") + "os.open('build/text.txt', 0, dir_fd=folder)", "like/build/text.txt"),
+    "up from the libraries":
+        ("open(os.path.dirname(os.__file__) + '/..' * 30 + 'PLACE/mirror/gamma')", "mirror/gamma"),
+    "up from a link": (
+        "os.symlink('PLACE/mirror', os.environ['TMPDIR'] + '/up'); open(os.environ['TMPDIR'] + '/up/../mirror/gamma')",
+        "mirror/gamma"),
+    "listed up from a link": ("os.listdir(os.environ['TMPDIR'] + '/up/../mirror')", "mirror"),
+    "a link that is led elsewhere":
+        ("link = os.environ['TMPDIR'] + '/link'; os.symlink(text.resolve(), link); open(link); os.remove(link); "
+         "os.symlink('PLACE/mirror/gamma', link); open(link)", "/link"),
+    "a link in place of a declared file":
+        ("open(text.resolve()).close(); os.symlink('PLACE/mirror/gamma', 'build/.text.txt.0.aside'); "
+         "os.replace('build/.text.txt.0.aside', text.resolve()); open(text.resolve())", "mirror/gamma"),
+    "renamed onto an output": ("os.rename('build/other.txt', 'build/out.txt')", "build/other.txt"),
+    "a folder renamed": ("os.rename('PLACE/repository/like', 'build/like')", "repository/like"),
+    "renamed by dir_fd":
+        (open_folder("build") + "os.rename('other.txt', 'out.txt', src_dir_fd=folder, dst_dir_fd=folder)", "other.txt"),
+    "replaced": ("os.replace('PLACE/mirror/gamma', 'build/out.txt')", "mirror/gamma"),
+    "an output renamed over another file": ("os.rename('build/text.txt', 'build/other.txt')", "build/other.txt"),
+    "linked": ("os.link('PLACE/mirror/gamma', 'build/out.txt')", "mirror/gamma"),
+    "a link made elsewhere": ("os.symlink('/etc/hosts', 'PLACE/repository/new')", "repository/new"),
+    "shortened": ("os.truncate('PLACE/mirror/gamma', 0)", "mirror/gamma"),
+    "removed": ("os.remove('PLACE/mirror/gamma')", "mirror/gamma"),
+    "removed by dir_fd": (open_folder("PLACE/mirror") + "os.remove('gamma', dir_fd=folder)", "mirror/gamma"),
+    "listed by dir_fd": (open_folder("PLACE/mirror") + "os.listdir(folder)", "mirror"),
+}  # fmt: skip
+
+
+def test_what_python_does_to_files_by_other_ways_is_heard(stage, repository):
+    like = repository / "repository" / "like" / "build" / "text.txt"
+    like.parent.mkdir(parents=True)
+    like.write_text("another")
+    told = attempts(stage, {name: line for name, (line, _) in HEARD.items()})
+    try:
+        for name, (_, path) in HEARD.items():
+            assert told[name].startswith("'UserError The stage probe ") and path in told[name], (name, told[name])
+    finally:
+        (repository / "repository/recipe/build/.text.txt.0.aside").unlink(missing_ok=True)
+        (repository / "repository/recipe/build/text.txt").unlink()
+        (repository / "repository/recipe/build/text.txt").write_text("text.txt")
+    assert (repository / "mirror" / "gamma").read_text() == "mirror/gamma"
+
+
+def test_a_temporary_file_of_the_stage_may_become_its_output(stage):
+    allowed(
+        stage(
+            "import tempfile; made = tempfile.mkstemp(dir='build')[1]; open(made, 'w').write('x'); "
+            "os.rename(made, 'build/out.txt'); os.remove('build/out.txt'); os.truncate(text, 8); "
+            "folder = tempfile.mkdtemp(); os.symlink('/etc/hosts', folder + '/link'); import shutil; "
+            "shutil.rmtree(folder)"
+        )
+    )
+
+
+HELD = {  # what C code and other programs do → the line, and what would be there afterwards
+    "list": ("sys.exit(child('ls', 'PLACE/mirror').returncode)", 2),
+    "list the repository": ("sys.exit(child('ls', 'PLACE/repository').returncode)", 2),
+    "run": ("sys.exit(child('sh', '-c', 'PLACE/home/true').returncode)", 126),
+    "write": ("sys.exit(child('sh', '-c', 'echo x > PLACE/repository/new').returncode)", 2),
+    "overwrite": ("sys.exit(child('sh', '-c', 'echo x > PLACE/mirror/gamma').returncode)", 2),
+    "write into the code": ("sys.exit(child('sh', '-c', 'echo x > PLACE/repository/src/new.py').returncode)", 2),
+    "truncate": ("sys.exit(libc.truncate(b'PLACE/mirror/gamma', 0))", -1),
+    "move in": ("sys.exit(child('mv', 'PLACE/mirror/gamma', 'build/out.txt').returncode)", 1),
+    "rename": ("sys.exit(libc.rename(b'PLACE/mirror/gamma', b'build/out.txt'))", -1),
+    "link": ("sys.exit(libc.link(b'PLACE/mirror/gamma', b'build/out.txt'))", -1),
+    "remove": ("sys.exit(libc.unlink(b'PLACE/mirror/gamma'))", -1),
+    "make a folder": ("sys.exit(libc.mkdir(b'PLACE/mirror/new', 0o777))", -1),
+    "make a pipe": ("sys.exit(libc.mkfifo(b'PLACE/mirror/new', 0o666))", -1),
+    "make a device": ("sys.exit(libc.mknod(b'PLACE/mirror/new', 0o20666, 0x103))", -1),
+    "abstract socket": (
+        "import socket; other = socket.socket(socket.AF_UNIX); "
+        "sys.exit(libc.connect(other.fileno(), b'\\1\\0\\0kohaku-delta-test', 20))", -1),
+    "signal": ("sys.exit(libc.kill(PARENT, 0))", -1),
+    "TCP": ("sys.exit(child('bash', '-c', 'echo > /dev/tcp/127.0.0.1/PORT').returncode)", 1),
+    "fork_exec": (
+        "import _posixsubprocess as p; r, w = os.pipe(); "
+        "pid = p.fork_exec([b'/bin/cat', b'PLACE/mirror/gamma'], [b'/bin/cat'], True, (), None, None, -1, -1, -1, -1, "
+        "-1, -1, r, w, True, False, 0, None, None, None, -1, None, False); "
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))", 1),
+    "allowed": ("sys.exit(child('sh', '-c', 'ls build/text.txt && cat build/text.txt > $TMPDIR/x').returncode)", 0),
+}  # fmt: skip
+SINCE = {"truncate": 3, "TCP": 4, "abstract socket": 6, "signal": 6}  # the version of Landlock that brought it
+
+
+@pytest.mark.parametrize("stage", ["both"], indirect=True)
+def test_the_kernel_holds_c_code_that_lists_writes_runs_and_signals(stage, repository, server):
+    shutil.copy("/bin/true", repository / "home" / "true")
+    port = str(server.getsockname()[1])
+    with socket.socket(socket.AF_UNIX) as abstract:
+        abstract.bind("\0kohaku-delta-test")
+        abstract.listen()
+        lines = {
+            name: line.replace("PORT", port).replace("PARENT", str(os.getpid())) for name, (line, _) in HELD.items()
+        }
+        told = attempts(stage, lines)
+    for name, (_, code) in HELD.items():
+        if landlock.abi_version() >= SINCE.get(name, 1):
+            assert told[name] == f"'SystemExit {code}'", (name, told[name])
+    assert (repository / "mirror" / "gamma").read_text() == "mirror/gamma"
+    assert not (repository / "repository" / "new").exists() and not (repository / "mirror" / "new").exists()
+    assert not (repository / "repository" / "src" / "new.py").exists()
 
 
 def test_the_kernels_rules_cover_exactly_what_the_nearest_known_folder_decides(tmp_path):
@@ -408,10 +553,17 @@ def test_inputs_and_outs_may_be_links_into_a_cache(stage, repository, request):
         allowed(done)
         assert ("and Landlock" in done.stdout) == ("both" in request.node.name)
         refused(stage("open('PLACE/repository/cache/4567')"), repository, "cache/4567")
+        folder = repository / "repository" / "pictures" / "inner"
+        folder.mkdir(parents=True)
+        (folder / "link").symlink_to(cache / "4567")  # a folder's files as well
+        (folder / "further").symlink_to(repository / "mirror")
+        given = ("--tars", str(folder.parent))
+        allowed(stage("Path('PLACE/repository/pictures/inner/link').read_text(); os.listdir('PLACE/mirror')", *given))
     finally:
         (build / "text.txt").unlink()
         shutil.move(cache / "0123", build / "text.txt")
         shutil.rmtree(cache)
+        shutil.rmtree(repository / "repository" / "pictures", ignore_errors=True)
 
 
 @BOTH

@@ -156,13 +156,13 @@ def _decode_in_processes(tasks: Iterable[Task], folder: Path | None) -> Generato
         pool.shutdown(cancel_futures=True)
 
 
-def _begin_process(large_images, policy, with_landlock: bool) -> None:
+def _begin_process(large_images, policy, kernel_rights: str) -> None:
     """Each process ends with its parent, however that ends; Ctrl-C is the parent's."""
     global _large_images
     _large_images = large_images
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    audit_hook.install_hook(policy, with_landlock)
+    audit_hook.install_hook(policy, kernel_rights)
 
 
 def _end_with_parent() -> None:

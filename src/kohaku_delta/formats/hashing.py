@@ -42,7 +42,9 @@ def hash_file(
 
 
 def digest_path(path: Path, md5: bool = True) -> Digest:
-    """The digests of a file or folder. Raises UserError for a folder that contains links or special files."""
+    """The digests of a file or folder; a link to a file counts as that file (`cache.type: symlink`). Raises UserError
+    for a folder that contains links to folders, or special files.
+    """
     return _digest_folder(path, md5) if path.is_dir() else _digest_file(path, md5)
 
 
@@ -81,8 +83,10 @@ def _digest_folder(path: Path, md5: bool) -> Digest:
         name = file.relative_to(path).as_posix()
         if EXCLUDED.search(name) or (file.is_dir() and not file.is_symlink()):
             continue
-        if file.is_symlink() or not file.is_file():
-            raise UserError(f"{file} is a link or not a regular file, which no stage writes. Run its stage again.")
+        if not file.is_file():
+            raise UserError(
+                f"{file} is not a regular file, nor a link to one: no stage writes it. Run its stage again."
+            )
         found[name] = _digest_file(file, md5)
     listing = json.dumps([{"md5": each.md5, "relpath": name} for name, each in found.items()], sort_keys=True)
     files = {name: each.sha256 for name, each in found.items()}

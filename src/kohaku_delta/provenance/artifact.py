@@ -148,7 +148,9 @@ RECIPE = (dvc_yaml.PARAMS, dvc_yaml.PIPELINE, dvc_yaml.LOCK, bundles.MANIFEST, b
 
 def _read(name: str, folder: Path) -> Artifact:
     """Nothing is opened before it was looked at whether it lies in the folder."""
-    target_paths.check_files(folder, [*RECIPE, paths.BUILD, *(path.name for path in folder.glob("pins-*.csv"))])
+    own = _is_own(folder)
+    lists = (path.name for path in folder.glob("pins-*.csv"))
+    target_paths.check_files(folder, [*RECIPE, paths.BUILD, *lists], [paths.BUILD] if own else [])
     rebuild = Artifact(
         name,
         folder,
@@ -158,7 +160,8 @@ def _read(name: str, folder: Path) -> Artifact:
         bundles.read_manifest(folder) if (folder / bundles.MANIFEST).exists() else None,
     )
     outs = [*rebuild.writers, *(out.path for stage in rebuild.lock.values() for out in stage.outs)]
-    target_paths.check_files(folder, [*outs, *([rebuild.recipe.execution.work] if rebuild.work else [])])
+    work = [rebuild.recipe.execution.work] if rebuild.work else []
+    target_paths.check_files(folder, [*outs, *work], [paths.BUILD, *work] if own else [])
     if rebuild.bundle:
         _ = rebuild.tensors  # a list that contradicts itself is refused before anything is judged by it
     else:
@@ -171,6 +174,11 @@ def _read(name: str, folder: Path) -> Artifact:
             except UserError as error:
                 rebuild.unreadable[stage] = error.message.replace(f"{folder}/", "")
     return rebuild
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether this is a recipe's folder in the repository of the code that runs, and not a stranger's."""
+    return folder.resolve().is_relative_to(REPOSITORY) and not (folder / bundles.MANIFEST).exists()
 
 
 def _check_root(rebuild: Artifact) -> None:

@@ -2,7 +2,8 @@
 
 A target names its outputs and stages itself, and its folder may hold links. What leads out of it is refused before
 anything is opened: an output `../secret`, a stage named `../x`, a link to somebody's file, a pipe. A link may lead
-out only to a file of DVC's cache, whose name is the md5 of its content (`cache.type: symlink`).
+out only to a file of DVC's cache, whose name is the md5 of its content (`cache.type: symlink`). In the repository of
+the code that audits, `build` and the work folder may themselves be links to folders, on a larger disk for example.
 """
 
 import os
@@ -37,9 +38,12 @@ def is_inside(path: str) -> bool:
     return not posixpath.isabs(path) and parts[0] not in ("..", ".") and "\0" not in path
 
 
-def check_files(folder: Path, names: Iterable[str]) -> None:
-    """Raises UserError if one of these files or folders, or anything in them, leads out of `folder` or is no file."""
-    inside, count = os.path.realpath(folder), 0
+def check_files(folder: Path, names: Iterable[str], moved: Iterable[str] = ()) -> None:
+    """Raises UserError if one of these files or folders, or anything in them, leads out of `folder` or is no file.
+
+    moved: names of folders in `folder` that may be links to folders elsewhere, which then belong to it.
+    """
+    inside, count = [os.path.realpath(folder / name) for name in ("", *moved)], 0
     for name in dict.fromkeys(names):
         _check(folder / name, inside)
         for parent, folders, files in os.walk(folder / name):
@@ -52,7 +56,7 @@ def check_files(folder: Path, names: Iterable[str]) -> None:
                 raise UserError(f"{folder / name} holds more than {MAX_FILES:,} files, which no recipe writes.")
 
 
-def _check(path: Path, inside: str) -> None:
+def _check(path: Path, inside: list[str]) -> None:
     real = os.path.realpath(path)
     try:
         mode = os.stat(real).st_mode
@@ -60,8 +64,10 @@ def _check(path: Path, inside: str) -> None:
         return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UserError(f"{path} is no regular file (a pipe, a socket or a device), which no stage writes. Remove it.")
-    if os.path.commonpath([real, inside]) != inside and not (stat.S_ISREG(mode) and CACHE.search(real)):
-        raise UserError(
-            f"{path} is a link that leads out of the recipe's folder, and not to a file of DVC's cache. It is not "
-            "followed: copy what it leads to, or run `dvc checkout --relink`."
-        )
+    if any(os.path.commonpath([real, each]) == each for each in inside) or (stat.S_ISREG(mode) and CACHE.search(real)):
+        return
+    raise UserError(
+        f"{path} is a link that leads out of the recipe's folder, and not to a file of DVC's cache. It is not "
+        "followed: copy what it leads to, or run `dvc checkout --relink`. If the build or work folder is a link, audit "
+        "it in its repository, with the kohaku-delta of that repository."
+    )

@@ -45,9 +45,9 @@ def confined(command: click.Command, context: click.Context) -> Iterator[None]:
 
 def describe_confinement() -> str:
     """The layers that confine this process, for the record of a run."""
-    rules, with_landlock = audit_hook.current_policy()
+    rules, kernel_rights = audit_hook.current_policy()
     if rules is None:
         return "nothing: it was not started as a stage"
-    if with_landlock:
-        return f"audit hook and Landlock (version {landlock.abi_version()})"
-    return "audit hook alone: the kernel does not offer Landlock here, so what C code opens is not seen"
+    if kernel_rights:
+        return f"audit hook and {kernel_rights}"
+    return "audit hook alone: the kernel does not offer Landlock here, so what C code and other programs do is not seen"

@@ -1,23 +1,32 @@
 """The second layer of the sandbox: if the kernel has Landlock, no code of this process, C included, and no program that
-it starts reads a watched file that is not declared.
+it starts reads, lists, runs or changes a watched file that is not declared.
 
 It names nothing (an open fails with “Permission denied”) and sees everything. It holds for the calling thread and for
-all that it starts from then on; what was open stays open. Two limits: in the folders of outputs everything may be read
-(temporary files are made there), and of the network it knows TCP only, by port: between ranks, whose ports the system
-chooses, TCP is not restricted.
+all that it starts from then on; what was open stays open. Its rules hold for whole folders: in the folders of outputs,
+where temporary files are made, everything may be read and changed. Of the network it knows TCP only, by port: between
+ranks, whose ports the system chooses, TCP is not restricted. A kernel holds as many of the rights as it knows;
+confine() says which.
 """
 
 import ctypes
 import os
+import stat
 import struct
-from collections.abc import Set
+from collections.abc import Iterator, Set
 
 from kohaku_delta.sandbox.policy import StagePolicy
 
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # asm-generic/unistd.h: the same on every architecture
-READ_FILE, CONNECT_TCP, BIND_TCP = 1 << 2, 1 << 1, 1 << 0  # linux/landlock.h
-WITH_TCP = 4  # the first version of the interface that knows TCP
+# linux/landlock.h. The first thirteen rights are those of version 1; the others came one by one.
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_DIR = (1 << bit for bit in range(5))
+REFER, TRUNCATE, IOCTL_DEV = 1 << 13, 1 << 14, 1 << 15
+LATER = {"move between folders": (2, REFER), "truncate": (3, TRUNCATE), "device commands": (5, IOCTL_DEV)}
+READ = EXECUTE | READ_FILE | READ_DIR
+OF_A_FILE = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV  # the rights that a rule for a file may give
+WITH_TCP, BIND_AND_CONNECT = 4, 0b11
+WITH_SCOPES, ABSTRACT_SOCKETS_AND_SIGNALS = 6, 0b11
 PR_SET_NO_NEW_PRIVS = 38
+INHERITED = "KOHAKU_DELTA_CONFINED"  # what a rank's launcher, whose rules hold for the rank too, is held by
 SHARED_MEMORY = "/dev/shm"  # torch makes files there and reads them; no rule for those alone can be written beforehand
 
 
@@ -26,24 +35,59 @@ def abi_version() -> int:
     return max(0, _syscall(CREATE_RULESET, None, 0, 1))
 
 
-def confine(policy: StagePolicy) -> bool:
-    """Whether the kernel confines this process to `policy` from now on."""
+def confine(policy: StagePolicy) -> str:
+    """From now on the kernel confines this process to `policy`. Returns what it holds; "" if it does not."""
+    if INHERITED in os.environ and _is_confined():
+        return os.environ[INHERITED]
     version = abi_version()
     if not version or any(f"{path}/".startswith(f"{SHARED_MEMORY}/") for path in policy.watched):
-        return False
-    network = (CONNECT_TCP | BIND_TCP) if policy.network == "none" and version >= WITH_TCP else 0
-    attributes = struct.pack("QQ", READ_FILE, network) if version >= WITH_TCP else struct.pack("Q", READ_FILE)
+        return ""
+    later = {what: right for what, (since, right) in LATER.items() if version >= since}
+    rights = (1 << 13) - 1 | sum(later.values())
+    network = BIND_AND_CONNECT if policy.network == "none" and version >= WITH_TCP else 0
+    # ranks pass descriptors through abstract sockets (NCCL), and the first one ends the others
+    scopes = ABSTRACT_SOCKETS_AND_SIGNALS if policy.network == "none" and version >= WITH_SCOPES else 0
+    attributes = struct.pack("QQQ", rights, network, scopes)  # an older kernel ignores zeros that it does not know
     ruleset = _syscall(CREATE_RULESET, attributes, len(attributes), 0)
     if ruleset < 0:
-        return False
+        return ""
     try:
-        return (
-            all(_add_rule(ruleset, path) for path in readable_roots(policy.allowed | policy.written, policy.watched))
+        held = (
+            all(_add_rule(ruleset, path, rights & each) for path, each in _rules(policy))
             and not ctypes.CDLL(None).prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
             and not _syscall(RESTRICT_SELF, ruleset, 0)
         )
     finally:
         os.close(ruleset)
+    if not held:
+        return ""
+    told = ["read", "list", "run", "write", *later]
+    told += (["TCP"] if network else []) + (["abstract sockets", "signals"] if scopes else [])
+    os.environ[INHERITED] = f"Landlock (version {version}: {', '.join(told)})"
+    return os.environ[INHERITED]
+
+
+def _is_confined() -> bool:
+    """Whether the rules of another process hold here: nobody lists the root, which lies above what is watched."""
+    try:
+        os.close(os.open("/", os.O_RDONLY))
+    except PermissionError:
+        return True
+    return False
+
+
+def _rules(policy: StagePolicy) -> Iterator[tuple[str, int]]:
+    """The paths with the rights that hold for them and for all that is in them. Unwatched folders have all rights."""
+    for path in readable_roots(policy.allowed | policy.written, policy.watched):
+        yield path, READ
+    for path in readable_roots(policy.written, policy.watched):
+        yield path, ~READ
+    for path in policy.changed:  # a folder is opened to flush it to the disk
+        yield path, ~READ | READ_DIR
+    for path in policy.listed:
+        yield path, READ_DIR
+    for path in policy.emptied:
+        yield path, REMOVE_DIR
 
 
 def readable_roots(allowed: Set[str], watched: Set[str], folder: str = "/", parent_is_open: bool = True) -> list[str]:
@@ -74,13 +118,14 @@ def _below(paths: Set[str], folder: str) -> Set[str]:
     return {path for path in paths if path != folder and path.startswith(f"{folder.rstrip('/')}/")}
 
 
-def _add_rule(ruleset: int, path: str) -> bool:
+def _add_rule(ruleset: int, path: str, rights: int) -> bool:
     try:
         descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return True  # deleted meanwhile, or not visible to us: then it cannot be read either
     try:
-        return not _syscall(ADD_RULE, ruleset, 1, struct.pack("=Qi", READ_FILE, descriptor), 0)
+        rights &= ~0 if stat.S_ISDIR(os.fstat(descriptor).st_mode) else OF_A_FILE
+        return not rights or not _syscall(ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, descriptor), 0)
     finally:
         os.close(descriptor)
 

@@ -40,6 +40,8 @@ class StagePolicy:
     watched: frozenset[str]  # the repository, the recipe's folder, the mirror, the home directory; the rest is open
     listed: frozenset[str]  # folders that may be listed: where Python looks for modules
     written: frozenset[str]  # folders of outputs and of the training's state: new temporary files may be made there
+    changed: frozenset[str]  # other folders in which declared files are made: for the kernel's rules alone
+    emptied: frozenset[str]  # folders from which an empty folder is removed: the stage's own temporary folder
     libraries: tuple[str, ...]  # the interpreter's folders: beginnings of paths that need no further check
     network: str  # "none" | "loopback" (between ranks) | "any"
 
@@ -54,9 +56,15 @@ class StagePolicy:
         return True
 
 
-def canonical_path(path) -> str:
-    """The path by which a policy knows a file: an unfinished output as the output, a compiled module as its source."""
-    path = os.path.realpath(path)
+def canonical_path(path, follow: bool = True) -> str:
+    """The path by which a policy knows a file: an unfinished output as the output, a compiled module as its source.
+    follow: of a link, the file that it leads to.
+    """
+    path = (
+        os.path.realpath(path)
+        if follow
+        else os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    )
     if path.endswith(".aside") or ".aside/" in path:
         path = UNFINISHED.sub(r"/\1", path)
     folder, name = os.path.split(path)
@@ -110,9 +118,17 @@ def policy_for(script: Path, entry: dict[str, Any], context: click.Context) -> S
         if isinstance(value, Path)
         and (context.get_parameter_source(name) is not ParameterSource.DEFAULT or str(value) in (*deps, *outs))
     ]
+    # DVC may link the files of a folder too, as it keeps them (`cache.type: symlink`)
+    allowed += [link for path in list(allowed) if os.path.isdir(path) for link in _links_in(str(path))]
     # the lists of the caption stage, for example, lie beside the captions, wherever these go
     allowed += [folder / Path(out).name for folder in written for out in outs]
+    changed = {tempfile.gettempdir(), *map(os.path.dirname, map(cache_from_source, code))}
+    changed |= {sys.pycache_prefix} if sys.pycache_prefix else set()
+    changed |= {paths.RECORDS} if os.path.isdir(paths.RECORDS) else set()
+    changed |= _folders_of_other_outputs(recipe, context)
     indexes = _tar_indexes(options, inputs)
+    # a rule of the kernel for the folder of the index opens all that is in it to be changed
+    changed |= {str(index.parent) for index in indexes if stage == "filter" or not index.exists()}
     allowed += [*inputs, *indexes]
     if stage in DECODING:
         decoded = [index.with_suffix(".decoded") for index in (options.get("index"), *indexes) if index]
@@ -123,9 +139,9 @@ def policy_for(script: Path, entry: dict[str, Any], context: click.Context) -> S
     allowed += [root / "requirements" / f"{recipe.requirements}.txt", f"{paths.CODE}/{stage}.json"]
     allowed.append(paths.RECORDS)
     if "inputs" in options:
-        allowed.append(
-            paths.stamps_path(options["inputs"])
-        )  # says whether an input must be hashed again, decides no bytes
+        # says whether an input must be hashed again, decides no bytes
+        allowed.append(paths.stamps_path(options["inputs"]))
+        changed.add(str(options["inputs"].parent))
     if "work" in options:
         work = options["work"] or Path(recipe.execution.work)
         written.add(work)
@@ -133,8 +149,11 @@ def policy_for(script: Path, entry: dict[str, Any], context: click.Context) -> S
     if stage == "download":
         hub_files, hub_folders = _hub_configuration()
         written |= {Path(mirror), *hub_folders}
-        allowed += [paths.stamps_path(options["out"]), os.path.join(recipe_folder, recipe.supplied)]
-        allowed += [mirror, *_links_in(mirror), *hub_files, *hub_folders, *_pinned_files(recipe, recipe_folder)]
+        supplied = os.path.join(recipe_folder, recipe.supplied)
+        allowed += [paths.stamps_path(options["out"]), supplied, *_links_in(supplied)]
+        links = _links_in(mirror)
+        changed |= {link for link in links if os.path.exists(link)}
+        allowed += [mirror, *links, *hub_files, *hub_folders, *_pinned_files(recipe, recipe_folder)]
 
     watched = _real_paths([root, recipe_folder, mirror, *input_folders, *_home_folders()]) - {"/"}
     return StagePolicy(
@@ -143,9 +162,23 @@ def policy_for(script: Path, entry: dict[str, Any], context: click.Context) -> S
         watched,
         _real_paths([*sys.path, *map(os.path.dirname, code)]),
         _real_paths(written),
+        _real_paths(changed),
+        frozenset({os.path.dirname(_real_path(tempfile.gettempdir()))}),
         tuple(f"{path}/" for path in sorted(libraries) if not any(f"{top}/".startswith(f"{path}/") for top in watched)),
         _network(stage, options, recipe),
     )
+
+
+def _folders_of_other_outputs(recipe: Recipe, context: click.Context) -> set[str]:
+    """The folders of files that dvc.yaml does not name and that an option places: another index of the tars."""
+    return {
+        os.path.dirname(os.path.abspath(value))
+        for option in context.command.params
+        if option.name
+        and option.default is None
+        and isinstance(value := context.params[option.name], Path)
+        and not any(option.name + suffix in recipe.download.inputs for suffix in INPUT_SUFFIXES)
+    }
 
 
 def _real_paths(files: Iterable[str | Path]) -> frozenset[str]:
@@ -218,8 +251,18 @@ def _hub_configuration() -> tuple[list[str], list[Path]]:
 
 
 def _links_in(folder: str) -> list[str]:
-    """The links in a folder, at any depth: what they lead to may be opened too."""
-    return [path for top, _, names in os.walk(folder) for name in names if os.path.islink(path := f"{top}/{name}")]
+    """The links to files and folders in a folder, at any depth, and in the folders that they lead to: what they lead to
+    may be opened too.
+    """
+    links: list[str] = []
+    folders, known = [os.path.realpath(folder)], set()
+    while folders:
+        known.add(start := folders.pop())
+        for top, inner, names in os.walk(start):
+            found = [path for name in inner + names if os.path.islink(path := f"{top}/{name}")]
+            links += found
+            folders += {os.path.realpath(path) for path in found if os.path.isdir(path)} - known
+    return links
 
 
 def _pinned_files(recipe: Recipe, folder: str) -> list[str]:

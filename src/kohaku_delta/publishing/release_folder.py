@@ -1,12 +1,14 @@
 """The folder `release/` beside a finished build, laid out as the published repository was.
 
 Every file is an output that dvc.lock records, hashed against it first, or is written here from the recipe and such
-outputs: the card, and the settings for other programs. Weights are not stored twice: files are hard links to the
-outputs, and copies only if the file system allows no links. The folder appears as a whole or not at all. It is no
-output of a stage, and nothing in it comes from the clock, the host or the network.
+outputs: the card, the settings for other programs, the bill of materials, the description of the dataset. Weights are
+not stored twice: files are hard links to the outputs, and copies only if the file system allows no links. The folder
+appears as a whole or not at all. It is no output of a stage, and nothing in it comes from the clock, the host or the
+network. Only the two signatures, which are there if a key was given, vary from signing to signing.
 """
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -16,17 +18,22 @@ from pathlib import Path, PurePosixPath
 from kohaku_delta import atomic_files, paths
 from kohaku_delta.errors import UserError, first_lines
 from kohaku_delta.formats import hashing
-from kohaku_delta.params import Release
+from kohaku_delta.params import Recipe, Release
+from kohaku_delta.provenance import bundles, folder_signature, signature, statement
 from kohaku_delta.provenance.artifact import Artifact
-from kohaku_delta.publishing import kohya_settings
+from kohaku_delta.publishing import bill_of_materials, dataset_description, kohya_settings
 from kohaku_delta.report import build_summary, model_card
+from kohaku_delta.report.build_summary import Build
 from kohaku_delta.strict_model import printable
 from kohaku_delta.units import format_size
-from kohaku_delta.verify import check_lock
-from kohaku_delta.verify.findings import PASS
+from kohaku_delta.verify import check_lock, check_lock_records
+from kohaku_delta.verify.findings import PASS, Finding
 
 FOLDER = "release"
 CARD = "README.md"  # the name that Hugging Face reads
+BOM, DATASET = "bom.json", "croissant.json"  # the names that their tools look for
+SAMPLES = "samples/"
+SIGNATURES = (bundles.PROVENANCE, folder_signature.FILE)  # these, and no other file, differ between two releases
 CHECKS = (check_lock.check_pipeline, check_lock.check_parameters, check_lock.check_links, check_lock.check_outputs)
 NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS}  # hard links are impossible here
 
@@ -41,24 +48,26 @@ class SourceFile:
     sha256: str
 
 
-def write_release(rebuild: Artifact, say: Callable[[str], object]) -> dict[str, int]:
+def write_release(rebuild: Artifact, say: Callable[[str], object], key: Path | None = None) -> dict[str, int]:
     """Writes `release/` in the recipe's folder; returns the bytes of its files by name. say: takes a sentence on what
-    is copied, before it is. Raises UserError for a build that is not finished or not as its dvc.lock says, and for a
-    folder with files that are not of this release.
+    is copied, before it is; key: the private key (PEM) that signs the provenance. Raises UserError for a build that is
+    not finished or not as its dvc.lock says, and for a folder with files that are not of this release.
     """
     if rebuild.bundle:
         raise UserError(f"{rebuild.name} is a bundle, which has no weights. Name a recipe's folder with its build.")
+    if key:
+        folder_signature.check_private_key(key)
     times = {path: path.stat().st_mtime_ns for path in (rebuild.folder / paths.BUILD).rglob("*") if path.is_file()}
-    _require_locked(rebuild)
-    sources = _sources(rebuild)
-    texts = _texts(rebuild)
-    names = [source.name for source in sources] + list(texts)
+    _require_locked(rebuild, (*CHECKS, check_lock_records.check_records) if key else CHECKS)
+    sources, texts = layout(rebuild)
+    names = [source.name for source in sources] + [*texts, *SIGNATURES]
     if doubled := sorted({name for name in names if _collides(name, names)}):
         raise UserError(
             f"Two files of the release would have one name, or lie in a file: {', '.join(doubled)}. "
             "Correct the section release of params.yaml."
         )
     folder = rebuild.folder / FOLDER
+    unsigned = [name for name in SIGNATURES if (folder / name).exists()]
     _refuse_other_files(folder, set(names))
     with atomic_files.atomic_dir(folder) as aside:
         if unlinked := [source for source in sources if not _link(source, aside / source.name)]:
@@ -69,14 +78,27 @@ def write_release(rebuild: Artifact, say: Callable[[str], object]) -> dict[str, 
         for name, text in texts.items():
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             (aside / name).write_text(text, encoding="utf-8", newline="\n")
-    return {name: (folder / name).stat().st_size for name in sorted(names)}
+        if key:
+            signature.sign(statement.build_statement(rebuild), key, aside / bundles.PROVENANCE)
+    if unsigned and not key:
+        say(f"The folder was signed, and is no longer ({', '.join(unsigned)}): `make proofs` signs it again.")
+    return {name: (folder / name).stat().st_size for name in sorted(names) if (folder / name).exists()}
 
 
-def _require_locked(rebuild: Artifact) -> None:
+def layout(rebuild: Artifact) -> tuple[list[SourceFile], dict[str, str]]:
+    """All files but the signatures: the outputs that are published, and the texts that are written here, by name."""
+    sources, build = _sources(rebuild), build_summary.read_build(rebuild.folder)
+    texts = _texts(rebuild, build)
+    hashes = {source.name: source.sha256 for source in sources}
+    hashes |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    return sources, texts | {BOM: bill_of_materials.bom(rebuild, build, hashes)}
+
+
+def _require_locked(rebuild: Artifact, checks: tuple[Callable[..., Finding], ...]) -> None:
     """Raises UserError unless the whole pipeline ran, and every output is the one in dvc.lock."""
     faults = [
         f"{finding.group}/{finding.name}: {printable(finding.message)}"
-        for finding in (check(rebuild) for check in CHECKS)
+        for finding in (check(rebuild) for check in checks)
         if finding.status != PASS
     ]
     if faults:
@@ -91,12 +113,21 @@ def _require_locked(rebuild: Artifact) -> None:
 def _sources(rebuild: Artifact) -> list[SourceFile]:
     """The outputs that are published, by their names in the folder."""
     names = rebuild.recipe.release
-    lokr = PurePosixPath(names.lokr)
     milestones = {
-        paths.milestone_name(step): str(lokr.with_name(f"{lokr.stem}-step{step:08d}{lokr.suffix}"))
+        paths.milestone_name(step): milestone_file(names, step)
         for step in map(_milestone_step, rebuild.digests[paths.MILESTONES].files or {})
     }
-    renamed = {
+    sources = [_source(rebuild, out, None, name) for out, name in single_files(names).items()]
+    for out, place in ((paths.MILESTONES, milestones), (paths.DIFFUSERS, {}), (paths.SAMPLES, {})):
+        for file in rebuild.digests[out].files or {}:
+            name = f"{SAMPLES}{file}" if out == paths.SAMPLES else place.get(file, file)
+            sources.append(_source(rebuild, out, file, name))
+    return sources
+
+
+def single_files(names: Release) -> dict[str, str]:
+    """Output → name in the folder, of the outputs that are one file."""
+    return {
         paths.FINAL: names.final,
         paths.BASE: names.base,
         paths.LOKR: names.lokr,
@@ -106,12 +137,12 @@ def _sources(rebuild: Artifact) -> list[SourceFile]:
         paths.PREVIEW: "preview.png",
         paths.MILESTONES_PNG: "milestones.png",
     }
-    sources = [_source(rebuild, out, None, name) for out, name in renamed.items()]
-    for out, place in ((paths.MILESTONES, milestones), (paths.DIFFUSERS, {}), (paths.SAMPLES, {})):
-        for file in rebuild.digests[out].files or {}:
-            name = f"samples/{file}" if out == paths.SAMPLES else place.get(file, file)
-            sources.append(_source(rebuild, out, file, name))
-    return sources
+
+
+def milestone_file(names: Release, step: int) -> str:
+    """The name of the LoKr after `step` steps."""
+    lokr = PurePosixPath(names.lokr)
+    return str(lokr.with_name(f"{lokr.stem}-step{step:08d}{lokr.suffix}"))
 
 
 def _milestone_step(file: str) -> int:
@@ -128,19 +159,28 @@ def _source(rebuild: Artifact, out: str, file: str | None, name: str) -> SourceF
     return SourceFile(name, path / file, (path / file).stat().st_size, (digest.files or {})[file])
 
 
-def _texts(rebuild: Artifact) -> dict[str, str]:
+def _texts(rebuild: Artifact, build: Build) -> dict[str, str]:
     """The files that are written here: name → text."""
-    names = rebuild.recipe.release
     return {
-        CARD: model_card.render_card(build_summary.read_build(rebuild.folder), card_files(names)),
-        names.training: kohya_settings.training_toml(rebuild.recipe),
-        names.preset: kohya_settings.preset_toml(rebuild.recipe.lokr.preset),
+        CARD: model_card.render_card(build, card_files(rebuild.recipe.release)),
+        DATASET: dataset_description.croissant(rebuild, build),
+        **settings(rebuild.recipe),
+    }
+
+
+def settings(recipe: Recipe) -> dict[str, str]:
+    """The files that follow from the recipe alone: name → text."""
+    names = recipe.release
+    return {
+        names.training: kohya_settings.training_toml(recipe),
+        names.preset: kohya_settings.preset_toml(recipe.lokr.preset),
     }
 
 
 def card_files(names: Release) -> dict[str, str]:
     """The names that the card of the folder uses; the parts of the diffusers folder lie beside it."""
-    return names.model_dump(include={"final", "base", "lokr", "artists", "characters"}) | {"pipeline": "."}
+    own = names.model_dump(include={"final", "base", "lokr", "artists", "characters"})
+    return own | {"pipeline": ".", "bom": BOM}
 
 
 def _collides(name: str, names: list[str]) -> bool:

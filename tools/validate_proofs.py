@@ -1,6 +1,6 @@
-"""Reads the proofs of a release with the tools that they are made for: `.venv-proofs/bin/python tools/validate_proofs.py
-FOLDER`. bom.json must fit CycloneDX's JSON schema, strictly; croissant.json must be valid for mlcroissant. Exit code 1
-if one does not, with the tool's own message.
+"""Reads bom.json and croissant.json of a release with the tools that they are made for. Run by `make proofs`:
+`.venv-proofs/bin/python tools/validate_proofs.py FOLDER`. bom.json must fit CycloneDX's JSON schema, strictly;
+croissant.json must be valid for mlcroissant. Exit code 1 if one does not, with the tool's own message.
 """
 
 import logging

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,8 +19,8 @@ from pathlib import Path, PurePosixPath
 from kohaku_delta import atomic_files, paths
 from kohaku_delta.errors import UserError, first_lines
 from kohaku_delta.formats import hashing
-from kohaku_delta.params import Recipe, Release
-from kohaku_delta.provenance import bundles, folder_signature, signature, statement
+from kohaku_delta.params import Release
+from kohaku_delta.provenance import bundles, folder_signature, signature, statement, target_paths
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.publishing import bill_of_materials, dataset_description, kohya_settings
 from kohaku_delta.report import build_summary, model_card
@@ -33,6 +34,7 @@ FOLDER = "release"
 CARD = "README.md"  # the name that Hugging Face reads
 BOM, DATASET = "bom.json", "croissant.json"  # the names that their tools look for
 SAMPLES = "samples/"
+MAX_DEPTH = 16  # folders in folders
 SIGNATURES = (bundles.PROVENANCE, folder_signature.FILE)  # these, and no other file, differ between two releases
 CHECKS = (check_lock.check_pipeline, check_lock.check_parameters, check_lock.check_links, check_lock.check_outputs)
 NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS}  # hard links are impossible here
@@ -58,7 +60,7 @@ def write_release(rebuild: Artifact, say: Callable[[str], object], key: Path | N
     if key:
         folder_signature.check_private_key(key)
     times = {path: path.stat().st_mtime_ns for path in (rebuild.folder / paths.BUILD).rglob("*") if path.is_file()}
-    _require_locked(rebuild, (*CHECKS, check_lock_records.check_records) if key else CHECKS)
+    require_locked(rebuild, (*CHECKS, check_lock_records.check_records) if key else CHECKS)
     sources, texts = layout(rebuild)
     names = [source.name for source in sources] + [*texts, *SIGNATURES]
     if doubled := sorted({name for name in names if _collides(name, names)}):
@@ -89,12 +91,44 @@ def layout(rebuild: Artifact) -> tuple[list[SourceFile], dict[str, str]]:
     """All files but the signatures: the outputs that are published, and the texts that are written here, by name."""
     sources, build = _sources(rebuild), build_summary.read_build(rebuild.folder)
     texts = _texts(rebuild, build)
-    hashes = {source.name: source.sha256 for source in sources}
-    hashes |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-    return sources, texts | {BOM: bill_of_materials.bom(rebuild, build, hashes)}
+    return sources, texts | {BOM: bill_of_materials.bom(rebuild, build, _hashes(sources, texts))}
 
 
-def _require_locked(rebuild: Artifact, checks: tuple[Callable[..., Finding], ...]) -> None:
+def expected_files(rebuild: Artifact) -> dict[str, str]:
+    """Name → sha256 of all files but the signatures, of a build that `require_locked` accepts."""
+    return _hashes(*layout(rebuild))
+
+
+def _hashes(sources: list[SourceFile], texts: dict[str, str]) -> dict[str, str]:
+    written = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    return {source.name: source.sha256 for source in sources} | written
+
+
+def list_files(folder: Path) -> dict[str, int]:
+    """Name → bytes of every file in a folder, perhaps a stranger's, by name. Raises UserError for a link, a special
+    file, a name that is not UTF-8, and for more or deeper folders than a release has.
+    """
+    files: dict[str, int] = {}
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be looked at: {error.strerror}.")
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        for path in (Path(parent, entry) for entry in folders + names):
+            name = path.relative_to(folder).as_posix()
+            if any("\ud800" <= letter <= "\udfff" for letter in name) or name.count("/") > MAX_DEPTH:
+                raise UserError(f"{name:.200} is no name that a release has.")
+            mode, size = (found := path.lstat()).st_mode, found.st_size
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise UserError(f"{name} is a link or a special file. Only plain files are published.")
+            if stat.S_ISREG(mode):
+                files[name] = size
+        if len(files) > target_paths.MAX_FILES:
+            raise UserError(f"{folder} holds more than {target_paths.MAX_FILES:,} files, which no release has.")
+    return dict(sorted(files.items()))
+
+
+def require_locked(rebuild: Artifact, checks: tuple[Callable[..., Finding], ...]) -> None:
     """Raises UserError unless the whole pipeline ran, and every output is the one in dvc.lock."""
     faults = [
         f"{finding.group}/{finding.name}: {printable(finding.message)}"
@@ -161,19 +195,12 @@ def _source(rebuild: Artifact, out: str, file: str | None, name: str) -> SourceF
 
 def _texts(rebuild: Artifact, build: Build) -> dict[str, str]:
     """The files that are written here: name → text."""
+    names = rebuild.recipe.release
     return {
-        CARD: model_card.render_card(build, card_files(rebuild.recipe.release)),
+        CARD: model_card.render_card(build, card_files(names)),
         DATASET: dataset_description.croissant(rebuild, build),
-        **settings(rebuild.recipe),
-    }
-
-
-def settings(recipe: Recipe) -> dict[str, str]:
-    """The files that follow from the recipe alone: name → text."""
-    names = recipe.release
-    return {
-        names.training: kohya_settings.training_toml(recipe),
-        names.preset: kohya_settings.preset_toml(recipe.lokr.preset),
+        names.training: kohya_settings.training_toml(rebuild.recipe),
+        names.preset: kohya_settings.preset_toml(rebuild.recipe.lokr.preset),
     }
 
 

@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import FailFast, Field
 
 from kohaku_delta import strict_model
 from kohaku_delta.errors import UserError
@@ -22,9 +22,8 @@ from kohaku_delta.strict_model import PartialModel, StrictModel
 FILE = "model.sig"
 GIT_FILES = (".git", ".gitattributes", ".github", ".gitignore")  # the tool leaves these out, as its default
 CURVES = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}  # the tool's; with the hash of each
-MAX_BYTES = 64 << 20
+MAX_BYTES = 4 << 20  # of 60 files it has 15 kB
 FOREIGN = "`make proofs` did not write it, and nothing in it is believed."
-MAKE_KEY = "openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out key.pem"
 
 
 class _Signature(StrictModel):
@@ -65,7 +64,7 @@ class _Serialization(PartialModel):
 
 class _Predicate(PartialModel):
     serialization: _Serialization
-    resources: list[_Resource]
+    resources: Annotated[list[_Resource], FailFast()]
 
 
 class _Statement(PartialModel):
@@ -81,7 +80,7 @@ def check_private_key(key: Path) -> None:
     if not isinstance(private, EllipticCurvePrivateKey) or private.curve.name not in CURVES:
         raise UserError(
             f"{key} is a key that model signing cannot use: it needs an elliptic-curve key (P-256, P-384 or P-521). "
-            f"`{MAKE_KEY}` makes one; keep it out of the repository."
+            f"`{signature.MAKE_KEY}` makes one; keep it out of the repository."
         )
 
 

@@ -18,10 +18,8 @@ MAX_BYTES = 16 << 20
 ENVELOPE_FIELDS, SIGNATURE_FIELDS = {"payload", "payloadType", "signatures"}, {"keyid", "sig"}
 
 
-NOT_PRIVATE = (
-    "is not a private key that can sign: an unencrypted PEM file with an ed25519 key was expected "
-    "(openssl genpkey -algorithm ed25519)."
-)
+MAKE_KEY = "openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out key.pem"  # signs releases too
+NOT_PRIVATE = f"is not a private key that can sign: an unencrypted PEM file was expected ({MAKE_KEY})."
 NOT_PUBLIC = "is not a public key that can be used: a PEM file was expected (openssl pkey -in key.pem -pubout)."
 
 
@@ -33,10 +31,7 @@ def read_private_key(key: Path) -> Any:
     try:
         return load_pem_private_key(key.read_bytes(), None)
     except FileNotFoundError:
-        raise UserError(
-            f"{key} does not exist. `openssl genpkey -algorithm ed25519 -out key.pem` makes a key; keep it out of the "
-            "repository."
-        ) from None
+        raise UserError(f"{key} does not exist. `{MAKE_KEY}` makes a key; keep it out of the repository.") from None
     except (ValueError, TypeError, UnsupportedAlgorithm):  # the library's message may quote the key
         raise UserError(f"{key} {NOT_PRIVATE}") from None
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import FailFast, Field
 
 from kohaku_delta import paths, strict_model
 from kohaku_delta.errors import UserError
@@ -29,7 +29,7 @@ from kohaku_delta.strict_model import PartialModel
 from kohaku_delta.verify.findings import FAIL, Check, Finding, Skip, check
 
 MARKS = (release_folder.BOM, release_folder.DATASET, folder_signature.FILE)  # a folder with one of them is published
-MAX_JSON_BYTES = 16 << 20  # the release's bom.json has about 1 MB
+MAX_JSON_BYTES = 4 << 20  # the release's bom.json has about 1 MB
 REMEDY = "Make the release again, or download it again."
 
 
@@ -48,9 +48,9 @@ class _Component(PartialModel):
 
     bom_ref: str = Field("", alias="bom-ref")
     name: str
-    hashes: list[_Hash] = []
-    references: Annotated[list[_Reference], Field(alias="externalReferences")] = []
-    components: "list[_Component]" = []
+    hashes: Annotated[list[_Hash], FailFast()] = []
+    references: Annotated[list[_Reference], FailFast(), Field(alias="externalReferences")] = []
+    components: Annotated[list["_Component"], FailFast()] = []
 
     @property
     def sha256(self) -> str | None:
@@ -59,7 +59,7 @@ class _Component(PartialModel):
 
 class _Bom(PartialModel):
     serialNumber: str
-    components: list[_Component]
+    components: Annotated[list[_Component], FailFast()]
 
 
 class _Table(PartialModel):
@@ -68,7 +68,7 @@ class _Table(PartialModel):
 
 
 class _Croissant(PartialModel):
-    distribution: list[_Table]
+    distribution: Annotated[list[_Table], FailFast()]
 
 
 class _Resource(PartialModel):
@@ -83,7 +83,7 @@ class _Parameters(PartialModel):
 
 class _Definition(PartialModel):
     externalParameters: _Parameters
-    resolvedDependencies: list[_Resource]
+    resolvedDependencies: Annotated[list[_Resource], FailFast()]
 
 
 class _Predicate(PartialModel):
@@ -91,7 +91,7 @@ class _Predicate(PartialModel):
 
 
 class _Statement(PartialModel):
-    subject: list[_Resource]
+    subject: Annotated[list[_Resource], FailFast()]
     predicate: _Predicate
 
 

@@ -297,6 +297,27 @@ def test_a_description_with_another_hash_is_found_also_when_the_bill_follows(uns
     assert "build/posts.parquet has the sha256 0000" in failed(audit(unsigned)[1])["folder/dataset"]
 
 
+def test_a_table_that_both_descriptions_leave_out_is_missed(unsigned):
+    content = read(unsigned, "croissant.json")
+    del content["distribution"][2]
+    write_json(unsigned / "croissant.json", content)
+    digest = sha256(unsigned / "croissant.json")
+
+    def change(parts):
+        parts["file:croissant.json"]["hashes"][0].update(content=digest)
+        del parts["dataset"]["components"][2]
+
+    edit_bom(unsigned, change)
+    assert failed(audit(unsigned)[1]) == {"folder/bom": "build/posts.parquet is not in bom.json"}
+
+
+def test_a_build_that_went_on_beside_the_folder_is_no_fault_of_the_folder(recipe, tmp_path):
+    folder = shutil.copytree(recipe, recipe.parent / "went on")
+    (folder / "build" / "curves.csv").write_text("another run")
+    status, message = audit(folder / "release")[1]["folder/build"]
+    assert status == "SKIP" and "cannot be compared" in message
+
+
 @pytest.mark.parametrize("with_key", [True, False])
 def test_the_provenance_of_another_build_names_the_file_that_it_does_not_fit(unsigned, other_build, keys, with_key):
     shutil.copy(other_build / "release" / "provenance.json", unsigned)

@@ -2,7 +2,7 @@
 
 folder/files compares every file with bom.json; signature, with model.sig; provenance, with the outputs that
 provenance.json names; bom and dataset, what bom.json and croissant.json say with each other and with provenance.json;
-build, with the build beside the folder, if there is one. Everything is read in bounds, and no link is followed.
+build, with the build beside the folder, if there is one.
 
 Without a public key nothing signed is believed: what contradicts it fails, what agrees with it is no PASS.
 """
@@ -10,157 +10,20 @@ Without a public key nothing signed is believed: what contradicts it fails, what
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
-
-from pydantic import FailFast, Field
+from typing import Any
 
 from kohaku_delta import paths, strict_model
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import hashing
 from kohaku_delta.params import Recipe, Release
-from kohaku_delta.provenance import bundles, dvc_yaml, folder_signature, signature
+from kohaku_delta.provenance import bundles, dvc_yaml, folder_signature
 from kohaku_delta.provenance.artifact import open_artifact
-from kohaku_delta.provenance.stage_record import Sha256
 from kohaku_delta.publishing import bill_of_materials, release_folder
-from kohaku_delta.strict_model import PartialModel
+from kohaku_delta.publishing.published_folder import REMEDY, PublishedFolder
 from kohaku_delta.verify.findings import FAIL, Check, Finding, Skip, check
 
 MARKS = (release_folder.BOM, release_folder.DATASET, folder_signature.FILE)  # a folder with one of them is published
-MAX_JSON_BYTES = 4 << 20  # the release's bom.json has about 1 MB
-REMEDY = "Make the release again, or download it again."
-
-
-class _Hash(PartialModel):
-    alg: str
-    content: str
-
-
-class _Reference(PartialModel):
-    type: str
-    url: str
-
-
-class _Component(PartialModel):
-    """bom_ref: what the component is, see bill_of_materials."""
-
-    bom_ref: str = Field("", alias="bom-ref")
-    name: str
-    hashes: Annotated[list[_Hash], FailFast()] = []
-    references: Annotated[list[_Reference], FailFast(), Field(alias="externalReferences")] = []
-    components: Annotated[list["_Component"], FailFast()] = []
-
-    @property
-    def sha256(self) -> str | None:
-        return next((each.content for each in self.hashes if each.alg == "SHA-256"), None)
-
-
-class _Bom(PartialModel):
-    serialNumber: str
-    components: Annotated[list[_Component], FailFast()]
-
-
-class _Table(PartialModel):
-    contentUrl: str
-    sha256: Sha256
-
-
-class _Croissant(PartialModel):
-    distribution: Annotated[list[_Table], FailFast()]
-
-
-class _Resource(PartialModel):
-    name: str
-    digest: dict[str, str]
-    uri: str = ""
-
-
-class _Parameters(PartialModel):
-    values: dict[str, Any] = Field(alias="params.yaml")
-
-
-class _Definition(PartialModel):
-    externalParameters: _Parameters
-    resolvedDependencies: Annotated[list[_Resource], FailFast()]
-
-
-class _Predicate(PartialModel):
-    buildDefinition: _Definition
-
-
-class _Statement(PartialModel):
-    subject: Annotated[list[_Resource], FailFast()]
-    predicate: _Predicate
-
-
-@dataclass
-class PublishedFolder:
-    """key: the signer's public key; without one, what is signed is not believed."""
-
-    folder: Path
-    key: Path | None
-
-    @cached_property
-    def files(self) -> dict[str, str]:
-        """Name → sha256 of every file. Raises UserError for anything that no release holds."""
-        sizes = release_folder.list_files(self.folder)
-        if large := [name for name, size in sizes.items() if size > bundles.MAX_MEMBER_BYTES]:
-            raise UserError(
-                f"{large[0]} has more than {bundles.MAX_MEMBER_BYTES:,} bytes, as no file of a release has."
-            )
-        names = list(sizes)
-        digests = hashing.digest_paths((self.folder / name for name in names), md5=False)
-        return {name: digest.sha256 for name, digest in zip(names, digests, strict=True)}
-
-    @property
-    def unsigned(self) -> dict[str, str]:
-        """The files that are the same for everybody who makes this release: without signatures, and git's own."""
-        left_out = {*release_folder.SIGNATURES, *folder_signature.GIT_FILES}
-        return {name: sha256 for name, sha256 in self.files.items() if name.split("/")[0] not in left_out}
-
-    @cached_property
-    def bom(self) -> _Bom:
-        return self._read(release_folder.BOM, _Bom)
-
-    @cached_property
-    def dataset(self) -> _Croissant:
-        return self._read(release_folder.DATASET, _Croissant)
-
-    @cached_property
-    def components(self) -> list[_Component]:
-        return [inner for outer in self.bom.components for inner in (outer, *outer.components)]
-
-    def listed(self, kind: str) -> dict[str, str | None]:
-        """Name → sha256 of the components of one kind in bom.json."""
-        return {
-            each.bom_ref.removeprefix(kind): each.sha256 for each in self.components if each.bom_ref.startswith(kind)
-        }
-
-    @cached_property
-    def statement(self) -> _Statement | None:
-        """The provenance, verified if there is a key; None if there is none."""
-        if bundles.PROVENANCE not in self.files:
-            return None
-        path = self.folder / bundles.PROVENANCE
-        payload = signature.verify_signature(path, self.key) if self.key else signature.unverified_payload(path)
-        return strict_model.parse_json(path.name, _Statement, payload, REMEDY)
-
-    @property
-    def outputs(self) -> dict[str, str]:
-        """Output → sha256, as the provenance says."""
-        return {each.name: each.digest.get("sha256", "") for each in self.statement.subject} if self.statement else {}
-
-    def read_json(self, name: str) -> Any:
-        """The content of a JSON file, of whatever shape."""
-        return self._read(name, Any)
-
-    def _read(self, name: str, kind: Any) -> Any:
-        try:
-            return strict_model.read_json(self.folder / name, kind, MAX_JSON_BYTES, REMEDY)
-        except FileNotFoundError:
-            raise UserError(f"{name} is missing. {REMEDY}") from None
 
 
 def is_published_folder(path: Path) -> bool:
@@ -308,7 +171,9 @@ def check_bom(published: PublishedFolder) -> Check:
     for entry in sorted({*signed} ^ {*listed}, key=str):
         where = name if entry in listed else bundles.PROVENANCE
         yield f"the input {entry[0]} ({str(entry[1])[:16]}…) is only in {where}"
-    yield from _differences({out: published.outputs[out] for out in tables if out in published.outputs}, tables, name)
+    named = {out: published.outputs[out] for out in bill_of_materials.TABLES if out in published.outputs}
+    others = {out: sha256 for out, sha256 in tables.items() if out in named or out not in bill_of_materials.TABLES}
+    yield from _differences(named, others, name)
     return f"{counts}, as {bundles.PROVENANCE} names them" if published.key else unedited
 
 
@@ -326,11 +191,11 @@ def check_build(published: PublishedFolder) -> Check:
     folder = published.folder.resolve()
     if folder.name != release_folder.FOLDER or not (folder.parent / dvc_yaml.LOCK).exists():
         raise Skip("no build lies beside the folder")
-    with open_artifact(folder.parent) as rebuild:
-        try:
+    try:
+        with open_artifact(folder.parent) as rebuild:
             release_folder.require_locked(rebuild, release_folder.CHECKS)
-        except UserError as error:
-            raise Skip(f"the build beside the folder cannot be compared: {error.lines[0]}") from None
-        expected = release_folder.expected_files(rebuild)
+            expected = release_folder.expected_files(rebuild)
+    except UserError as error:
+        raise Skip(f"the build beside the folder cannot be compared: {error.lines[0]}") from None
     yield from _differences(published.unsigned, expected, "the build beside the folder")
     return f"{len(expected)} files are, byte for byte, those that the build beside the folder gives"

@@ -3,17 +3,19 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 LINT_VENV ?= .venv-lint
+PROOFS_VENV ?= .venv-proofs
 REPRO ?=
 RECIPE ?= miniature
 BENCH ?=
 REHEARSAL ?=
 UPLOAD ?=
+KEY ?=
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 # --quiet shows only the stages' own lines; it hides DVC's errors too, so a failure names the command that shows them.
 failed = { echo "Error: DVC failed. If no line above says why, this shows it: $(1)" >&2; exit 1; }
 
-.PHONY: repro rehearsal pilot begin report release upload test test-slow lint miniature-data bench-dataset bench-checkpoint bench-train bench-audit gpu-check image image-check wheels environment lock
+.PHONY: repro rehearsal pilot begin report release proofs proofs-tools upload test test-slow lint miniature-data bench-dataset bench-checkpoint bench-train bench-audit gpu-check image image-check wheels environment lock
 
 repro: $(VENV)/requirements.txt
 	@dvc pull --quiet --remote embedded data.dvc || $(call failed,dvc pull --remote embedded data.dvc)
@@ -43,6 +45,16 @@ report: $(VENV)/requirements.txt
 # UPLOAD="--repo OWNER/NAME --yes". RECIPE=. for the release's.
 release: $(VENV)/requirements.txt
 	@kohaku-delta release $(RECIPE)
+
+# The same folder with its proofs, signed with your private key, KEY=key.pem (docs/release.md): provenance, CycloneDX and Croissant, each read by its own
+# tool, then OpenSSF model signing's signature of all files.
+proofs: $(VENV)/requirements.txt proofs-tools
+	@test -n "$(KEY)" || { echo "Error: name your private key: make proofs KEY=key.pem. docs/release.md says how to make one." >&2; exit 1; }
+	@kohaku-delta release $(RECIPE) --key "$(KEY)"
+	@$(PROOFS_VENV)/bin/python tools/validate_proofs.py $(RECIPE)/release
+	@$(PROOFS_VENV)/bin/model_signing sign key $(RECIPE)/release --private_key "$(KEY)" --signature $(RECIPE)/release/model.sig
+
+proofs-tools: $(PROOFS_VENV)/requirements.txt
 
 upload: $(VENV)/requirements.txt
 	@kohaku-delta upload $(RECIPE) $(UPLOAD)
@@ -101,12 +113,13 @@ image-check:
 wheels: $(VENV)/requirements.txt
 	@VENV="$(VENV)" LOCK=$(or $(LOCK),cuda) tools/download_wheels.sh
 
-# The locks of requirements/recipe.in, with hashes: one for the CPU build of torch, one for its CUDA build; and the locks of uv and of the lint tools. Needs uv.
+# The locks of requirements/recipe.in, with hashes: one for the CPU build of torch, one for its CUDA build; and the locks of uv, of the lint tools and of the tools of the proofs. Needs uv.
 lock:
 	uv pip compile requirements/recipe.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate --quiet --override requirements/cpu.override --output-file requirements/cpu.txt
 	uv pip compile requirements/recipe.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate --quiet --output-file requirements/cuda.txt
 	uv pip compile requirements/uv.in --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet --output-file requirements/uv.txt
 	uv pip compile requirements/lint.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate --quiet --output-file requirements/lint.txt
+	uv pip compile requirements/proofs.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate --quiet --output-file requirements/proofs.txt
 
 # The virtual environment of one lock (LOCK=cpu or cuda; WHEELS=folder: without a network).
 environment:
@@ -120,3 +133,11 @@ $(LINT_VENV)/requirements.txt: requirements/lint.txt | $(VENV)/requirements.txt
 	@"$(VENV)/bin/python" -m venv --clear "$(LINT_VENV)"
 	@"$(LINT_VENV)/bin/pip" install --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes -r requirements/lint.txt
 	@cp requirements/lint.txt "$@"
+
+# Not only wheels: setuptools first, which builds the one source archive.
+$(PROOFS_VENV)/requirements.txt: requirements/proofs.txt | $(VENV)/requirements.txt
+	@"$(VENV)/bin/python" -m venv --clear "$(PROOFS_VENV)"
+	@sed -n '/^setuptools==/,/[^\\]$$/p' requirements/proofs.txt > "$(PROOFS_VENV)/setuptools.txt"
+	@"$(PROOFS_VENV)/bin/pip" install --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes -r "$(PROOFS_VENV)/setuptools.txt"
+	@"$(PROOFS_VENV)/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-build-isolation --use-pep517 --require-hashes -r requirements/proofs.txt
+	@cp requirements/proofs.txt "$@"

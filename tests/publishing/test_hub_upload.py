@@ -12,7 +12,10 @@ from kohaku_delta.cli.main import main
 
 FILES = {
     "README.md": b"---\nlibrary_name: diffusers\n---\n# A model\n",
+    "bom.json": b"{}",
     "docs/bucket.txt": b"bucket 0\n",
+    "model.sig": b"{}",
+    "provenance.json": b"{}",
     "kohaku-xl-delta-rev1.safetensors": b"weights" * 1000,
     "lyco-ckpts/kohaku-xl-delta-lyco.safetensors": b"a LoKr" * 500,
     "unet/diffusion_pytorch_model.safetensors": b"a U-Net" * 700,
@@ -66,6 +69,12 @@ def test_without_yes_everything_is_listed_and_nothing_asks_the_network(recipe, o
         assert f"{len(data):,}  {name}\n" in done.output
     total = sum(map(len, FILES.values()))
     assert f"{len(FILES)} files, {total:,} bytes" in done.output and "Nothing was sent" in done.output
+
+
+def test_a_folder_without_a_signature_is_told(recipe):
+    assert "not signed" not in upload(recipe).output
+    (recipe / "release" / "model.sig").unlink()
+    assert "The folder is not signed: `make proofs`" in upload(recipe).output
 
 
 def test_the_repository_gets_every_file_and_the_folder_keeps_its_own(recipe, hub):

@@ -28,7 +28,7 @@ NAMES = {
     "samples/final-00.png": "samples/final-00.png",
     "preview.png": "preview.png",
 }
-WRITTEN = {"README.md", "docs/training.toml", "docs/preset.toml"}
+WRITTEN = {"README.md", "docs/training.toml", "docs/preset.toml", "bom.json", "croissant.json"}
 
 
 @pytest.fixture(scope="session")
@@ -173,10 +173,10 @@ def test_a_build_that_misses_an_output_a_stage_or_a_parameter_is_refused(recipe)
 
 def test_what_somebody_else_put_into_the_folder_is_not_deleted(recipe):
     make(recipe)
-    (recipe / "release" / "model.sig").write_text("signed")
+    (recipe / "release" / "mine.png").write_text("mine")
     done = make(recipe)
-    assert done.exit_code == 1 and "model.sig" in done.output
-    assert (recipe / "release" / "model.sig").read_text() == "signed"
+    assert done.exit_code == 1 and "mine.png" in done.output
+    assert (recipe / "release" / "mine.png").read_text() == "mine"
 
 
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EMLINK])

@@ -37,7 +37,7 @@ COLORS = {"PASS": "green", "FAIL": "red", "SKIP": "yellow"}
 @click.option("--published", type=FILE, help="A folder with the release's published files, to compare tensors with.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def audit(target: Path, as_json: bool, **options) -> None:
-    """Check a rebuild: a recipe's folder, or a bundle of one.
+    """Check a rebuild: a recipe's folder, a bundle of one, or the folder that it publishes (release/).
 
     Prints one line per check, PASS, FAIL, or SKIP with its reason, then a verdict. Exit code 0: nothing failed; 1:
     something did; 2: nothing could be checked.
@@ -47,19 +47,24 @@ def audit(target: Path, as_json: bool, **options) -> None:
             "Give --replay and --seed together: a sample only means something if nobody could foresee it."
         )
     numerics.prepare()
+    from kohaku_delta.publishing import check_folder
     from kohaku_delta.verify import audit as checks
     from kohaku_delta.verify import findings  # here: numpy reads the environment when it is imported
 
-    progress = partial(tqdm, desc="replay", unit="step", disable=None, file=sys.stderr)
-    made = []
-    with open_artifact(target) as rebuild:
-        for finding in checks.audit(rebuild, **options, progress=progress):
-            made.append(finding)
-            if not as_json:
-                status = click.style(finding.status, fg=COLORS[finding.status])
-                print_line(f"  {finding.group + '/' + finding.name:18} {finding.message}", style=status)
-        lock_sha256 = hashing.digest_path(rebuild.folder / dvc_yaml.LOCK, md5=False).sha256
-        is_bundle = rebuild.bundle is not None
+    made: list[findings.Finding] = []
+    lock_sha256, is_bundle = None, False
+    if check_folder.is_published_folder(target):
+        if unfit := [f"--{name}" for name, value in options.items() if value and name != "key"]:
+            raise click.UsageError(f"{target} is a published folder: {unfit[0]} needs a recipe's folder or a bundle.")
+        for finding in check_folder.audit_folder(target, options["key"]):
+            _report(finding, made, as_json)
+    else:
+        progress = partial(tqdm, desc="replay", unit="step", disable=None, file=sys.stderr)
+        with open_artifact(target) as rebuild:
+            for finding in checks.audit(rebuild, **options, progress=progress):
+                _report(finding, made, as_json)
+            lock_sha256 = hashing.digest_path(rebuild.folder / dvc_yaml.LOCK, md5=False).sha256
+            is_bundle = rebuild.bundle is not None
     exit_code, verdict = findings.summarize(made)
     if as_json:
         content = {
@@ -82,3 +87,10 @@ def audit(target: Path, as_json: bool, **options) -> None:
     else:
         print_line(f"verdict: {verdict}")
     raise SystemExit(exit_code)
+
+
+def _report(finding, made: list, as_json: bool) -> None:
+    made.append(finding)
+    if not as_json:
+        status = click.style(finding.status, fg=COLORS[finding.status])
+        print_line(f"  {finding.group + '/' + finding.name:18} {finding.message}", style=status)

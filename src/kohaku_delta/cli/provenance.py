@@ -14,7 +14,7 @@ from kohaku_delta.provenance.artifact import open_artifact
 
 @click.command(cls=ComparisonCommand)
 @click.argument("folder", type=FILE, default=".")
-@click.option("--key", type=FILE, help="Sign with this private key (PEM; openssl genpkey -algorithm ed25519).")
+@click.option("--key", type=FILE, help="Sign with this private key (PEM; docs/release.md says how to make one).")
 @click.option("--verify", type=FILE, help="Verify with this public key (PEM).")
 def provenance(folder: Path, key: Path | None, verify: Path | None) -> None:
     """Sign the provenance of a recipe's folder, or verify that of a folder or bundle.

@@ -13,13 +13,17 @@ from kohaku_delta.units import format_size
 
 @click.command(cls=StageCommand)
 @click.argument("folder", type=FILE, default=".")
-def release(folder: Path) -> None:
+@click.option(
+    "--key", type=FILE, help="Sign the provenance with this private key (PEM, elliptic curve). See `make proofs`."
+)
+def release(folder: Path, key: Path | None) -> None:
     """Lay out release/ in FOLDER, a recipe's folder with a finished build, as the published repository was.
 
-    Outputs are hashed against dvc.lock first, and linked. Nothing is sent; `kohaku-delta upload` does that.
+    Outputs are hashed against dvc.lock first, and linked. Nothing is sent; `kohaku-delta upload` does that. With --key
+    provenance.json lies in the folder; `make proofs` also signs the folder as a whole.
     """
     with open_artifact(folder) as rebuild:
-        files = release_folder.write_release(rebuild, print_line)
+        files = release_folder.write_release(rebuild, print_line, key)
         place = rebuild.folder / release_folder.FOLDER
     for name, size in files.items():
         print_line(f"{size:>15,}  {name}")

@@ -7,6 +7,7 @@ import click
 from kohaku_delta.cli.stage_command import FILE, StageCommand
 from kohaku_delta.errors import UserError
 from kohaku_delta.printing import print_line
+from kohaku_delta.provenance import folder_signature
 from kohaku_delta.publishing import hub_upload, release_folder
 from kohaku_delta.units import format_size
 
@@ -30,6 +31,8 @@ def upload(folder: Path, repo: str | None, yes: bool) -> None:
     for name, size in files.items():
         print_line(f"{size:>15,}  {name}")
     total = f"{len(files)} files, {sum(files.values()):,} bytes ({format_size(sum(files.values()))})"
+    if folder_signature.FILE not in files:
+        print_line("The folder is not signed: `make proofs` does that.")
     if not yes:
         where = repo or "the repository that --repo names"
         print_line(f"{total} would be sent from {place} to {where}. Nothing was sent: --repo and --yes send them.")

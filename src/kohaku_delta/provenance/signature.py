@@ -1,9 +1,10 @@
 """Signatures of the provenance: DSSE envelopes with an ed25519, ECDSA or RSA key, by securesystemslib, offline.
 
-Nothing in an envelope is parsed before a signature by the given key over all of it was verified. Keys are the user's
+Nothing in an envelope is believed before a signature by the given key over all of it was verified. Keys are the user's
 PEM files; this project has none.
 """
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -17,27 +18,51 @@ MAX_BYTES = 16 << 20
 ENVELOPE_FIELDS, SIGNATURE_FIELDS = {"payload", "payloadType", "signatures"}, {"keyid", "sig"}
 
 
+MAKE_KEY = "openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out key.pem"  # signs releases too
+NOT_PRIVATE = f"is not a private key that can sign: an unencrypted PEM file was expected ({MAKE_KEY})."
+NOT_PUBLIC = "is not a public key that can be used: a PEM file was expected (openssl pkey -in key.pem -pubout)."
+
+
+def read_private_key(key: Path) -> Any:
+    """The key in a PEM file, of whatever kind. Raises UserError if there is none, or it is encrypted."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        return load_pem_private_key(key.read_bytes(), None)
+    except FileNotFoundError:
+        raise UserError(f"{key} does not exist. `{MAKE_KEY}` makes a key; keep it out of the repository.") from None
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # the library's message may quote the key
+        raise UserError(f"{key} {NOT_PRIVATE}") from None
+
+
+def read_public_key(key: Path) -> Any:
+    """The same of a public key."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    try:
+        return load_pem_public_key(key.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"{key} does not exist. Name the signer's public key; `openssl pkey -in key.pem -pubout` gives the one of "
+            "a private key."
+        ) from None
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise UserError(f"{key} {NOT_PUBLIC}") from None
+
+
 def sign(statement: dict[str, Any], key: Path, out: Path) -> str:
     """Writes the signed envelope to `out`; returns the key's id. Raises UserError if `key` is not an unencrypted
     private key in PEM form.
     """
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
     from securesystemslib.dsse import Envelope
     from securesystemslib.signer import CryptoSigner
 
     try:
-        signer = CryptoSigner(load_pem_private_key(key.read_bytes(), None))
-    except FileNotFoundError:
-        raise UserError(
-            f"{key} does not exist. `openssl genpkey -algorithm ed25519 -out key.pem` makes a key; keep it out of the "
-            "repository."
-        ) from None
-    except (ValueError, TypeError, UnsupportedAlgorithm):  # the library's message may quote the key
-        raise UserError(
-            f"{key} is not a private key that can sign: an unencrypted PEM file with an ed25519 key was expected "
-            "(openssl genpkey -algorithm ed25519)."
-        ) from None
+        signer = CryptoSigner(read_private_key(key))
+    except ValueError:  # a kind of key that signs nothing
+        raise UserError(f"{key} {NOT_PRIVATE}") from None
     payload = json.dumps(statement, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     envelope = Envelope(payload, PAYLOAD_TYPE, {})
     key_id = envelope.sign(signer).keyid
@@ -49,23 +74,14 @@ def sign(statement: dict[str, Any], key: Path, out: Path) -> str:
 
 def verify_signature(path: Path, key: Path) -> bytes:
     """The payload of an envelope that the owner of this public key signed. Raises UserError for any other envelope."""
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
     from securesystemslib.dsse import Envelope
     from securesystemslib.exceptions import VerificationError
     from securesystemslib.signer import SSlibKey
 
     try:
-        public = SSlibKey.from_crypto(load_pem_public_key(key.read_bytes()))
-    except FileNotFoundError:
-        raise UserError(
-            f"{key} does not exist. Name the signer's public key; `openssl pkey -in key.pem -pubout` gives the one of "
-            "a private key."
-        ) from None
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise UserError(
-            f"{key} is not a public key that can be used: a PEM file was expected (openssl pkey -in key.pem -pubout)."
-        ) from None
+        public = SSlibKey.from_crypto(read_public_key(key))
+    except ValueError:  # a kind of key that signs nothing
+        raise UserError(f"{key} {NOT_PUBLIC}") from None
     name, remedy = path.name, "Nothing in it is believed."
     if not path.is_file():
         raise UserError(f"{name} does not exist: this rebuild was not signed.")
@@ -89,3 +105,11 @@ def verify_signature(path: Path, key: Path) -> bytes:
             f"{name}: no signature of {key} ({public.keyid[:16]}…) is valid; it names {signers}. {remedy}"
         ) from None
     return envelope.payload
+
+
+def unverified_payload(path: Path) -> bytes:
+    """The payload of an envelope that nobody verified: to find what contradicts it, never to believe it."""
+    try:
+        return base64.b64decode(json.loads(read_regular(path, MAX_BYTES))["payload"], validate=True)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path.name} is not a signed envelope (DSSE).") from None

@@ -11,6 +11,7 @@ from pathlib import Path
 from kohaku_delta.errors import UserError
 from kohaku_delta.hub import client
 from kohaku_delta.hub.pins import HubFile
+from kohaku_delta.publishing import release_folder
 from kohaku_delta.strict_model import printable
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -22,14 +23,8 @@ def list_files(folder: Path) -> dict[str, int]:
     """Name → bytes of every file in the folder. Raises UserError for a folder that is missing or has other things."""
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist. Run `kohaku-delta release` in the recipe's folder first.")
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise UserError(f"{folder}/{printable(name)} is a link or a special file. Only plain files are published.")
-        if path.is_file():
-            files[name] = path.stat().st_size
-    if "README.md" not in files:
+    files = release_folder.list_files(folder)
+    if release_folder.CARD not in files:
         raise UserError(f"{folder} has no README.md, so it is no release. Run `kohaku-delta release` again.")
     return files
 

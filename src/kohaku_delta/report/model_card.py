@@ -29,8 +29,8 @@ REPLAYED = 4  # steps in the card's example of a replay
 
 
 def render_card(build: Build, files: dict[str, str] = FILES) -> str:
-    """The whole card. files: the names of what it describes, seen from its folder, with the keys of FILES. Refuses a
-    build that is not finished.
+    """The whole card. files: the names of what it describes, seen from its folder, with the keys of FILES, and `bom`
+    where a bill of materials lies beside it. Refuses a build that is not finished.
     """
     front_matter, body = card_parts(build, files)
     card = ModelCard(printable_page(f"---\n{front_matter}\n---\n\n{body.rstrip()}\n"))  # parses the front matter again

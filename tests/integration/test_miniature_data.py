@@ -43,6 +43,7 @@ def members():
     return found
 
 
+@pytest.mark.slow
 def test_the_fast_part_of_data_is_generated_byte_for_byte(tmp_path):
     parts = ["--part", "collection", "--part", "references"]
     subprocess.run([sys.executable, ROOT / "tools" / "make_miniature", *parts, "--out", tmp_path], check=True)

@@ -22,6 +22,7 @@ from kohaku_delta.training import batch_builder, trainer
 from kohaku_delta.training.sdxl_model import SDXL
 from kohaku_delta.training.training_loop import TrainingLoop
 
+RELEASE_FORM = "fp16, in the release's form"
 VARIANTS = {
     "from the factors": {},
     "through the whole difference, checkpointed": {
@@ -29,7 +30,7 @@ VARIANTS = {
         "gradient_checkpointing": True,
     },
     "weight decomposition": {"sections": {"lokr": {"forward": "delta", "dora": True}}},
-    "fp16, in the release's form": {
+    RELEASE_FORM: {
         "precision": "float16",
         "weights": "float16",
         "timestep_freq_shift": 1,
@@ -58,7 +59,13 @@ class UnknownOperators(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(name, marks=[] if name in ("from the factors", RELEASE_FORM) else pytest.mark.slow)
+        for name in VARIANTS
+    ],
+)
 def test_every_operator_of_a_step_of_the_vae_and_of_the_sampler_is_known(variant, tmp_path):
     numerics.enforce()
     folder = tiny_training.write(tmp_path / "training", 4, **VARIANTS[variant])
@@ -114,9 +121,9 @@ LIBRARIES = (
 @pytest.mark.parametrize(
     "environment",
     [
-        {"OPENCV_CPU_DISABLE": "AVX512-SKX"},
+        pytest.param({"OPENCV_CPU_DISABLE": "AVX512-SKX"}, marks=pytest.mark.slow),
         {"OPENCV_CPU_DISABLE": "AVX512-SKX,AVX2,FP16,AVX"},
-        {"OPENCV_IPP": "disabled"},
+        pytest.param({"OPENCV_IPP": "disabled"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

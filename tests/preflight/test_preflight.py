@@ -319,7 +319,13 @@ def test_a_training_on_the_cpu_holds_a_whole_step_in_main_memory(release):
 
 
 @pytest.mark.parametrize(
-    "kind, counted", [("hardlink,symlink", False), ("reflink", False), ("reflink,copy", True), ("", True)]
+    "kind, counted",
+    [
+        ("hardlink,symlink", False),
+        pytest.param("reflink", False, marks=pytest.mark.slow),
+        pytest.param("reflink,copy", True, marks=pytest.mark.slow),
+        ("", True),
+    ],
 )
 def test_dvcs_cache_needs_room_only_where_it_is_a_second_copy(tmp_path, monkeypatch, kind, counted):
     subprocess.run(["dvc", "init", "--no-scm", "--quiet"], cwd=tmp_path, check=True)

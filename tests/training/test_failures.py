@@ -142,6 +142,7 @@ def is_locked(path) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_second_trainer_of_one_run_is_refused_in_one_line(tmp_path):
     folder = tiny_training.write(tmp_path / "training", 8)
     first = subprocess.Popen(tiny_training.command(1), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -71,6 +71,7 @@ def test_an_honest_stretch_is_equal_from_a_state_and_from_the_start(trained):
     )
 
 
+@pytest.mark.slow
 def test_a_changed_caption_is_found_at_its_step_lane_and_posts(trained, tmp_path):
     folder = copied(trained, tmp_path)
     row = parquet.read(folder / "build" / "schedule.parquet").to_pylist()[6]
@@ -104,6 +105,7 @@ def test_a_weight_changed_by_one_bit_in_a_saved_state_is_found_by_name(trained, 
     ), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_journal_of_a_training_that_changed_a_weight_is_found_at_that_step_and_tensor(trained, tmp_path):
     """The forger's training put one ulp onto a tensor after step 1 and wrote an unbroken journal of it."""
     folder = copied(trained, tmp_path)

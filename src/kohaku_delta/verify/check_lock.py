@@ -124,7 +124,7 @@ def _left_out(rebuild: Artifact) -> set[str]:
     return set(rebuild.bundle.left_out) - rebuild.digests.keys() if rebuild.bundle else set()
 
 
-def _may_be_left_out(out: LockedPath) -> bool:
+def may_be_left_out(out: LockedPath) -> bool:
     """Whether `kohaku-delta bundle` leaves out an output: weights, what is large and no table, and an empty folder."""
     is_weights = out.path.endswith(bundles.WEIGHTS) or out.path in (paths.DIFFUSERS, paths.MILESTONES)
     return is_weights or not out.size or (out.size > bundles.MAX_OUTPUT and not out.path.endswith(".parquet"))
@@ -144,7 +144,7 @@ def check_outputs(rebuild: Artifact) -> Check:
                 elif files != out.nfiles:
                     yield f"{out.path} (of {name}) has {files} files, dvc.lock says {out.nfiles}"
             elif rebuild.bundle and out.path in left_out:
-                if not _may_be_left_out(out):
+                if not may_be_left_out(out):
                     yield f"{out.path} (of {name}) is not in the bundle, which may leave out weights only"
                 elif rebuild.bundle.left_out[out.path] != out.size:
                     yield f"{out.path} (of {name}) has another size in {bundles.MANIFEST} than in dvc.lock"

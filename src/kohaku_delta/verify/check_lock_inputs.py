@@ -180,9 +180,10 @@ def _entry_faults(entry: dict[str, Any], pin: Pin, known: str) -> Iterator[str]:
     keys = {"path", "bytes", "sha256", "url", "pinned"} | ({"members"} if known == inputs_manifest.MEMBERS else set())
     if entry.keys() != keys or entry["pinned"] != known:
         yield f"{pin.url}: inputs.json says “{entry.get('pinned')}” or has other keys; by params.yaml it is “{known}”"
-    if entry["bytes"] != (pin.bytes or entry["bytes"]) or not entry["sha256"].startswith(pin.sha256 or ""):
+    size, sha256 = entry["bytes"], entry["sha256"]
+    if type(size) is not int or size != (pin.bytes or size) or not sha256.startswith(pin.sha256 or ""):
         yield f"{pin.url} has another size or sha256 than params.yaml pins"
-    if not SHA256.fullmatch(entry["sha256"]):
+    if not SHA256.fullmatch(sha256):
         yield f"{pin.url}: inputs.json has no whole sha256 of it"
 
 

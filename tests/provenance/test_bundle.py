@@ -339,6 +339,7 @@ def test_other_code_than_that_at_hand_is_judged_by_the_commit_that_the_records_n
     for unknown in ("0" * 40, lying_there):
         status, message = code(lambda folder: None, revision={"commit": unknown, "dirty": False})
         assert status == "SKIP" and "is not here: check it out" in message
+    assert audit(copy)[1]["lock/code"][0] == "SKIP", "the code around a folder is not the auditor's"
     exit_code, output = ask("audit", copy / "c.tar")
     assert exit_code == 2 and "verdict: it cannot be judged without lock/code" in output, output
     rebuild_factory.lock(copy)

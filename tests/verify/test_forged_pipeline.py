@@ -12,7 +12,7 @@ import yaml
 import rebuild_factory
 from kohaku_delta.provenance import import_closure
 from kohaku_delta.provenance.artifact import open_artifact
-from kohaku_delta.verify import check_lock, check_lock_inputs
+from kohaku_delta.verify import check_lock, check_lock_inputs, known_code
 from tampering import ask, audit, failed, locked, rehash_everything
 
 ROOT = rebuild_factory.ROOT
@@ -54,6 +54,19 @@ def found_by(check, target) -> tuple[str, str]:
         finding = CHECKS[check](rebuild)
     print(f"{check}: {finding.status} {finding.message}")
     return finding.status, finding.message
+
+
+def test_other_files_of_dvc_are_named(copy):
+    for name in ("more.dvc", "build/dvc.yaml"):
+        (copy / name).write_text("stages: {}\n")
+    status, message = found_by("lock/pipeline", copy)
+    assert status == "PASS" and message.endswith("; not looked at: dvc.yaml, more.dvc")
+
+
+def test_a_program_without_its_checkout_cannot_judge(copy, tmp_path, monkeypatch):
+    monkeypatch.setattr(known_code, "REPOSITORY", tmp_path)
+    for check in ("lock/pipeline", "lock/code"):
+        assert found_by(check, copy)[0] == "SKIP"
 
 
 def test_a_whole_audit_fails_of_one_forged_line(copy, monkeypatch):
@@ -224,6 +237,16 @@ LOCKS = {
     "another number of files of an output":
         (lock_of_other_counts, "lock/outs", " files, dvc.lock says 99"),
     "another number of files of an input": (dep_of_other_counts, "lock/links", "milestones read build/milestones"),
+    "a file that nobody hashes": (
+        lambda folder: (folder / "build" / "diffusers" / "unet" / "x.pyc").write_text("x"),
+        "lock/outs",
+        "build/diffusers (of export) also holds unet/x.pyc, which neither DVC nor the audit hashes",
+    ),
+    "a folder of files that nobody hashes": (
+        lambda folder: shutil.copytree(folder / "build" / "code", folder / "build" / "samples" / "__pycache__"),
+        "lock/outs",
+        "build/samples (of preview) also holds __pycache__/bake.json",
+    ),
     "no file of code": (described_code(no_files), "lock/code", "does not name stages/"),
     "code of another stage": (described_code(of_another_stage), "lock/code", "does not name stages/train.py"),
     "the script alone": (described_code(only_the_script), "lock/code", "more: not what build/code"),

@@ -343,6 +343,23 @@ def span(number):
     return attack
 
 
+def unpinned_index(folder):
+    selected(lambda listed: listed.pop("index"))(folder)
+    parameters(lambda _, listed: listed.pop("index"))(folder)
+
+
+def other_address(url):
+    """Of the database, in params.yaml and in inputs.json."""
+
+    def attack(folder):
+        parameters(lambda _, listed: listed["database"].update(url=url))(folder)
+        input_value("database", url=url)(folder)
+
+    return attack
+
+
+without_revision = other_address("hf://datasets/owner/name/danbooru2023.db")
+of_a_branch = other_address("hf://datasets/owner/name@main/danbooru2023.db")
 OTHER = "has another size or sha256 than params.yaml pins"
 PINS = {  # what → (forgery, words of lock/pins)
     "another database, called a tar with holes": (input_value("database", sha256="4" * 64, pinned="members"), OTHER),
@@ -369,6 +386,9 @@ PINS = {  # what → (forgery, words of lock/pins)
     "a file of a span left out": (span(None), "data-0005.tar is pinned and not in inputs.json"),
     "a file outside of a span": (span(6), "data-0006.tar is in inputs.json and not pinned"),
     "no index of tars with holes": (selected(lambda listed: listed.pop("index")), "data-0004.json is pinned and not"),
+    "no pin of an index of tars with holes": (unpinned_index, "does not pin database or posts, tars, and their index"),
+    "a file of a hub without a revision": (without_revision, "names no revision"),
+    "a file of a branch": (of_a_branch, "is not a commit id"),
     "a tar with holes of another size": (selected(lambda listed: listed["tars"][0].update(bytes=5)), OTHER),
     "a tar with holes of another sha256": (selected(lambda listed: listed["tars"][0].update(sha256="4" * 64)), OTHER),
     "an index called a tar with holes":

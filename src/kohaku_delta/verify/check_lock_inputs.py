@@ -117,6 +117,11 @@ def check_pins(rebuild: Artifact) -> Check:
     if manifest.keys() != {"inputs", "start"} or manifest["start"] != rebuild.recipe.merge.start:
         yield f"{paths.INPUTS} has another start than merge.start in params.yaml, or other keys than download writes"
     expected = _expected_inputs(rebuild)
+    if rebuild.recipe.download.images == "selected" and not {"database", "tars", "index"} <= expected.keys():
+        yield "params.yaml has download.images: selected, and does not pin database or posts, tars, and their index"
+    for pin in (pin for listed in expected.values() for pin in listed.files if pin.url.startswith("hf://")):
+        if pins.hub_file(pin).revision is None:
+            yield f"{pin.url} names no revision, and the file there may change"
     whole = 0
     for name in sorted(expected.keys() | manifest["inputs"].keys()):
         inputs, entry = expected.get(name), manifest["inputs"].get(name, [])

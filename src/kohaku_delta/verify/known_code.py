@@ -50,8 +50,16 @@ def _at_hand(repository: Path) -> KnownCode:
 
 
 def _describe(folder: Path, name: str) -> KnownCode:
-    scripts = sorted((folder / "stages").glob("*.py"))
-    files = {script.stem: import_closure.file_digests(script) for script in scripts if script.stem != "code"}
+    @cache
+    def digest(path: Path) -> str:  # most files are code of several stages
+        return import_closure.file_digest(path.name, path.read_bytes())
+
+    root = folder.resolve()
+    scripts = sorted(path for path in (root / "stages").glob("*.py") if path.stem != "code")
+    files = {
+        script.stem: {path.relative_to(root).as_posix(): digest(path) for path in import_closure.closure_files(script)}
+        for script in scripts
+    }
     return KnownCode(name, read_yaml(folder / dvc_yaml.PIPELINE), files)
 
 

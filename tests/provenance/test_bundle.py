@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import rebuild_factory
-from kohaku_delta.verify import check_lock_inputs
+from kohaku_delta.verify import known_code
 from tampering import ask, audit, caption, fabricate_output_hash, failed, locked, other_code
 
 
@@ -168,7 +168,7 @@ def test_a_wrong_key_is_refused_and_an_unnamed_one_believes_nothing(bundle, keys
     )
     assert audit(bundle)[1]["lock/provenance"] == ("SKIP", "signed, but without --key nothing in it is believed")
     code, message = ask("provenance", bundle, "--verify", keys / "ours.pub")
-    assert code == 0 and "verified: 13 stages" in message
+    assert code == 0 and "verified: 13 of 13 stages" in message
     assert ask("provenance", bundle, "--verify", keys / "ours")[0] == 2, "a private key is no public one"
     code, message = ask("provenance", bundle, "--key", keys / "ours")
     assert code == 2 and "Sign it when you pack it" in message
@@ -316,12 +316,14 @@ def test_other_code_than_that_at_hand_is_judged_by_the_commit_that_the_records_n
             tmp_path / "code" / name,
             ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"),
         )
+    shutil.copyfile(rebuild_factory.ROOT / "dvc.yaml", tmp_path / "code" / "dvc.yaml")
     git("init", "-q")
     git("add", "-A")
     git("commit", "-qm", "then")
     commit = git("rev-parse", "HEAD")
+    lying_there = git("commit-tree", "-m", "in the repository, and not in its history", "HEAD^{tree}")
     (tmp_path / "code" / "src" / "kohaku_delta" / "errors.py").write_text("# now\n")
-    monkeypatch.setattr(check_lock_inputs, "REPOSITORY", tmp_path / "code")
+    monkeypatch.setattr(known_code, "REPOSITORY", tmp_path / "code")
 
     def code(change, **facts):
         rebuild_factory.lock(copy)
@@ -334,8 +336,12 @@ def test_other_code_than_that_at_hand_is_judged_by_the_commit_that_the_records_n
     assert (
         status == "PASS" and f"those of commit {commit[:10]}" in message and "1 differ from the code at hand" in message
     )
-    status, message = code(lambda folder: None, revision={"commit": "0" * 40, "dirty": False})
-    assert status == "SKIP" and "is not here: check it out" in message
+    for unknown in ("0" * 40, lying_there):
+        status, message = code(lambda folder: None, revision={"commit": unknown, "dirty": False})
+        assert status == "SKIP" and "is not here: check it out" in message
+    assert audit(copy)[1]["lock/code"][0] == "SKIP", "the code around a folder is not the auditor's"
+    exit_code, output = ask("audit", copy / "c.tar")
+    assert exit_code == 2 and "verdict: it cannot be judged without lock/code" in output, output
     rebuild_factory.lock(copy)
     other_code(copy)
     change = rebuild_factory.loaded(copy / "dvc.lock")

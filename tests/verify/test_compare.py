@@ -9,7 +9,7 @@ import pytest
 
 import rebuild_factory
 from kohaku_delta.training import journal
-from tampering import ask, caption, journaled, picture, post, rehash_everything, truncate_journal, ulp
+from tampering import ask, caption, journaled, locked, picture, post, rehash_everything, truncate_journal, ulp
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +24,87 @@ def copy(untampered_rebuild, tmp_path_factory):
     return folder
 
 
-def test_equal_rebuilds_say_so_in_one_line_also_where_one_is_a_bundle(untampered_rebuild, copy):
+def test_equal_rebuilds_say_so_in_one_line(untampered_rebuild, copy):
+    assert ask("compare", untampered_rebuild, copy) == (0, "equal: all 35 outputs of 13 stages, byte for byte\n")
+
+
+def test_of_weights_that_a_bundle_leaves_out_it_is_said_that_they_are_only_claimed(untampered_rebuild, copy):
     ask("bundle", copy.parent / "b.tar", "--recipe", copy)
-    for other in (copy, copy.parent / "b.tar"):
-        assert ask("compare", untampered_rebuild, other) == (0, "equal: all 35 outputs of 13 stages, byte for byte\n")
+    for one in (untampered_rebuild, copy.parent / "b.tar"):
+        code, message = ask("compare", one, copy.parent / "b.tar")
+        assert code == 0 and message.startswith("equal: 30 outputs of 13 stages, byte for byte; weights that are only")
+        assert message.endswith(
+            "only claimed to be equal, by dvc.lock: build/delta-base.safetensors, build/delta-lokr.safetensors, "
+            "build/milestones, build/kohaku-xl-delta.safetensors, build/diffusers\n"
+        )
+    locked(copy, lambda stages: stages["bake"]["outs"][0].update(md5="1" * 32))
+    (copy / "build" / "kohaku-xl-delta.safetensors").unlink()
+    ask("bundle", copy.parent / "c.tar", "--recipe", copy)
+    code, message = ask("compare", untampered_rebuild, copy.parent / "c.tar")
+    assert code == 1 and "different from the stage bake on: build/kohaku-xl-delta.safetensors" in message
+
+
+def emptied(name):
+    def change(folder):
+        shutil.rmtree(folder / "build" / name)
+        (folder / "build" / name).mkdir()
+
+    return change
+
+
+def without_stage(folder):
+    locked(folder, lambda stages: stages.pop("preview"))
+
+
+def undeclared_stage(folder):
+    without_stage(folder)
+    pipeline = rebuild_factory.loaded(folder / "dvc.yaml")
+    del pipeline["stages"]["preview"]
+    rebuild_factory.dump(folder / "dvc.yaml", pipeline)
+
+
+ABSENT = {  # what is missing → (change, words)
+    "all outputs": (lambda folder: shutil.rmtree(folder / "build"), "are 0 outputs of 13 stages"),
+    "the final model": (
+        lambda folder: (folder / "build" / "kohaku-xl-delta.safetensors").unlink(),
+        "cannot be judged: not hashed on both sides: build/kohaku-xl-delta.safetensors; equal, byte for byte, are 34",
+    ),
+    "the files of a folder": (emptied("diffusers"), "not hashed on both sides: build/diffusers"),
+    "a folder": (lambda folder: shutil.rmtree(folder / "build" / "samples"), "on both sides: build/samples"),
+    "a stage": (without_stage, "no stage preview in either dvc.lock"),
+    "a stage that dvc.yaml does not declare": (undeclared_stage, "no stage preview in either dvc.lock"),
+}
+
+
+@pytest.mark.parametrize("what", ABSENT)
+def test_what_is_absent_is_not_equal(untampered_rebuild, copy, what):
+    """On both sides, and on one of them."""
+    change, words = ABSENT[what]
+    change(copy)
+    sides = (
+        [(copy, copy)] if "stage" in what else [(copy, copy), (untampered_rebuild, copy), (copy, untampered_rebuild)]
+    )
+    for one, other in sides:
+        code, message = ask("compare", one, other)
+        assert code == 2 and words in message and message.startswith("cannot be judged"), message
+
+
+def test_a_bundle_without_outputs_is_equal_to_nothing(untampered_rebuild, copy):
+    """Its list says that all were left out."""
+    ask("bundle", copy.parent / "b", "--recipe", copy)
+    manifest = json.loads((copy.parent / "b" / "bundle.json").read_text())
+    lock = rebuild_factory.loaded(copy / "dvc.lock")
+    manifest["left_out"] = {out["path"]: out["size"] for stage in lock["stages"].values() for out in stage["outs"]}
+    (copy.parent / "b" / "bundle.json").write_text(json.dumps(manifest))
+    shutil.rmtree(copy.parent / "b" / "build")
+    code, message = ask("compare", untampered_rebuild, copy.parent / "b")
+    assert code == 2 and "build/captions.parquet" in message and "are 0 outputs of 13 stages" in message, message
+
+
+def test_a_folder_that_is_empty_by_both_locks_was_looked_at(copy):
+    emptied("milestones")(copy)
+    rehash_everything(copy)
+    assert ask("compare", copy, copy)[0] == 0
 
 
 def test_what_differed_on_the_hosts_is_told_of_equal_ones_too(untampered_rebuild, copy):

@@ -24,17 +24,18 @@ def provenance(folder: Path, key: Path | None, verify: Path | None) -> None:
     Exit code 0: signed, or verified and equal to the records; 1: the records differ from it; 2: it cannot be verified.
     """
     with open_artifact(folder) as rebuild:
-        path, stages = rebuild.folder / bundles.PROVENANCE, len(rebuild.records)
+        path = rebuild.folder / bundles.PROVENANCE
+        stages = f"{len(rebuild.records)} of {len(rebuild.stages)} stages"
         if key and not verify:
             if rebuild.bundle:
                 raise UserError(f"{folder} is a bundle. Sign it when you pack it: kohaku-delta bundle OUT --key KEY.")
             keyid = signature.sign(statement.build_statement(rebuild), key, path)
-            print_line(f"signed by {keyid[:16]}…: {stages} stages → {path}")
+            print_line(f"signed by {keyid[:16]}…: {stages} → {path}")
             return
         if key or not verify:
             raise click.UsageError("Give --key to sign, or --verify to check.")
         if difference := statement.signed_difference(rebuild, verify):
             print_line(f"different: {difference} is not what the records say")
             raise SystemExit(DIFFERENT)
-        print_line(f"verified: {stages} stages, signed by {verify}, equal to the records")
+        print_line(f"verified: {stages}, signed by {verify}, equal to the records; outputs were not hashed")
         raise SystemExit(EQUAL)

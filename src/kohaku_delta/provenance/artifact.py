@@ -89,12 +89,12 @@ class Artifact:
         try:
             content = json.loads(regular_files.read_regular(path, MAX_INPUTS))["inputs"] if path else {}
             entries = [
-                entry | {"name": name}
+                {"name": name} | entry
                 for name, listed in content.items()
                 for entry in (listed if isinstance(listed, list) else [listed])
             ]
             valid = all(
-                type(entry.get("bytes")) is int
+                isinstance(entry.get("bytes"), int)
                 and all(isinstance(entry.get(key), str) for key in ("path", "url", "sha256"))
                 for entry in entries
             )

@@ -77,6 +77,8 @@ def check_dataset(rebuild: Artifact) -> Check:
     ):
         for post in posts[:3]:
             yield f"post {post} {fault}"
+    if not len(selected):
+        raise Skip("selection.parquet has no post")
     return f"{len(selected):,} selected = {len(trained):,} trained on, each with a caption, + {len(dropped):,} dropped"
 
 
@@ -88,6 +90,8 @@ def check_order(rebuild: Artifact) -> Check:
     if min(pc.min(sizes["width"]).as_py() or 1, pc.min(sizes["height"]).as_py() or 1) < 1:
         yield "posts.parquet has an image of width or height 0"
         return ""
+    if not len(sizes):
+        raise Skip("posts.parquet has no post")
     visits = len(sizes) * rebuild.recipe.schedule.epochs
     if visits > MAX_VISITS:
         raise Skip(f"{visits:,} visits of posts; at most {MAX_VISITS:,} are computed again")
@@ -200,6 +204,8 @@ def check_numbers(rebuild: Artifact, journal: Journal | None) -> Check:
         yield f"{still:,} updates with a learning rate above 0 left every weight as it was"
     skipped = sum(not isfinite(row["gradient_norm"]) for row in rows)
     count = sum(map(len, losses))
+    if not count:
+        raise Skip("the journal has no loss")
     return (
         f"{count - wrong:,} of {count:,} losses are finite, {skipped:,} of {len(rows):,} steps overflowed, "
         f"loss scale {min(row['scale'] for row in rows):g} or more; every update moved the weights"

@@ -67,6 +67,8 @@ def check_untrained_layer(rebuild: Artifact) -> Check:
     if not is_zero:
         raise Skip(f"{paths.LOKR} has no text encoder 1")
     last = {name for name, layer in layers.items() if layer == max(layers.values())}
+    if not last & is_zero.keys():
+        raise Skip(f"{paths.LOKR} has no lokr_w2 of text encoder 1's last layer")
     if trained := [name for name, zero in is_zero.items() if name in last and not zero]:
         yield f"{format_some(trained)} was trained, and gets no gradient"
     untrained = [name for name, zero in is_zero.items() if name not in last and zero]

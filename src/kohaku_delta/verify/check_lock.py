@@ -4,8 +4,11 @@ DVC itself takes the md5 of an output from dvc.lock without reading the file (`r
 a dependency only after the command ran. These checks read the files.
 """
 
+from pathlib import Path
+
 from kohaku_delta import paths
 from kohaku_delta.formats import hashing
+from kohaku_delta.formats.hashing import Digest
 from kohaku_delta.provenance import bundles, dvc_yaml, statement
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.provenance.bundles import Bundle
@@ -65,11 +68,14 @@ def check_pipeline(rebuild: Artifact) -> Check:
                 other = {path.path for path in recorded} ^ set(declared)
                 if other or len(recorded) != len(declared):
                     yield f"{name}: dvc.lock and dvc.yaml name other {kind}: {format_some(sorted(other))}"
+    build = rebuild.folder / paths.BUILD
+    others = sorted({*rebuild.folder.glob("*.dvc"), *build.rglob("*.dvc"), *build.rglob(dvc_yaml.PIPELINE)})
+    others_note = f"; not looked at: {format_some(path.name for path in others)}" if others else ""
     if unfinished:
         raise Skip(f"not finished: dvc.lock has no stage {', '.join(unfinished)}")
     return (
         f"{len(rebuild.lock)} stages with the commands, inputs and outs that dvc.yaml declares, "
-        f"which is that of {known.name}"
+        f"which is that of {known.name}{others_note}"
     )
 
 
@@ -124,10 +130,16 @@ def _left_out(rebuild: Artifact) -> set[str]:
     return set(rebuild.bundle.left_out) - rebuild.digests.keys() if rebuild.bundle else set()
 
 
-def _may_be_left_out(out: LockedPath) -> bool:
+def may_be_left_out(out: LockedPath) -> bool:
     """Whether `kohaku-delta bundle` leaves out an output: weights, what is large and no table, and an empty folder."""
     is_weights = out.path.endswith(bundles.WEIGHTS) or out.path in (paths.DIFFUSERS, paths.MILESTONES)
     return is_weights or not out.size or (out.size > bundles.MAX_OUTPUT and not out.path.endswith(".parquet"))
+
+
+def _unhashed_files(folder: Path, digest: Digest) -> list[str]:
+    """The files of an output's folder that .dvcignore excludes; a stage writes none."""
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return sorted(files - (digest.files or {}).keys())
 
 
 @check("lock/outs")
@@ -143,8 +155,10 @@ def check_outputs(rebuild: Artifact) -> Check:
                     yield f"{out.path} (of {name}) has md5 {digest.md5[:8]}…, dvc.lock says {out.md5[:8]}…"
                 elif files != out.nfiles:
                     yield f"{out.path} (of {name}) has {files} files, dvc.lock says {out.nfiles}"
+                for file in _unhashed_files(rebuild.folder / out.path, digest):
+                    yield f"{out.path} (of {name}) also holds {file}, which neither DVC nor the audit hashes"
             elif rebuild.bundle and out.path in left_out:
-                if not _may_be_left_out(out):
+                if not may_be_left_out(out):
                     yield f"{out.path} (of {name}) is not in the bundle, which may leave out weights only"
                 elif rebuild.bundle.left_out[out.path] != out.size:
                     yield f"{out.path} (of {name}) has another size in {bundles.MANIFEST} than in dvc.lock"

@@ -117,6 +117,11 @@ def check_pins(rebuild: Artifact) -> Check:
     if manifest.keys() != {"inputs", "start"} or manifest["start"] != rebuild.recipe.merge.start:
         yield f"{paths.INPUTS} has another start than merge.start in params.yaml, or other keys than download writes"
     expected = _expected_inputs(rebuild)
+    if rebuild.recipe.download.images == "selected" and not {"database", "tars", "index"} <= expected.keys():
+        yield "params.yaml has download.images: selected, and does not pin database or posts, tars, and their index"
+    for pin in (pin for listed in expected.values() for pin in listed.files if pin.url.startswith("hf://")):
+        if pins.hub_file(pin).revision is None:
+            yield f"{pin.url} names no revision, and the file there may change"
     whole = 0
     for name in sorted(expected.keys() | manifest["inputs"].keys()):
         inputs, entry = expected.get(name), manifest["inputs"].get(name, [])
@@ -180,9 +185,10 @@ def _entry_faults(entry: dict[str, Any], pin: Pin, known: str) -> Iterator[str]:
     keys = {"path", "bytes", "sha256", "url", "pinned"} | ({"members"} if known == inputs_manifest.MEMBERS else set())
     if entry.keys() != keys or entry["pinned"] != known:
         yield f"{pin.url}: inputs.json says “{entry.get('pinned')}” or has other keys; by params.yaml it is “{known}”"
-    if entry["bytes"] != (pin.bytes or entry["bytes"]) or not entry["sha256"].startswith(pin.sha256 or ""):
+    size, sha256 = entry["bytes"], entry["sha256"]
+    if type(size) is not int or size != (pin.bytes or size) or not sha256.startswith(pin.sha256 or ""):
         yield f"{pin.url} has another size or sha256 than params.yaml pins"
-    if not SHA256.fullmatch(entry["sha256"]):
+    if not SHA256.fullmatch(sha256):
         yield f"{pin.url}: inputs.json has no whole sha256 of it"
 
 

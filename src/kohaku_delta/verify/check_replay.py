@@ -4,21 +4,26 @@ A stage's own script is run on what the rebuild says it read, and must write the
 drawn by the auditor's seed, which nobody could foresee when the journal was handed over, and must give its rows.
 """
 
+import copy
+import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from kohaku_delta import numerics, paths
+from kohaku_delta import numerics, params, paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import hashing
+from kohaku_delta.params import Recipe
+from kohaku_delta.provenance import dvc_yaml
 from kohaku_delta.provenance.artifact import REPOSITORY, Artifact
 from kohaku_delta.training.journal import Journal
 from kohaku_delta.verify import replay_training
 from kohaku_delta.verify.check_chain import require_journal
 from kohaku_delta.verify.findings import Check, Finding, Skip, check
 from kohaku_delta.verify.replay_training import Files, Step
+from kohaku_delta.yaml_file import read_yaml
 
 Progress = Callable[[Iterable[Step]], Iterable[Step]]
 
@@ -68,7 +73,7 @@ def replay_stage(rebuild: Artifact, name: str, own: Path) -> Check:
     if missing := [reads[option] for option, path in found.items() if path is None]:
         raise Skip(f"{', '.join(missing)} does not exist")
     with tempfile.TemporaryDirectory(prefix="kohaku-delta-") as temporary:
-        arguments = [f"--params={(rebuild.folder / 'params.yaml').resolve()}"]
+        arguments = [f"--params={_write_params(rebuild, own, Path(temporary))}"]
         arguments += [f"--{option}={path.resolve()}" for option, path in found.items() if path]
         arguments += [f"--{option}={Path(temporary, file)}" for option, file in writes.items()]
         script = REPOSITORY / "stages" / f"{name}.py"
@@ -81,6 +86,26 @@ def replay_stage(rebuild: Artifact, name: str, own: Path) -> Check:
             if hashing.digest_path(Path(temporary, file), md5=False).sha256 != sha256:
                 yield f"computed again, {file} has other bytes"
     return f"computed again: the same bytes ({', '.join(expected)})"
+
+
+def _write_params(rebuild: Artifact, own: Path, folder: Path) -> Path:
+    """The rebuild's params.yaml for a stage that runs here: where its files lie and how many processors it takes is
+    decided by the auditor, so download.mirror and execution are not the target's.
+    """
+    values = copy.deepcopy(rebuild.values)
+    values["download"]["mirror"] = "mirror"  # of this temporary folder: inputs.json says where the inputs are
+    if own != rebuild.folder:
+        values["execution"] = read_yaml(own / dvc_yaml.PARAMS)["execution"]
+    path = folder / dvc_yaml.PARAMS
+    path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+def _local_recipe(rebuild: Artifact, own: Path) -> Recipe:
+    """The rebuild's recipe with the execution of the auditor's own folder, which says where the states lie there."""
+    if own == rebuild.folder:
+        return rebuild.recipe
+    return rebuild.recipe.model_copy(update={"execution": params.load(own / dvc_yaml.PARAMS).execution})
 
 
 def check_training(
@@ -129,6 +154,13 @@ def _files(rebuild: Artifact, own: Path) -> Files:
     return files | {"tars": None, "tokenizer": None, "tokenizer_2": None}
 
 
+def _work_folder(recipe: Recipe, rebuild: Artifact, own: Path) -> Path:
+    """Raises Skip for a target whose states lie outside of it."""
+    if own == rebuild.folder and rebuild.work is None:
+        raise Skip("execution.work lies outside the recipe's folder: the states there are not read")
+    return own / recipe.execution.work
+
+
 def _check_steps(rebuild: Artifact, journal: Journal, own: Path, count: int, seed: int, progress: Progress) -> Check:
     computed = 0
     try:
@@ -151,14 +183,13 @@ def _replay_sample(rebuild: Artifact, journal: Journal, own: Path, sample: list[
     """Every step that is computed to reach the sampled ones, until one differs. Steps after one state are computed in
     one go.
     """
-    work = own / rebuild.recipe.execution.work
+    recipe = _local_recipe(rebuild, own)
+    work = _work_folder(recipe, rebuild, own)
     by_state: dict[tuple[Path, int], list[int]] = {}
     for step in sample:
         by_state.setdefault(replay_training.nearest_state(work, journal, step), []).append(step)
     for steps in by_state.values():
-        for step, difference in replay_training.replay_steps(
-            rebuild.recipe, _files(rebuild, own), work, steps[0], steps[-1]
-        ):
+        for step, difference in replay_training.replay_steps(recipe, _files(rebuild, own), work, steps[0], steps[-1]):
             yield step, difference
             if difference:
                 return
@@ -167,12 +198,13 @@ def _replay_sample(rebuild: Artifact, journal: Journal, own: Path, sample: list[
 def _check_losses(rebuild: Artifact, own: Path, count: int, seed: int, differing: list[str]) -> Check:
     """Losses alone, after one milestone that the seed picks: the weaker evidence."""
     reason = f"this host differs from the trainer's in {', '.join(differing)}, so bits cannot be compared"
-    milestones = sorted((own / rebuild.recipe.execution.work).glob("*/delta-lokr-step*.safetensors"))
+    recipe = _local_recipe(rebuild, own)
+    milestones = sorted(_work_folder(recipe, rebuild, own).glob("*/delta-lokr-step*.safetensors"))
     if not milestones:
         raise Skip(f"{reason}; and there is no milestone's LoKr file to compute losses from")
     milestone = milestones[replay_training.sample_steps(len(milestones), 1, seed)[0]]
     try:
-        step, pairs = replay_training.losses(rebuild.recipe, _files(rebuild, own), milestone, "cpu", count, seed)
+        step, pairs = replay_training.losses(recipe, _files(rebuild, own), milestone, "cpu", count, seed)
     except UserError as error:
         raise Skip(f"could not be computed: {error.message}") from None
     distance = replay_training.rms_relative_error(pairs)
@@ -180,6 +212,6 @@ def _check_losses(rebuild: Artifact, own: Path, count: int, seed: int, differing
         f"{reason}; losses alone, which is weaker evidence (that these weights give these losses, not how they came "
         f"about): {len(pairs)} of step {step} are {distance:.1e} off, relative"
     )
-    if distance > replay_training.TOLERANCE:
+    if not distance <= replay_training.TOLERANCE:  # a loss that is not a number is no equal one
         yield sentence
     return sentence

@@ -114,6 +114,8 @@ def check_milestones(rebuild: Artifact, own_journal: Journal | None) -> Check:
     found = {file.name for file in folder.iterdir()}
     for name in sorted(found ^ steps.keys()):
         yield f"{paths.MILESTONES}/{name} {'is no milestone of this training' if name in found else 'does not exist'}"
+    if not steps:
+        raise Skip(f"none was due: train.milestone_every is {every:,}, the journal has {last:,} steps")
     unproved = []
     for name, step in steps.items():
         if name in found:

@@ -23,7 +23,7 @@ from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.provenance.stage_record import Record
 from kohaku_delta.training import journal as journals
 from kohaku_delta.training.schedule import SCHEMA as SCHEDULE
-from kohaku_delta.verify import check_chain, known_code, replay_training
+from kohaku_delta.verify import check_chain, check_lock, known_code, replay_training
 from kohaku_delta.verify.findings import format_some
 
 MAX_TEXT = 160  # characters shown of a value
@@ -62,7 +62,7 @@ def compare_outputs(a: Artifact, b: Artifact) -> OutputComparison:
                 found.unequal.setdefault(name, []).append(out)
             elif all(hashed):
                 found.equal[name].append(out)
-            elif all(here or _is_left_out(side, out) for here, side in zip(hashed, (a, b), strict=True)):
+            elif all(here or _is_left_out(side, name, out) for here, side in zip(hashed, (a, b), strict=True)):
                 found.claimed.setdefault(name, []).append(out)
             else:
                 found.unknown.setdefault(name, []).append(out)
@@ -75,8 +75,10 @@ def _is_hashed(rebuild: Artifact, stage: str, path: str) -> bool:
     return digest is not None and (digest.files != {} or digest.md5 == _locked_md5(rebuild, stage, path))
 
 
-def _is_left_out(rebuild: Artifact, path: str) -> bool:
-    return rebuild.bundle is not None and path in rebuild.bundle.left_out
+def _is_left_out(rebuild: Artifact, stage: str, path: str) -> bool:
+    """Whether a bundle lacks this output and may: weights."""
+    locked = next((out for out in rebuild.lock[stage].outs if out.path == path), None)
+    return rebuild.bundle is not None and locked is not None and check_lock.may_be_left_out(locked)
 
 
 def _md5(rebuild: Artifact, stage: str, path: str) -> str | None:

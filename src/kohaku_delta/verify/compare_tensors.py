@@ -102,6 +102,8 @@ def compare_files(a: Path, b: Path, threads: int = THREADS, piece: int = PIECE) 
         if first.is_lokr and second.is_lokr and not (comparison.same_tensors or comparison.only_dtype):
             comparison = _compare(first.differences(), second.differences(), threads, piece)
             comparison.by_product = True
+        if comparison.same_tensors and not comparison.elements:
+            raise UserError(f"{a} and {b} hold no numbers: nothing can be compared.")
         comparison.container = container
         return comparison
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from kohaku_delta.provenance import dvc_yaml, import_closure
 from kohaku_delta.provenance.artifact import REPOSITORY, Artifact
+from kohaku_delta.verify.findings import Skip
 from kohaku_delta.yaml_file import read_yaml
 
 
@@ -28,7 +29,11 @@ class KnownCode:
 
 
 def known_codes(rebuild: Artifact) -> Iterator[KnownCode]:
-    """The code at hand, then that of the commit that all records name, if it is in the history of the code at hand."""
+    """The code at hand, then that of the commit that all records name, if it is in the history of the code at hand.
+    Raises Skip if this program does not run from a checkout.
+    """
+    if not (REPOSITORY / dvc_yaml.PIPELINE).is_file():
+        raise Skip(f"{REPOSITORY} is no checkout of the code: it has no {dvc_yaml.PIPELINE} to compare with")
     yield _at_hand(REPOSITORY)
     if rebuild.commit and (known := _of_commit(REPOSITORY, rebuild.commit)):
         yield known
@@ -45,8 +50,16 @@ def _at_hand(repository: Path) -> KnownCode:
 
 
 def _describe(folder: Path, name: str) -> KnownCode:
-    scripts = sorted((folder / "stages").glob("*.py"))
-    files = {script.stem: import_closure.file_digests(script) for script in scripts if script.stem != "code"}
+    @cache
+    def digest(path: Path) -> str:  # most files are code of several stages
+        return import_closure.file_digest(path.name, path.read_bytes())
+
+    root = folder.resolve()
+    scripts = sorted(path for path in (root / "stages").glob("*.py") if path.stem != "code")
+    files = {
+        script.stem: {path.relative_to(root).as_posix(): digest(path) for path in import_closure.closure_files(script)}
+        for script in scripts
+    }
     return KnownCode(name, read_yaml(folder / dvc_yaml.PIPELINE), files)
 
 

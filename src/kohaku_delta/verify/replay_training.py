@@ -202,6 +202,8 @@ def losses(recipe: Recipe, files: Files, lokr: Path, device: str, sample: int, s
     require_same_run(journal.header, context.header, files, HARDWARE_PARAMETERS)
     step = _load_lokr(lokr, context.adapter.tensors(), len(journal.rows))
     rows = context.schedule.filter(pc.equal(context.schedule["step"], step)).to_pylist()
+    if not rows or len(rows) != len(journal.rows[step]["losses"]):
+        raise UserError(f"{files['schedule']} has other micro-batches of step {step} than {files['journal']}.")
     pairs = []
     for place in _draw([seed, step], len(rows), sample):
         row = rows[place]

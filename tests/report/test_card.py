@@ -110,7 +110,7 @@ def test_figures_are_those_of_the_lock_and_of_the_outs(tmp_path):
     assert "buckets of the area of 1024 × 1024 pixels, sides 256 to 4096 in steps of 64; 2 of 97 buckets" in row(
         text, "Resolution"
     )
-    assert "0.5000 before the training, 0.2500 after it" in text
+    assert "0.5000 of the base, 0.2500 after the training" in text
     changed = release()
     changed["train"].update(learning_rate_unet=0.5, seed=99)
     build_factory.write_params(place, changed)

@@ -4,6 +4,7 @@ network.
 
 import ast
 import hashlib
+import json
 import socket
 
 import pytest
@@ -95,6 +96,20 @@ def test_a_start_from_the_published_base_names_it(tmp_path):
     assert (
         matter(text)["base_model"] == ["KBlueLeaf/Kohaku-XL-Delta"] and row(text, "Start") == "the published delta base"
     )
+
+
+def test_a_training_that_began_with_a_lokr_names_it(tmp_path):
+    params = release()
+    url = f"hf://owner/other@{'a' * 40}/lyco-ckpts/lyco-step00002000.safetensors"
+    entry = {"url": url, "bytes": 7, "sha256": "b" * 64}
+    params["download"]["inputs"]["network_weights"] = entry
+    place = build_factory.make(tmp_path, params)
+    listed = json.loads((place / "build" / "inputs.json").read_text())
+    listed["inputs"]["network_weights"] = entry | {"pinned": "sha256", "path": "x"}
+    (place / "build" / "inputs.json").write_text(json.dumps(listed))
+    text = card(place)
+    assert f"with the LoKr lyco-step00002000.safetensors (sha256 {'b' * 64}); optimizer" in row(text, "Start")
+    assert "owner/other" in matter(text)["base_model"] and f"`{'b' * 64}` | pinned" in text
 
 
 def test_figures_are_those_of_the_lock_and_of_the_outs(tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ import tiny_training
 from kohaku_delta import params
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import safetensors_io
+from kohaku_delta.preflight import parameter_counts
 from kohaku_delta.verify import replay_training
 from kohaku_delta.weights import lokr_format
 
@@ -167,3 +169,30 @@ def test_files_of_other_precision_and_without_alphas_are_read(first, tmp_path):
     safetensors_io.save(tmp_path / "wide.safetensors", wide)
     found = read(tmp_path / "wide.safetensors", first)
     assert found.keys() == wide.keys() and all(np.array_equal(found[name], wide[name]) for name in wide)
+
+
+def test_preflight_says_before_everything_what_the_training_would_refuse(first):
+    recipe = params.load("miniature/params.yaml")
+
+    def told(path, **changed):
+        start = params.Pin(url=f"file://{path}", bytes=None, sha256=None)
+        download = recipe.download.model_copy(update={"inputs": recipe.download.inputs | {"network_weights": start}})
+        other = {"download": download, "lokr": recipe.lokr.model_copy(update=changed)}
+        return parameter_counts.network_weights_error(recipe.model_copy(update=other), Path("miniature"))
+
+    assert told(first / LOKR) == ""
+    assert "alpha is 10000, and lokr.alpha is 1" in told(first / LOKR, alpha=1)
+    assert "not trained by this recipe: " in told(
+        first / LOKR, preset=recipe.lokr.preset.model_copy(update={"norms": False})
+    )
+    assert told(first / "not there yet.safetensors") is None
+    assert parameter_counts.network_weights_error(recipe, Path("miniature")) is None
+
+
+def test_a_list_of_lokrs_to_begin_with_is_refused(tmp_path):
+    content = tiny_training.yaml.load(Path("miniature/params.yaml").read_text())
+    content["download"]["inputs"]["network_weights"] = [{"url": "file://x", "bytes": None, "sha256": None}]
+    with open(tmp_path / "params.yaml", "w") as file:
+        tiny_training.yaml.dump(content, file)
+    with pytest.raises(UserError, match="inputs.network_weights is a list; it must be one file"):
+        params.load(tmp_path / "params.yaml")

@@ -175,6 +175,7 @@ def test_a_host_without_git_is_green_for_dvc_does_without(monkeypatch):
         "cuda": "",
         "nccl": "",
         "model": None,
+        "network_weights": None,
     }
     monkeypatch.setattr(host_facts, "_probe", lambda params: probed)
     host = host_facts.inspect_host(MINIATURE, ROOT / "miniature" / "params.yaml")

@@ -172,21 +172,24 @@ def test_files_of_other_precision_and_without_alphas_are_read(first, tmp_path):
 
 
 def test_preflight_says_before_everything_what_the_training_would_refuse(first):
-    recipe = params.load("miniature/params.yaml")
+    recipe = params.load(first / "params.yaml")
+
+    def pin(path):
+        return params.Pin(url=f"file://{path}", bytes=None, sha256=None)
 
     def told(path, **changed):
-        start = params.Pin(url=f"file://{path}", bytes=None, sha256=None)
-        download = recipe.download.model_copy(update={"inputs": recipe.download.inputs | {"network_weights": start}})
-        other = {"download": download, "lokr": recipe.lokr.model_copy(update=changed)}
-        return parameter_counts.network_weights_error(recipe.model_copy(update=other), Path("miniature"))
+        inputs = {"sdxl": pin(first / BASE)} | ({"network_weights": pin(path)} if path else {})
+        download = recipe.download.model_copy(update={"inputs": inputs})
+        lokr = recipe.lokr.model_copy(update=changed)
+        return parameter_counts.network_weights_error(
+            recipe.model_copy(update={"download": download, "lokr": lokr}), first
+        )
 
     assert told(first / LOKR) == ""
     assert "alpha is 10000, and lokr.alpha is 1" in told(first / LOKR, alpha=1)
-    assert "not trained by this recipe: " in told(
-        first / LOKR, preset=recipe.lokr.preset.model_copy(update={"norms": False})
-    )
-    assert told(first / "not there yet.safetensors") is None
-    assert parameter_counts.network_weights_error(recipe, Path("miniature")) is None
+    without_norms = recipe.lokr.preset.model_copy(update={"norms": False})
+    assert "not trained by this recipe: " in told(first / LOKR, preset=without_norms)
+    assert told(first / "not there yet.safetensors") is None and told(None) is None
 
 
 def test_a_list_of_lokrs_to_begin_with_is_refused(tmp_path):

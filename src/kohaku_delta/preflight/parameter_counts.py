@@ -116,7 +116,7 @@ def network_weights_error(recipe: Recipe, folder: Path) -> str | None:
     from kohaku_delta.weights import lokr_format
 
     pin = recipe.download.inputs.get(NETWORK_WEIGHTS)
-    path = _place(recipe, folder, pin) if isinstance(pin, Pin) else None
+    path = _pinned_file(recipe, folder, pin) if isinstance(pin, Pin) else None
     found = _model_parts(recipe, folder) if path and path.is_file() else None
     if not path or not found:
         return None
@@ -179,7 +179,7 @@ def architecture_pins(recipe: Recipe) -> dict[str, Pin]:
     return {name: pin for name in names if isinstance(pin := recipe.download.inputs.get(name), Pin)}
 
 
-def _place(recipe: Recipe, folder: Path, pin: Pin) -> Path:
+def _pinned_file(recipe: Recipe, folder: Path, pin: Pin) -> Path:
     """Where the file of a pin is, or will be."""
     if pin.url.startswith("file://"):
         return folder / pin.url.removeprefix("file://")
@@ -188,12 +188,12 @@ def _place(recipe: Recipe, folder: Path, pin: Pin) -> Path:
 
 def _local_checkpoint(recipe: Recipe, folder: Path) -> Path | None:
     local = [pin for pin in architecture_pins(recipe).values() if pin.url.startswith("file://")]
-    return next((path for pin in local if (path := _place(recipe, folder, pin)).is_file()), None)
+    return next((path for pin in local if (path := _pinned_file(recipe, folder, pin)).is_file()), None)
 
 
 def _mirrored_checkpoint(recipe: Recipe, folder: Path) -> Path | None:
     remote = [pin for pin in architecture_pins(recipe).values() if pin.url.startswith("hf://")]
-    return next((path for pin in remote if (path := _place(recipe, folder, pin)).is_file()), None)
+    return next((path for pin in remote if (path := _pinned_file(recipe, folder, pin)).is_file()), None)
 
 
 def _is_sdxl(recipe: Recipe) -> bool:

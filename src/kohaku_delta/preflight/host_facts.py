@@ -57,8 +57,8 @@ class Host:
     """Sizes in bytes. `locked`: versions in the lock; `model`: its sizes, None if unknown.
 
     `driver`: "" if none answers; `numerics`, `bitsandbytes`, `database`, `tars`, `network_weights`: "" if all is well,
-    else what is wrong; `architectures`: what torch was built for ("sm_86"); `missing_inputs`: pinned file:// inputs that
-    do not exist.
+    else what is wrong; `architectures`: what torch was built for ("sm_86"); `missing_inputs`: pinned file:// inputs
+    that do not exist.
     """
 
     locked: dict[str, str]

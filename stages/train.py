@@ -25,6 +25,11 @@ from kohaku_delta.training import rank_processes
 @click.option("--tokenizer", type=FILE, help="Folder with vocab.json and merges.txt.  [default: from --inputs]")
 @click.option("--tokenizer-2", type=FILE, help="The same for text encoder 2.  [default: from --inputs]")
 @click.option("--base", type=FILE, default=paths.BASE, help="The checkpoint to train on.")
+@click.option(
+    "--network-weights",
+    type=FILE,
+    help="A LoKr of this base to begin with.  [default: network_weights of --inputs, if it is there; else a new one]",
+)
 @click.option("--posts", type=FILE, default=paths.POSTS, help="The posts to train on.")
 @click.option("--captions", type=FILE, default=paths.CAPTIONS, help="Their captions.")
 @click.option("--schedule", type=FILE, default=paths.SCHEDULE, help="Every micro-batch of every step.")
@@ -57,6 +62,7 @@ def main(params: Path, ranks: int | None, work: Path | None, **files) -> None:
         # an input that must be hashed again is hashed once, here, and not by every rank
         trainer.load_tokenizers(files)
         trainer.tar_paths(files)
+        trainer.network_weights(files)
         if ranks > 1:
             rank_processes.launch_ranks(ranks, sys.argv[1:])
             return

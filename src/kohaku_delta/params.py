@@ -20,6 +20,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Place = Annotated[int, Field(gt=0, lt=1 << 15)]  # schedule.parquet has it as int16
 Dtype = Literal["float32", "float16", "bfloat16"]
 Text = Annotated[str, Field(min_length=1)]
+NETWORK_WEIGHTS = (
+    "network_weights"  # optional in download.inputs, by kohya's name: the LoKr that the training begins with
+)
 
 
 def _numbers(mapping: Any) -> Any:
@@ -63,8 +66,13 @@ class Download(StrictModel):
             raise ValueError(
                 "inputs has both posts and database; the database is made from posts (posts.json), so keep one of them"
             )
-        if isinstance(self.inputs.get("posts"), list):
-            raise ValueError("inputs.posts is a list; it must be one file (posts.json)")
+        return self
+
+    @model_validator(mode="after")
+    def _one_file(self):
+        for name in ("posts", NETWORK_WEIGHTS):
+            if isinstance(self.inputs.get(name), list):
+                raise ValueError(f"inputs.{name} is a list; it must be one file")
         return self
 
 

@@ -160,15 +160,18 @@ def _listed(folder: Path, pin: dict) -> dict:
     }
 
 
-def _train(folder: Path, recipe, rows: pa.Table, base: str) -> None:
-    """A journal, its LoKr, and the states on its way: made up, and consistent."""
+def _train(folder: Path, recipe, rows: pa.Table, base: str, start: str | None = None) -> None:
+    """A journal, its LoKr, and the states on its way: made up, and consistent. start: sha256 of the LoKr that it began
+    with.
+    """
+    began = {"network_weights": start} if start else {}
     names = [
         f"lora_te1_text_model_encoder_layers_{layer}_mlp_fc1.lokr_w{number}" for layer in range(2) for number in (1, 2)
     ] + ["lora_unet_out_2.lokr_w1", "lora_unet_out_2.lokr_w2"]
     weights = {name: torch.zeros(4, 4) for name in names}
     honest, depends = (
-        journal.Journal({"base": base, "parameters": trainer.result_parameters(recipe)}),
-        {"train.seed": "1337"},
+        journal.Journal({"base": base, "parameters": trainer.result_parameters(recipe)} | began),
+        {"train.seed": "1337"} | began,
     )
     depends |= {
         name: sha256((folder / "build" / file).read_bytes())

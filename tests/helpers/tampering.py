@@ -230,6 +230,19 @@ def pin(folder):
     path.write_text(json.dumps(content))
 
 
+def start_added(folder):
+    """A LoKr that the training is said to have begun with, pinned and verified."""
+    path = folder / "mirror" / "start.safetensors"
+    path.write_bytes(b"a LoKr")
+    entry = rebuild_factory._pin(folder, path)
+    content = rebuild_factory.loaded(folder / "params.yaml")
+    content["download"]["inputs"]["network_weights"] = entry
+    rebuild_factory.dump(folder / "params.yaml", content)
+    listed = json.loads((folder / "build" / "inputs.json").read_text())
+    listed["inputs"]["network_weights"] = rebuild_factory._listed(folder, entry)
+    (folder / "build" / "inputs.json").write_text(json.dumps(listed, sort_keys=True))
+
+
 def picture(folder):
     path = folder / "mirror" / "data-0004.tar"
     data = bytearray(path.read_bytes())

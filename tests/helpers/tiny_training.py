@@ -22,11 +22,14 @@ OUTS = ("delta-lokr.safetensors", "journal.parquet", "curves.csv")
 yaml = YAML(typ="safe", pure=True)
 
 
-def write(folder: Path, posts: int, sections: dict[str, dict] | None = None, **train) -> Path:
+def write(
+    folder: Path, posts: int, sections: dict[str, dict] | None = None, start: Path | None = None, **train
+) -> Path:
     """Everything that `stages/train.py` reads, under folder/build, and params.yaml: two images per micro-batch, four
     micro-batches per step.
 
-    `train` (of train or execution), and other `sections`: parameters that differ from the miniature's.
+    `train` (of train or execution), and other `sections`: parameters that differ from the miniature's. start: a LoKr
+    file to begin with.
     """
     content = yaml.load((ROOT / "miniature" / "params.yaml").read_text())
     content["schedule"] |= {"batch_size": 2, "micro_batches": 4, "lanes": 4}
@@ -58,6 +61,8 @@ def write(folder: Path, posts: int, sections: dict[str, dict] | None = None, **t
             },
         },
     }
+    if start:
+        content["download"]["inputs"]["network_weights"] = {"url": f"file://{start}", "bytes": None, "sha256": None}
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "params.yaml", "w") as file:
         yaml.dump(content, file)

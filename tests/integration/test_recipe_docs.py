@@ -22,7 +22,9 @@ WHOLE = {
     "lokr.preset.names",
     "published.milestones",
 }  # mappings of names
-OPTIONAL = {"download.inputs.references", "download.inputs.posts"}  # keys that the release does without
+OPTIONAL = {
+    f"download.inputs.{name}" for name in ("network_weights", "posts", "references")
+}  # keys that the release does without
 SOURCES = {"ours", "card", "docs", "files", "tool", "trainer", "preset", "SDXL"}
 
 

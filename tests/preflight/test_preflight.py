@@ -97,6 +97,12 @@ def test_the_releases_own_host_with_the_lock_is_green():
         ),
         (replace(GOOD, bitsandbytes="its native library did not load"), "bitsandbytes", "did not load", "driver"),
         (
+            replace(GOOD, network_weights="lyco.safetensors is not a LoKr of this recipe:\n  missing: x"),
+            "LoKr to begin with",
+            "of this recipe: missing: x",
+            "download.inputs",
+        ),
+        (
             replace(GOOD, numerics="This processor offers DEFAULT; the recipe needs AVX2."),
             "numerics",
             "AVX2",
@@ -169,6 +175,7 @@ def test_a_host_without_git_is_green_for_dvc_does_without(monkeypatch):
         "cuda": "",
         "nccl": "",
         "model": None,
+        "network_weights": None,
     }
     monkeypatch.setattr(host_facts, "_probe", lambda params: probed)
     host = host_facts.inspect_host(MINIATURE, ROOT / "miniature" / "params.yaml")

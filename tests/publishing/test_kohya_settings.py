@@ -68,6 +68,17 @@ def test_the_releases_settings_are_the_published_ones():
     assert arguments == {"weight_decay": 0.1, "betas": (0.9, 0.95)}
 
 
+def test_a_training_that_began_with_a_lokr_names_it_and_another_does_not():
+    recipe = release()
+    start = params.Pin(url="file://../release/lyco-ckpts/lyco.safetensors", bytes=None, sha256=None)
+    inputs = {**recipe.download.inputs, "network_weights": start}
+    later = recipe.model_copy(update={"download": recipe.download.model_copy(update={"inputs": inputs})})
+    text = kohya_settings.training_toml(later)
+    assert flat(text)["network_weights"] == "lyco.safetensors" and "# It began with the LoKr file://../release" in text
+    assert OPTIONS["v0.8.3"]["network_weights"] == "str"
+    assert "network_weights" not in kohya_settings.training_toml(recipe)
+
+
 @pytest.mark.parametrize(
     "area, step, expected",
     [(1048576, 64, "1024,1024"), (16384, 32, "128,128"), (98304, 64, "256,384"), (1000003, 64, "1000,1000")],

@@ -4,6 +4,7 @@ network.
 
 import ast
 import hashlib
+import json
 import socket
 
 import pytest
@@ -97,6 +98,20 @@ def test_a_start_from_the_published_base_names_it(tmp_path):
     )
 
 
+def test_a_training_that_began_with_a_lokr_names_it(tmp_path):
+    params = release()
+    url = f"hf://owner/other@{'a' * 40}/lyco-ckpts/lyco-step00002000.safetensors"
+    entry = {"url": url, "bytes": 7, "sha256": "b" * 64}
+    params["download"]["inputs"]["network_weights"] = entry
+    place = build_factory.make(tmp_path, params)
+    listed = json.loads((place / "build" / "inputs.json").read_text())
+    listed["inputs"]["network_weights"] = entry | {"pinned": "sha256", "path": "x"}
+    (place / "build" / "inputs.json").write_text(json.dumps(listed))
+    text = card(place)
+    assert f"with the LoKr lyco-step00002000.safetensors (sha256 {'b' * 64}); optimizer" in row(text, "Start")
+    assert "owner/other" in matter(text)["base_model"] and f"`{'b' * 64}` | pinned" in text
+
+
 def test_figures_are_those_of_the_lock_and_of_the_outs(tmp_path):
     """The card's numbers of the model card of the release, from its params.yaml; posts and steps from what the stages
     wrote.
@@ -110,7 +125,7 @@ def test_figures_are_those_of_the_lock_and_of_the_outs(tmp_path):
     assert "buckets of the area of 1024 × 1024 pixels, sides 256 to 4096 in steps of 64; 2 of 97 buckets" in row(
         text, "Resolution"
     )
-    assert "0.5000 before the training, 0.2500 after it" in text
+    assert "0.5000 of the base, 0.2500 after the training" in text
     changed = release()
     changed["train"].update(learning_rate_unet=0.5, seed=99)
     build_factory.write_params(place, changed)

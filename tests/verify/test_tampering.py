@@ -9,6 +9,9 @@ import shutil
 import pytest
 
 import rebuild_factory
+from kohaku_delta import params
+from kohaku_delta.formats import parquet
+from kohaku_delta.training.journal import read_journal
 from kohaku_delta.verify import check_replay
 from tampering import (
     MILESTONE,
@@ -43,6 +46,7 @@ from tampering import (
     renamed_state,
     repeated,
     stage_cut,
+    start_added,
     swapped,
     swapped_in_the_lock,
     truncate_journal,
@@ -91,6 +95,8 @@ ATTACKS = {
         (lambda folder: (folder / "build" / MILESTONE).unlink(), True, "chain/milestones", "does not exist"),
     "the base changed by an ulp, everything hashed anew":
         (ulp("delta-base.safetensors"), True, "chain/base", "the journal begins with the base"),
+    "a LoKr to begin with that the training did not begin with, everything hashed anew":
+        (start_added, True, "chain/base", "begins with a new LoKr; build/inputs.json names the LoKr "),
     "a step cut out of the journal":
         (journaled(truncate_journal, False), True, "chain/journal", "the chain breaks at row 3"),
     "a step of the journal repeated": (journaled(repeated, False), True, "chain/journal", "the chain breaks at row 4"),
@@ -157,6 +163,33 @@ def test_an_attack_is_found_by_its_check(copy, attack):
     code, found = audit(copy, *(["--data"] if check == "lock/data" else []))
     assert code == 1 and check in failed(found) and message in failed(found)[check], failed(found)
     print(f"{attack} → {check}: {failed(found)[check]}")
+
+
+def test_a_training_that_began_with_a_lokr_is_audited_with_it(copy):
+    """A journal and states that name the file pass with it, and are found without it."""
+    start_added(copy)
+    sha256 = rebuild_factory.sha256(b"a LoKr")
+    build_again(copy, sha256)
+    code, found = audit(copy)
+    assert code == 0 and not failed(found), failed(found)
+    assert f"and with the LoKr {sha256[:16]}… of build/inputs.json" in found["chain/base"][1]
+    assert found["lock/work"][0] == "PASS" and "belong to the journal" in found["lock/work"][1]
+    listed = json.loads((copy / "build" / "inputs.json").read_text())
+    del listed["inputs"]["network_weights"]
+    (copy / "build" / "inputs.json").write_text(json.dumps(listed))
+    rehash_everything(copy)
+    found = failed(audit(copy)[1])
+    assert f"begins with the LoKr {sha256[:16]}…; build/inputs.json names a new LoKr" in found["chain/base"]
+
+
+def build_again(folder, start):
+    """The training of the factory with another beginning."""
+    recipe, build = params.load(folder / "params.yaml"), folder / "build"
+    header = read_journal(build / "journal.parquet").header
+    shutil.rmtree(folder / "work")
+    rows = parquet.read(build / "schedule.parquet")
+    rebuild_factory._train(folder, recipe, rows, header["base"], start)
+    rehash_everything(folder)
 
 
 def test_an_out_that_is_not_there_is_never_passed(copy):

@@ -60,8 +60,13 @@ def paths(manifest, name: str) -> list[Path]:
     return _verified_paths(Path(manifest), name, _entry(manifest, name))
 
 
+def optional_path(manifest, name: str) -> Path | None:
+    """The same for an input that a recipe may leave out: None if it is not listed."""
+    return path(manifest, name) if name in _inputs(Path(manifest)) else None
+
+
 def optional_paths(manifest, name: str) -> list[Path]:
-    """The same for an input that a recipe may leave out: empty if it is not listed."""
+    """The same for an input of several files that a recipe may leave out: empty if it is not listed."""
     return paths(manifest, name) if name in _inputs(Path(manifest)) else []
 
 

@@ -19,7 +19,8 @@ from kohaku_delta.preflight import parameter_counts
 
 
 def probe(recipe: Recipe, folder: Path) -> dict:
-    found: dict = {"numerics": "", "gpus": [], "architectures": [], "cuda": "", "nccl": "", "model": None}
+    found: dict = {"numerics": "", "gpus": [], "architectures": [], "cuda": "", "nccl": ""}
+    found |= {"model": None, "network_weights": None}
     try:
         numerics.enforce(recipe.train.device)
     except UserError as error:
@@ -47,6 +48,7 @@ def probe(recipe: Recipe, folder: Path) -> dict:
     try:
         model = parameter_counts.count_parameters(recipe, folder)
         found["model"] = asdict(model) if model else None
+        found["network_weights"] = parameter_counts.network_weights_error(recipe, folder)
     except (ImportError, AttributeError):
         pass  # libraries that do not fit together: the check of the libraries names them
     return found

@@ -217,6 +217,13 @@ def check_tars(host: Host, recipe: Recipe) -> CheckResult | None:
     return CheckResult("tars", not host.tars, host.tars or "in one folder, each with a number", "correct the pins")
 
 
+def check_network_weights(host: Host, recipe: Recipe) -> CheckResult | None:
+    if host.network_weights is None:
+        return None
+    what = " ".join(host.network_weights.split()) or "has the modules and shapes of this recipe, all values finite"
+    return CheckResult("LoKr to begin with", not host.network_weights, what, "name another file: download.inputs")
+
+
 def check_disks(host: Host, recipe: Recipe) -> list[CheckResult]:
     """One result per file system: what is still to be written into its folders, against what is free."""
     if host.folders is None or host.model is None:
@@ -274,6 +281,7 @@ CHECKS: list[Check] = [
     check_supplied_inputs,
     check_database,
     check_tars,
+    check_network_weights,
 ]
 GPU_CHECKS: list[Check] = [
     check_gpu_count,

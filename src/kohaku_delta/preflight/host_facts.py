@@ -56,8 +56,9 @@ class DiskFolder:
 class Host:
     """Sizes in bytes. `locked`: versions in the lock; `model`: its sizes, None if unknown.
 
-    `driver`: "" if none answers; `numerics`, `bitsandbytes`, `database`, `tars`: "" if all is well, else what is wrong;
-    `architectures`: what torch was built for ("sm_86"); `missing_inputs`: pinned file:// inputs that do not exist.
+    `driver`: "" if none answers; `numerics`, `bitsandbytes`, `database`, `tars`, `network_weights`: "" if all is well,
+    else what is wrong; `architectures`: what torch was built for ("sm_86"); `missing_inputs`: pinned file:// inputs
+    that do not exist.
     """
 
     locked: dict[str, str]
@@ -78,6 +79,7 @@ class Host:
     missing_inputs: tuple[str, ...] | None = None
     database: str | None = None
     tars: str | None = None
+    network_weights: str | None = None
 
 
 def inspect_host(recipe: Recipe, params: Path) -> Host:
@@ -114,6 +116,7 @@ def inspect_host(recipe: Recipe, params: Path) -> Host:
         missing_inputs=_missing_inputs(recipe, folder),
         database=database_error(recipe, folder),
         tars=_tars_error(recipe, folder),
+        network_weights=found["network_weights"],
     )
 
 

@@ -5,10 +5,13 @@ checkpoint in the mirror. Otherwise its size is not known, and nothing is planne
 """
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
 
+from kohaku_delta.errors import UserError
 from kohaku_delta.hub import pins
-from kohaku_delta.params import Pin, Recipe
+from kohaku_delta.params import NETWORK_WEIGHTS, Pin, Recipe
 
 CLIP: dict[str, int | None] = {
     "bos_token_id": 49406,
@@ -84,13 +87,52 @@ class ParameterCounts:
 
 def count_parameters(recipe: Recipe, folder: Path) -> ParameterCounts | None:
     """Sizes of the model and LoKr of the recipe in `folder`; None if unknown before the download. Imports torch."""
-    import torch
-    from lycoris.modules.lokr import LokrModule
-    from lycoris.modules.norms import NormModule
+    found = _model_parts(recipe, folder)
+    if not found:
+        return None
+    name, configs, parts = found
+    sizes = {part: sum(weight.numel() for weight in module.parameters()) for part, module in parts.items()}
+    # The penultimate output of text encoder 1 is used, so its last layer gets no gradient.
+    untrained = f"lora_te1_text_model_encoder_layers_{configs['te1']['num_hidden_layers'] - 1}_"
+    entries = {name: prod(shape) for name, shape in _lokr_shapes(recipe, parts).items()}
+    trained = [count for name, count in entries.items() if not name.startswith(untrained)]
+    return ParameterCounts(
+        of=name,
+        unet=sizes["unet"],
+        text=sizes["te1"] + sizes["te2"],
+        vae=sizes["vae"],
+        lokr=sum(entries.values()),
+        entries=len(entries),
+        trained=sum(trained),
+        optimizer=sum(map(_optimizer_bytes, trained)),
+    )
 
+
+def network_weights_error(recipe: Recipe, folder: Path) -> str | None:
+    """Why the training would refuse the LoKr that it is to begin with; "" if it would not; None if the recipe names
+    none, or before the download. Its base is compared by the training alone. Imports torch.
+    """
+    from kohaku_delta.formats import safetensors_io
+    from kohaku_delta.weights import lokr_format
+
+    pin = recipe.download.inputs.get(NETWORK_WEIGHTS)
+    path = _pinned_file(recipe, folder, pin) if isinstance(pin, Pin) else None
+    found = _model_parts(recipe, folder) if path and path.is_file() else None
+    if not path or not found:
+        return None
+    try:
+        with safetensors_io.open_file(path) as file:
+            for _ in lokr_format.read_weights(file, _lokr_shapes(recipe, found[2]), recipe.lokr.alpha):
+                pass
+    except UserError as error:
+        return error.message
+    return ""
+
+
+def _model_parts(recipe: Recipe, folder: Path) -> tuple[str, dict[str, dict], dict[str, Any]] | None:
+    """(name, configs, modules without weights) of the model; None if its size is not known."""
     from kohaku_delta.formats import safetensors_io
     from kohaku_delta.sdxl import model_loading
-    from kohaku_delta.weights import lokr_preset
 
     checkpoint = _local_checkpoint(recipe, folder) or (
         None if _is_sdxl(recipe) else _mirrored_checkpoint(recipe, folder)
@@ -102,33 +144,28 @@ def count_parameters(recipe: Recipe, folder: Path) -> ParameterCounts | None:
         with safetensors_io.open_file(checkpoint) as file:
             shapes = {name: spec.shape for name, spec in file.specs.items()}
         configs = model_loading.architecture(shapes, recipe.model)
-    parts = model_loading.build(configs)
-    sizes = {part: sum(weight.numel() for weight in module.parameters()) for part, module in parts.items()}
-    # The penultimate output of text encoder 1 is used, so its last layer gets no gradient.
-    untrained = f"lora_te1_text_model_encoder_layers_{configs['te1']['num_hidden_layers'] - 1}_"
-    lokr, entries, trained = recipe.lokr, [], []
+    return checkpoint.name if checkpoint else "SDXL 1.0", configs, model_loading.build(configs)
+
+
+def _lokr_shapes(recipe: Recipe, parts: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight of the LoKr, by its name in the file."""
+    import torch
+    from lycoris.modules.lokr import LokrModule
+    from lycoris.modules.norms import NormModule
+
+    from kohaku_delta.weights import lokr_preset
+
+    lokr, shapes = recipe.lokr, dict[str, tuple[int, ...]]()
+    settings: dict[str, Any] = {"lora_dim": lokr.dim, "alpha": lokr.alpha, "weight_decompose": lokr.dora}
     with torch.device("meta"):
         for target in lokr_preset.lokr_targets({part: parts[part] for part in ("te1", "te2", "unet")}, lokr.preset):
             layer = parts[target.part].get_submodule(target.path)
             if target.algorithm == "norm":
                 entry = NormModule(target.lora, layer)
             else:
-                entry = LokrModule(
-                    target.lora, layer, lora_dim=lokr.dim, alpha=lokr.alpha, factor=target.factor, full_matrix=True
-                )
-            counts = [weight.numel() for weight in entry.parameters()]
-            entries += counts
-            trained += [] if target.lora.startswith(untrained) else counts
-    return ParameterCounts(
-        of=checkpoint.name if checkpoint else "SDXL 1.0",
-        unet=sizes["unet"],
-        text=sizes["te1"] + sizes["te2"],
-        vae=sizes["vae"],
-        lokr=sum(entries),
-        entries=len(entries),
-        trained=sum(trained),
-        optimizer=sum(map(_optimizer_bytes, trained)),
-    )
+                entry = LokrModule(target.lora, layer, factor=target.factor, full_matrix=True, **settings)
+            shapes |= {f"{target.lora}.{name}": tuple(weight.shape) for name, weight in entry.named_parameters()}
+    return shapes
 
 
 def _optimizer_bytes(count: int) -> int:
@@ -142,16 +179,21 @@ def architecture_pins(recipe: Recipe) -> dict[str, Pin]:
     return {name: pin for name in names if isinstance(pin := recipe.download.inputs.get(name), Pin)}
 
 
+def _pinned_file(recipe: Recipe, folder: Path, pin: Pin) -> Path:
+    """Where the file of a pin is, or will be."""
+    if pin.url.startswith("file://"):
+        return folder / pin.url.removeprefix("file://")
+    return folder / recipe.download.mirror / pins.hub_file(pin).path
+
+
 def _local_checkpoint(recipe: Recipe, folder: Path) -> Path | None:
-    urls = [pin.url for pin in architecture_pins(recipe).values()]
-    paths = [folder / url.removeprefix("file://") for url in urls if url.startswith("file://")]
-    return next((path for path in paths if path.is_file()), None)
+    local = [pin for pin in architecture_pins(recipe).values() if pin.url.startswith("file://")]
+    return next((path for pin in local if (path := _pinned_file(recipe, folder, pin)).is_file()), None)
 
 
 def _mirrored_checkpoint(recipe: Recipe, folder: Path) -> Path | None:
     remote = [pin for pin in architecture_pins(recipe).values() if pin.url.startswith("hf://")]
-    paths = [folder / recipe.download.mirror / pins.hub_file(pin).path for pin in remote]
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for pin in remote if (path := _pinned_file(recipe, folder, pin)).is_file()), None)
 
 
 def _is_sdxl(recipe: Recipe) -> bool:

@@ -103,6 +103,11 @@ class Artifact:
         return entries if valid else []
 
     @cached_property
+    def start(self) -> str | None:
+        """The sha256 of the LoKr that the training begins with, according to inputs.json; None: it begins anew."""
+        return next((entry["sha256"] for entry in self.inputs if entry["name"] == params.NETWORK_WEIGHTS), None)
+
+    @cached_property
     def commit(self) -> str | None:
         """The commit that all records name; None if they name none or several."""
         commits = {record.revision.commit for record in self.records.values() if record.revision}

@@ -4,12 +4,13 @@ For people who want to train on without this project. The keys are options of sd
 the release's, to v0.9.1) and of LyCORIS's PresetConfig (2.1 to 4.1). What neither tool has an option for is a comment.
 """
 
+from pathlib import PurePosixPath
 from typing import Any
 
 import tomlkit
 from tomlkit.items import KeyType, SingleKey
 
-from kohaku_delta.params import Preset, Recipe
+from kohaku_delta.params import NETWORK_WEIGHTS, Pin, Preset, Recipe
 from kohaku_delta.weights.lokr_preset import CLASSES
 
 MIXED_PRECISION = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
@@ -38,6 +39,8 @@ def training_toml(recipe: Recipe) -> str:
         projection=recipe.train.text_projection,
         divisor=recipe.train.last_step_divisor,
     )
+    if isinstance(start := recipe.download.inputs.get(NETWORK_WEIGHTS), Pin):
+        notes += f"\nIt began with the LoKr {start.url} (network_weights), which is not in this folder."
     document = tomlkit.document()
     for line in notes.splitlines():
         document.add(tomlkit.comment("".join(letter for letter in line if letter.isprintable())))
@@ -52,6 +55,7 @@ def training_toml(recipe: Recipe) -> str:
 
 def _training(recipe: Recipe) -> dict[str, dict[str, Any]]:
     train, schedule, lokr, ranks = recipe.train, recipe.schedule, recipe.lokr, recipe.execution.ranks
+    start = recipe.download.inputs.get(NETWORK_WEIGHTS)
     half = train.precision == "float16" and train.weights == "float16"
     flags = [f"dora_wd={lokr.dora}"] if lokr.dora else []
     size = f"conv_dim={lokr.dim}", f"conv_alpha={lokr.alpha}"
@@ -61,6 +65,7 @@ def _training(recipe: Recipe) -> dict[str, dict[str, Any]]:
             "network_module": "lycoris.kohya",
             "network_dim": lokr.dim,
             "network_alpha": float(lokr.alpha),
+            "network_weights": PurePosixPath(start.url).name if isinstance(start, Pin) else None,
             "network_args": [
                 f"preset={recipe.release.preset}", "algo=lokr", *size, f"train_norm={lokr.preset.norms}", *flags
             ],

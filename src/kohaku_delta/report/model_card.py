@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.hub import pins
+from kohaku_delta.params import NETWORK_WEIGHTS
 from kohaku_delta.printing import printable_page
 from kohaku_delta.report import build_summary, markdown, table_rows
 from kohaku_delta.report.build_summary import Build
@@ -86,7 +87,7 @@ def _front_matter(build: Build) -> ModelCardData:
             source = pins.hub_file(first)
             if source.kind == "dataset":
                 datasets.add(source.repo)
-            elif key in PARENTS[recipe.merge.start]:
+            elif key in (*PARENTS[recipe.merge.start], NETWORK_WEIGHTS):
                 base_models.add(source.repo)
     tags = ["stable-diffusion-xl", "text-to-image", "anime", "lokr", "reproducible"]
     return ModelCardData(

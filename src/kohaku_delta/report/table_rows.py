@@ -4,8 +4,9 @@ Every figure comes from what the stages ran with or from what they wrote.
 """
 
 import math
+from pathlib import PurePosixPath
 
-from kohaku_delta.params import Percentiles
+from kohaku_delta.params import NETWORK_WEIGHTS, Percentiles
 from kohaku_delta.report.build_summary import Build
 from kohaku_delta.training import buckets
 
@@ -72,6 +73,14 @@ def training(build: Build) -> list[tuple[str, str]]:
 
 
 def _start(build: Build) -> str:
+    start = next((source for source in build.sources if source.name == NETWORK_WEIGHTS), None)
+    if start:
+        name = PurePosixPath(start.url).name
+        return f"{_base(build)}, with the LoKr {name} (sha256 {start.sha256}); optimizer and learning rates anew"
+    return _base(build)
+
+
+def _base(build: Build) -> str:
     merge = build.recipe.merge
     if merge.start == "published":
         return "the published delta base"
@@ -134,7 +143,7 @@ def date_tags(build: Build) -> list[tuple[str, str]]:
 
 
 def milestones(build: Build) -> list[str]:
-    """`2,000: 0.1234` for base, milestones and final model, in SDXL's form; empty without a held-out post."""
+    """`base: 0.1234`, `2,000: 0.1234` for milestones and final model, in SDXL's form; empty without a held-out post."""
     found = build.milestones
     pairs = zip(found["step"], found["held_out_loss"], strict=True) if found else ()
-    return [f"{step:,.0f}: {loss:.4f}" for step, loss in pairs if math.isfinite(loss)]
+    return [f"{f'{step:,.0f}' if step else 'base'}: {loss:.4f}" for step, loss in pairs if math.isfinite(loss)]

@@ -1,8 +1,9 @@
 """The journal: one row per step, equal on every host and with any number of ranks, in a hash chain.
 
 Each row is chained to the one before, so a changed row changes every later one. The chain begins with the header: the
-base's content digest and the parameters that decide the result. After the last step it ends with the content digest of
-the LoKr file. What varies between hosts (times, throughput, memory) is not in the journal. Needs no torch.
+base's content digest, the parameters that decide the result and, if the training began with a LoKr file, its sha256
+(network_weights). After the last step it ends with the content digest of the LoKr file. What varies between hosts
+(times, throughput, memory) is not in the journal. Needs no torch.
 """
 
 import hashlib

@@ -27,8 +27,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from kohaku_delta.formats.safetensors_io import SafetensorsFile
 from kohaku_delta.params import Lokr
-from kohaku_delta.weights import lokr_preset
+from kohaku_delta.weights import lokr_format, lokr_preset
 
 
 class LokrFunction(torch.autograd.Function):
@@ -149,6 +150,15 @@ class LokrAdapter(nn.Module):
             )
         entry.lokr_w1.data = init_weight(tuple(entry.lokr_w1.shape), parameters.seed, target.lora)
         return entry
+
+    def load(self, file: SafetensorsFile, alpha: int) -> None:
+        """Begin with the weights of a LoKr file, as kohya's --network_weights does. Raises UserError for a file with
+        other modules, factors or shapes, another alpha, or values that are not finite.
+        """
+        weights = self.tensors()
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        for name, values in lokr_format.read_weights(file, shapes, alpha):
+            weights[name].copy_(torch.from_numpy(values.copy()))
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         """(tensor name, weight) of every weight that gets a gradient, sorted by name."""

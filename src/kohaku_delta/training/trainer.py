@@ -22,12 +22,13 @@ from tqdm import tqdm
 from kohaku_delta import atomic_files, numerics
 from kohaku_delta.danbooru import tars as tar_files
 from kohaku_delta.errors import UserError
-from kohaku_delta.formats import parquet
+from kohaku_delta.formats import parquet, safetensors_io
 from kohaku_delta.formats.hashing import hash_file
 from kohaku_delta.hub import inputs_manifest
-from kohaku_delta.params import Recipe
+from kohaku_delta.params import NETWORK_WEIGHTS, Recipe
 from kohaku_delta.sdxl.tokenizer import ClipTokenizer
 from kohaku_delta.training import event_log
+from kohaku_delta.weights import lokr_format
 
 if TYPE_CHECKING:  # these import torch, which must find the numerics fixed
     import torch
@@ -63,6 +64,7 @@ def run_dependencies(recipe: Recipe, files: dict[str, Path], texts: list[Path], 
     """
     from kohaku_delta.training import checkpointing
 
+    start = network_weights(files)
     return {
         **{name: hash_file(files[name]) for name in ("base", "posts", "captions", "schedule")},
         **checkpointing.loaded_code_digests(recipe.requirements),
@@ -75,6 +77,7 @@ def run_dependencies(recipe: Recipe, files: dict[str, Path], texts: list[Path], 
             else inputs_manifest.sha256s(files["inputs"], "tars")
         ),
         **{f"numerics {name}": value for name, value in numerics.describe(recipe.train.device).items()},
+        **({NETWORK_WEIGHTS: hash_file(start)} if start else {}),
     }
 
 
@@ -91,6 +94,22 @@ def tar_paths(files: dict[str, Path]) -> dict[int, Path]:
     if files["tars"]:
         return tar_files.tars_in(files["tars"])
     return tar_files.tars_by_number(inputs_manifest.paths(files["inputs"], "tars"))
+
+
+def network_weights(files: dict[str, Path]) -> Path | None:
+    """The LoKr file that the training begins with, given by hand or of the verified inputs; None: it begins anew."""
+    by_hand = files.get("network_weights")
+    if by_hand or not files["inputs"].is_file():
+        return by_hand
+    return inputs_manifest.optional_path(files["inputs"], NETWORK_WEIGHTS)
+
+
+def describe_start(start: Path, base: Path) -> str:
+    """What is said of a LoKr that the training begins with."""
+    with safetensors_io.open_file(start) as file:
+        known = lokr_format.base_digest(file)
+    unknown = f" It does not say on which base it was trained: it is taken for that of {base}."
+    return f"the LoKr begins with {start}, the optimizer and the learning rates anew.{'' if known else unknown}"
 
 
 def load_sdxl(
@@ -138,23 +157,28 @@ def build_context(
 ) -> "TrainingContext":
     """Model, adapter, batch builder, schedule and the journal's header, from declared files, on a device.
 
-    Raises UserError if there are no tars.
+    Raises UserError if there are no tars, and for a LoKr to begin with that is not of this recipe and this base.
     """
     import torch
 
-    from kohaku_delta.formats import safetensors_io
     from kohaku_delta.training.batch_builder import BatchBuilder
     from kohaku_delta.training.lokr import LokrAdapter
     from kohaku_delta.training.training_loop import TrainingContext
 
     if not tars:
         raise UserError(f"{files['tars']} holds no tar (data-0000.tar …). Name the folder of the tars with --tars.")
+    with safetensors_io.open_file(files["base"]) as base:
+        base_digest = base.digest()
+    header = {"base": base_digest, "parameters": result_parameters(recipe)}
     model = load_sdxl(recipe, files["base"], tokenizers, device, getattr(torch, recipe.train.precision))
     if recipe.train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    with safetensors_io.open_file(files["base"]) as base:
-        base_digest = base.digest()
     adapter = LokrAdapter(model.models, recipe.lokr, getattr(torch, recipe.train.weights)).to(device)
+    if start := network_weights(files):
+        with safetensors_io.open_file(start) as lokr:
+            lokr_format.require_base(lokr, base_digest, files["base"])
+            adapter.load(lokr, recipe.lokr.alpha)
+        header[NETWORK_WEIGHTS] = hash_file(start)
     builder = BatchBuilder(
         parquet.read(files["posts"], ["post_id", "tar", "offset", "size", "width", "height"]),
         parquet.read(files["captions"], ["post_id", "caption"]),
@@ -164,7 +188,6 @@ def build_context(
         recipe.caption.separator,
         latent_step(model),
     )
-    header = {"base": base_digest, "parameters": result_parameters(recipe)}
     return TrainingContext(model, adapter, builder, parquet.read(files["schedule"]), header)
 
 
@@ -194,6 +217,8 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
     with nullcontext() if rank else checkpointing.locked(folder), readable_errors(work, rank):
         if rank == 0:
             atomic_files.clear_left_overs(folder)
+            if start := network_weights(files):
+                run_folders.say(describe_start(start, files["base"]))
         context = build_context(recipe, files, tokenizers, tars, device)
         if ranks > 1:
             connect_ranks(depends, rank, ranks, device)

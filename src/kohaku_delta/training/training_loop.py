@@ -22,7 +22,7 @@ import torch.distributed as dist
 from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats.safetensors_io import WriteResult
-from kohaku_delta.params import Recipe
+from kohaku_delta.params import NETWORK_WEIGHTS, Recipe
 from kohaku_delta.training import (
     batch_builder,
     checkpointing,
@@ -117,6 +117,8 @@ class TrainingLoop:
         """Write the weights after `step` steps as a LoKr file."""
         weights = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
         facts = {lokr_format.STEPS: str(step), "ss_num_train_images": str(len(self.builder.post_ids))}
+        if start := self.journal.header.get(NETWORK_WEIGHTS):
+            facts[lokr_format.START] = start
         return lokr_format.write_lokr(path, weights, self.recipe, self.journal.header["base"], facts)
 
     def copy_milestones(self, to: Path) -> None:

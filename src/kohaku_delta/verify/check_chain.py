@@ -17,6 +17,7 @@ from kohaku_delta import paths
 from kohaku_delta.dataset import dataset_statistics
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
+from kohaku_delta.params import NETWORK_WEIGHTS
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.regular_files import read_regular
 from kohaku_delta.training import divergence, schedule, trainer
@@ -214,12 +215,19 @@ def check_numbers(rebuild: Artifact, journal: Journal | None) -> Check:
 
 @check("chain/base")
 def check_base(rebuild: Artifact, journal: Journal | None) -> Check:
-    """The journal begins with the content digest of the base."""
-    recorded = str(require_journal(journal).header.get("base"))
-    digest = _content_digest(rebuild, paths.BASE)
+    """The journal begins with the content digest of the base, and with the sha256 of the LoKr that the recipe begins
+    with, if it names one.
+    """
+    header = require_journal(journal).header
+    began, start = header.get(NETWORK_WEIGHTS), rebuild.start
+    if began != start:
+        named = [f"the LoKr {str(sha256)[:16]}…" if sha256 else "a new LoKr" for sha256 in (began, start)]
+        yield f"the journal begins with {named[0]}; {paths.INPUTS} names {named[1]}"
+    recorded, digest = str(header.get("base")), _content_digest(rebuild, paths.BASE)
     if recorded != digest:
         yield f"the journal begins with the base {recorded[:16]}…; {paths.BASE} has the contents {digest[:16]}…"
-    return f"the journal begins with the contents of {paths.BASE}, {digest[:16]}…"
+    with_start = f", and with the LoKr {start[:16]}… of {paths.INPUTS}" if start else ""
+    return f"the journal begins with the contents of {paths.BASE}, {digest[:16]}…{with_start}"
 
 
 @check("chain/lokr")

@@ -69,7 +69,10 @@ def check_untrained_layer(rebuild: Artifact) -> Check:
     last = {name for name, layer in layers.items() if layer == max(layers.values())}
     if not last & is_zero.keys():
         raise Skip(f"{paths.LOKR} has no lokr_w2 of text encoder 1's last layer")
-    if trained := [name for name, zero in is_zero.items() if name in last and not zero]:
+    trained = [name for name, zero in is_zero.items() if name in last and not zero]
+    if trained and rebuild.start:
+        raise Skip(f"{format_some(trained)} is not 0: it may be that of the LoKr that the training began with")
+    if trained:
         yield f"{format_some(trained)} was trained, and gets no gradient"
     untrained = [name for name, zero in is_zero.items() if name not in last and zero]
     if untrained and rebuild.recipe.train.learning_rate_text:

@@ -14,6 +14,7 @@ import numpy as np
 from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import safetensors_io
+from kohaku_delta.params import NETWORK_WEIGHTS
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.training import journal
 from kohaku_delta.training.journal import Journal
@@ -68,7 +69,8 @@ def check_saved_states(rebuild: Artifact, own_journal: Journal | None) -> Check:
 
 def _differing_inputs(rebuild: Artifact, digests: dict[str, str]) -> list[str]:
     """The inputs of this rebuild's training whose sha256 a run that depends on `digests` did not have."""
-    ours = {name: rebuild.digests[out].sha256 for name, out in INPUTS.items() if out in rebuild.digests}
+    found = {name: rebuild.digests[out].sha256 for name, out in INPUTS.items() if out in rebuild.digests}
+    ours = {**found, NETWORK_WEIGHTS: rebuild.start}
     return sorted(name for name, sha256 in ours.items() if digests.get(name) != sha256)
 
 

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
+from kohaku_delta.params import NETWORK_WEIGHTS
 from kohaku_delta.provenance import dvc_yaml
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.provenance.stage_record import Record
@@ -236,6 +237,9 @@ def _steps(a: Artifact, b: Artifact) -> Iterator[Line]:
     bases = [str(journal.header.get("base"))[:16] for journal in (one, other)]
     if one.header.get("base") != other.header.get("base"):
         yield "step", f"the journals begin with other bases: {bases[0]}… | {bases[1]}…"
+    if one.header.get(NETWORK_WEIGHTS) != other.header.get(NETWORK_WEIGHTS):
+        starts = [str(journal.header.get(NETWORK_WEIGHTS) or "a new one")[:16] for journal in (one, other)]
+        yield "step", f"the journals begin with other LoKr files: {starts[0]} | {starts[1]}"
     schedule, lokr = a.output("schedule.parquet"), a.tensors.get(paths.LOKR)
     micro_batches = parquet.read_bounded(schedule) if schedule else None
     if micro_batches and not micro_batches.schema.equals(SCHEDULE):

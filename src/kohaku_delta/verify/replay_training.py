@@ -17,15 +17,14 @@ import pyarrow.compute as pc
 from kohaku_delta import numerics
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import safetensors_io
-from kohaku_delta.params import Recipe
+from kohaku_delta.params import NETWORK_WEIGHTS, Recipe
 from kohaku_delta.training import journal as journals
 from kohaku_delta.training import trainer
 from kohaku_delta.training.journal import Journal
 from kohaku_delta.verify.findings import format_some
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from kohaku_delta.training.lokr import LokrAdapter
     from kohaku_delta.training.training_loop import TrainingContext
 
 Files = dict[str, Any]  # paths of inputs, base, posts, captions, schedule, journal; tars, tokenizers if given by hand
@@ -94,10 +93,17 @@ def _context(recipe: Recipe, files: Files, device: str) -> "TrainingContext":
 
 
 def require_same_run(recorded: dict, current: dict, files: Files, may_differ: Set[str] = frozenset()) -> None:
-    """Raises UserError if base or parameters of the recipe are not those of the journal's header."""
+    """Raises UserError if base, start or parameters of the recipe are not those of the journal's header."""
     if recorded.get("base") != current["base"]:
         raise UserError(
             f"{files['base']} is not the base that {files['journal']} begins with. Name that base with --base."
+        )
+    starts = [header.get(NETWORK_WEIGHTS) for header in (recorded, current)]
+    if starts[0] != starts[1]:
+        began, begins = (f"the LoKr of sha256 {start}" if start else "a new LoKr" for start in starts)
+        raise UserError(
+            f"{files['journal']} began with {began}, and this recipe begins with {begins}. Name its inputs.json with "
+            "--inputs."
         )
     ours, theirs = current["parameters"], recorded.get("parameters", {})
     differing = sorted(
@@ -200,7 +206,7 @@ def losses(recipe: Recipe, files: Files, lokr: Path, device: str, sample: int, s
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=hardware)})
     context = _context(recipe, files, device)
     require_same_run(journal.header, context.header, files, HARDWARE_PARAMETERS)
-    step = _load_lokr(lokr, context.adapter.tensors(), len(journal.rows))
+    step = _load_lokr(lokr, context.adapter, recipe.lokr.alpha, len(journal.rows))
     rows = context.schedule.filter(pc.equal(context.schedule["step"], step)).to_pylist()
     if not rows or len(rows) != len(journal.rows[step]["losses"]):
         raise UserError(f"{files['schedule']} has other micro-batches of step {step} than {files['journal']}.")
@@ -214,10 +220,8 @@ def losses(recipe: Recipe, files: Files, lokr: Path, device: str, sample: int, s
     return step, pairs
 
 
-def _load_lokr(path: Path, weights: "dict[str, Tensor]", steps: int) -> int:
+def _load_lokr(path: Path, adapter: "LokrAdapter", alpha: int, steps: int) -> int:
     """Copies a milestone's tensors into the adapter; returns the number of steps it was trained for."""
-    import torch
-
     with safetensors_io.open_file(path) as file:
         step = file.metadata.get("ss_steps", "")
         if not step.isdigit() or int(step) >= steps:
@@ -225,15 +229,7 @@ def _load_lokr(path: Path, weights: "dict[str, Tensor]", steps: int) -> int:
                 f"{path} says that it was made after {step or 'no'} steps; a milestone of the steps 1 to {steps - 1} "
                 "is needed."
             )
-        if missing := sorted(weights.keys() - file.specs.keys()):
-            raise UserError(f"{path} has no {missing[0]}: it is not a LoKr of this recipe.")
-        for name, weight in weights.items():
-            if file.specs[name].shape != tuple(weight.shape):
-                raise UserError(
-                    f"{path}: {name} has the shape {list(file.specs[name].shape)}; the recipe's is "
-                    f"{list(weight.shape)}."
-                )
-            weight.copy_(torch.from_numpy(file.float32(name).copy()))
+        adapter.load(file, alpha)
     return int(step)
 
 

@@ -11,18 +11,19 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from kohaku_delta.errors import UserError
-from kohaku_delta.formats import safetensors_header, safetensors_io
+from kohaku_delta.errors import UserError, first_lines
+from kohaku_delta.formats import dtypes, safetensors_header, safetensors_io
 from kohaku_delta.formats.safetensors_header import TensorSpec
 from kohaku_delta.formats.safetensors_io import SafetensorsFile, WriteResult
 from kohaku_delta.params import Recipe
 
 BASE_DIGEST, STEPS, CONTENT_HASH = "ss_base_digest", "ss_steps", "sshs_model_hash"
+START = "ss_network_weights"  # sha256 of the LoKr file that the training began with, if it did not begin anew
 # the suffixes of an entry's tensors by its kind, which either of the first two decides
 KINDS = {
     "lokr": tuple("lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 alpha dora_scale".split()),  # noqa: SIM905
@@ -139,7 +140,7 @@ def group_by_module(file: SafetensorsFile) -> dict[str, tuple[str, dict[str, str
             if telling.search(name):
                 raise UserError(
                     f"{file.path} is a {other}: it has the tensor {name!r:.160}. Only LoKr files, norm differences and "
-                    "full differences are read here; name a LoKr file with --lokr."
+                    "full differences are read here: name a LoKr file."
                 )
         module, _, suffix = name.partition(".")
         modules.setdefault(module, {})[suffix] = name
@@ -150,17 +151,72 @@ def group_by_module(file: SafetensorsFile) -> dict[str, tuple[str, dict[str, str
         if kind is None or unknown:
             raise UserError(
                 f"{file.path}: {parts[unknown[0]]!r:.160} is no part of a LoKr, a norm difference or a full "
-                "difference. Name a LoKr file with --lokr."
+                "difference. Name a LoKr file."
             )
         found[module] = kind, parts
     if not found:
-        raise UserError(f"{file.path} has no tensors of a LoKr. Name a LoKr file with --lokr.")
+        raise UserError(f"{file.path} has no tensors of a LoKr. Name a LoKr file.")
     return found
 
 
 def base_digest(file: SafetensorsFile) -> str | None:
     """The content digest of the base that the file was trained on, if its metadata name it."""
     return file.metadata.get(BASE_DIGEST)
+
+
+def read_weights(
+    file: SafetensorsFile, shapes: Mapping[str, tuple[int, ...]], alpha: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, float32 values) of the weights of a training, ascending, from the LoKr file of another one.
+
+    shapes: of each weight that is trained; alpha: lokr.alpha. Raises UserError, before the first weight, if the file
+    has other modules, factors, shapes or another alpha; and for a value that is not finite in float16, in which the
+    next LoKr file would have it.
+    """
+    group_by_module(file)
+    stored = {name: spec for name, spec in file.specs.items() if not name.endswith(".alpha")}
+    faults = [f"missing: {name}" for name in sorted(shapes.keys() - stored.keys())]
+    faults += [f"not trained by this recipe: {name}" for name in sorted(stored.keys() - shapes.keys())]
+    faults += [
+        f"other shape: {name} is {list(stored[name].shape)}, and {list(shape)} is trained"
+        for name, shape in sorted(shapes.items())
+        if name in stored and stored[name].shape != tuple(shape)
+    ]
+    for name in sorted(file.specs.keys() - stored.keys()):
+        if np.float16(found := _read_number(file, name)) != np.float16(alpha):
+            faults.append(f"other alpha: {name} is {found:g}, and lokr.alpha is {alpha}")
+    if faults:
+        raise UserError(
+            f"{file.path} is not a LoKr of this recipe's section lokr on a model of its base's shapes:",
+            *first_lines(faults),
+            "Name a LoKr that was trained with these modules and factors, or take over the section lokr of its recipe.",
+        )
+    for name in sorted(shapes):
+        values = file.float32(name)
+        with np.errstate(over="ignore"):
+            if not np.isfinite(values.astype(np.float16)).all():
+                raise UserError(
+                    f"{file.path}: {name} holds NaN, infinity or a value that is too large for float16. The file is "
+                    "damaged, or its training diverged: name another one."
+                )
+        yield name, values
+
+
+def _read_number(file: SafetensorsFile, name: str) -> float:
+    """The number that a tensor of one number holds, a float or a whole one; NaN for a tensor of several."""
+    if file.specs[name].count != 1:
+        return math.nan
+    values = file.float32(name) if file.specs[name].dtype in dtypes.FLOATS else file.read(name)
+    return float(values.reshape(-1)[0])
+
+
+def require_base(file: SafetensorsFile, digest: str, base: Path) -> None:
+    """Raises UserError if the file says that it was trained on another base than the one with this content digest."""
+    if base_digest(file) not in (None, digest):
+        raise UserError(
+            f"{file.path} was trained on another base than {base}: it names the contents {base_digest(file)}, and that "
+            f"one has {digest}. Train on from it on its own base (merge.start: published, download.inputs.delta_base)."
+        )
 
 
 def verified_metadata(path: Path) -> dict[str, str]:

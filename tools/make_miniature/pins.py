@@ -36,7 +36,7 @@ def write(data: Path, params: Path) -> None:
         pins = [pin(file, params.resolve().parent) for file in sorted(data.resolve().glob(pattern))]
         if not pins:
             raise click.ClickException(
-                f"{data / pattern} is not there: generate it first (python tools/make_miniature)."
+                f"{data / pattern} does not exist: generate it first (python tools/make_miniature)."
             )
         lines += (
             [f"    {name}:", *(f"      - {entry}" for entry in pins)] if "*" in pattern else [f"    {name}: {pins[0]}"]

@@ -52,9 +52,9 @@ def require_epsilon(file: SafetensorsFile) -> None:
         )
 
 
-def require_floats(file: SafetensorsFile) -> None:
-    """Raises UserError for a file without SDXL's names, and for a weight of a dtype that cannot be computed with (8-bit
-    floats, whole numbers).
+def require_sdxl_weights(file: SafetensorsFile) -> None:
+    """Raises UserError for a file that lacks one of SDXL's four parts or has other names, and for a weight of a dtype
+    that cannot be computed with (8-bit floats, whole numbers).
     """
     absent = [prefix for prefix in PREFIX.values() if not any(name.startswith(prefix) for name in file.specs)]
     if 0 < len(absent) < len(PREFIX):
@@ -80,6 +80,19 @@ def outside(keys: Iterable[str]) -> list[str]:
     them.
     """
     return sorted(key for key in keys if not key.startswith(tuple(PREFIX.values())))
+
+
+def extra_tensors(file: SafetensorsFile, drop: bool, remedy: str) -> list[str]:
+    """The names in a file that are `outside` SDXL, for the caller to leave out. Raises UserError for them unless
+    `drop`; remedy: the option or key that drops them.
+    """
+    extra = outside(file.specs)
+    if extra and not drop:
+        raise UserError(
+            f"{file.path} holds tensors that are no part of SDXL: {list_names(extra)}. No SDXL program computes with "
+            f"them; {remedy} leaves them out."
+        )
+    return extra
 
 
 def list_names(names: Iterable[str]) -> str:

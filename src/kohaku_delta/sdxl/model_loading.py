@@ -162,7 +162,7 @@ def load(
     path = Path(path)
     with safetensors_io.open_file(path) as file:
         checkpoint_checks.require_epsilon(file)
-        checkpoint_checks.require_floats(file)
+        checkpoint_checks.require_sdxl_weights(file)
         shapes = {name: spec.shape for name, spec in file.specs.items()}
         modules = build(require_architecture(path, shapes, model), parts, attention)
         names = TensorNameMap(Layout.of(shapes))

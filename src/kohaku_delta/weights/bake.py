@@ -84,7 +84,7 @@ def bake(
     with safetensors_io.open_file(base) as model, safetensors_io.open_file(lokr_file) as trained:
         for file in (model, trained):
             checkpoint_checks.require_epsilon(file)
-        checkpoint_checks.require_floats(model)
+        checkpoint_checks.require_sdxl_weights(model)
         embeddings = lokr_format.embeddings(trained)
         if embeddings and not drop_extra:
             raise UserError(

@@ -69,13 +69,8 @@ def export(
     """
     with safetensors_io.open_file(checkpoint) as file:
         checkpoint_checks.require_epsilon(file)
-        checkpoint_checks.require_floats(file)
-        extra = checkpoint_checks.outside(file.specs)
-        if extra and not drop_extra:
-            raise UserError(
-                f"{checkpoint} holds tensors that are no part of SDXL: {checkpoint_checks.list_names(extra)}. No SDXL "
-                "program computes with them; --drop-extra leaves them out."
-            )
+        checkpoint_checks.require_sdxl_weights(file)
+        extra = checkpoint_checks.extra_tensors(file, drop_extra, "--drop-extra")
         shapes = {name: spec.shape for name, spec in file.specs.items() if name not in set(extra)}
         configs = model_loading.require_architecture(checkpoint, shapes, model)
         ends = {

@@ -160,13 +160,8 @@ def _require_sha256(path: Path, found: str, expected: str) -> None:
 def _usable(file: SafetensorsFile, drop_extra: bool, notes: list[str]) -> dict[str, TensorSpec]:
     """The tensors of a file that are part of SDXL; a note names those that are not, if they may be left out."""
     checkpoint_checks.require_epsilon(file)
-    checkpoint_checks.require_floats(file)
-    extra = checkpoint_checks.outside(file.specs)
-    if extra and not drop_extra:
-        raise UserError(
-            f"{file.path} holds tensors that are no part of SDXL: {checkpoint_checks.list_names(extra)}. No SDXL "
-            "program computes with them; merge.extra_tensors: drop in params.yaml leaves them out."
-        )
+    checkpoint_checks.require_sdxl_weights(file)
+    extra = checkpoint_checks.extra_tensors(file, drop_extra, "merge.extra_tensors: drop in params.yaml")
     if extra:
         notes.append(f"left out of {file.path}: {checkpoint_checks.list_names(extra)}")
     return {name: spec for name, spec in file.specs.items() if name not in set(extra)}

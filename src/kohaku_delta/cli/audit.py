@@ -26,7 +26,7 @@ COLORS = {"PASS": "green", "FAIL": "red", "SKIP": "yellow"}
     help="The signer's public key (PEM); without it the provenance is neither verified nor believed.",
 )
 @click.option("--data", is_flag=True, help="Hash the inputs in the mirror too (the release's: 1.3 TB).")
-@click.option("--stages", is_flag=True, help="Compute select, filter, caption, merge, schedule and bake again.")
+@click.option("--stages", is_flag=True, help="Compute every stage again but download and train.")
 @click.option("--replay", type=click.IntRange(1), help="Train this many steps again, drawn at random.")
 @click.option("--seed", type=click.IntRange(min=0), help="The seed of that draw: choose your own.")
 @click.option(
@@ -60,6 +60,7 @@ def audit(target: Path, as_json: bool, **options) -> None:
                 print_line(f"  {finding.group + '/' + finding.name:18} {finding.message}", style=status)
         lock_sha256 = hashing.digest_path(rebuild.folder / dvc_yaml.LOCK, md5=False).sha256
         is_bundle = rebuild.bundle is not None
+        unseen = checks.describe_unseen(rebuild, made)
     exit_code, verdict = findings.summarize(made)
     if as_json:
         content = {
@@ -75,10 +76,12 @@ def audit(target: Path, as_json: bool, **options) -> None:
                 }
                 for finding in made
             ],
+            "unseen": printable(unseen),
             "exit": exit_code,
             "verdict": verdict,
         }
         print_json(content)
     else:
+        print_line(f"not looked at: {unseen or 'nothing: every output was compared with what it was made of'}")
         print_line(f"verdict: {verdict}")
     raise SystemExit(exit_code)

@@ -16,6 +16,7 @@ from kohaku_delta.errors import UserError
 from kohaku_delta.params import Recipe
 from kohaku_delta.preview import checkpoint_measurement, image_grid
 from kohaku_delta.preview.checkpoint_measurement import HeldOutData, Measurement
+from kohaku_delta.preview.image_grid import Grid
 from kohaku_delta.weights import bake, lokr_format
 
 CURVE = "step,held_out_loss,held_out_loss_training\n"
@@ -82,11 +83,22 @@ def write_grid(path: Path, prompts: list[str], measured: Mapping[int, Measuremen
         name = f"step {step:,}" if step else "base"
         pictures[name] = [_shrink(picture) for picture in drawn]
         labels += [f"{name}: {losses['sdxl']:.4f}"] if losses else []
-    width = max(CELL, next(iter(pictures.values()))[0].shape[1])
-    columns = max(1, min(len(prompts), SHEET // (len(pictures) * width)))
+    shown = next(iter(pictures.values()))[0]
+    columns = _columns(len(prompts), len(pictures), shown.shape[1])
     title = f"held-out loss: {', '.join([labels[0], labels[-1]])}" if labels else "no held-out loss"
     with atomic_files.atomic_write(path) as file:
         file.write(image_grid.draw_grid(prompts, pictures, {}, columns, title))
+
+
+def grid_of(prompts: list[str], models: int, size: tuple[int, int]) -> Grid:
+    """Where write_grid puts pictures that were drawn in `size` (width, height)."""
+    factor = -(-size[0] // CELL)
+    width, height = -(-size[0] // factor), -(-size[1] // factor)
+    return Grid.of(prompts, models, (width, height), _columns(len(prompts), models, width))
+
+
+def _columns(prompts: int, models: int, width: int) -> int:
+    return max(1, min(prompts, SHEET // (models * max(CELL, width))))
 
 
 def _shrink(picture: np.ndarray) -> np.ndarray:

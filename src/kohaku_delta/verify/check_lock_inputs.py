@@ -18,7 +18,7 @@ from kohaku_delta.verify.findings import Check, Skip, check, format_some
 MAX_CODE = 4 << 20  # bytes of a file of code
 
 
-@check("lock/code")
+@check("lock/code", paths.CODE)
 def check_code(rebuild: Artifact) -> Check:
     """build/code describes the code at hand, or that of the commit that the records name."""
     digests: dict[str, str] = {}
@@ -135,7 +135,7 @@ def check_libraries(rebuild: Artifact) -> Check:
     return f"{name}: {len(locked)} libraries, installed as locked in {len(rebuild.records)} recorded stages"
 
 
-@check("lock/pins")
+@check("lock/pins", paths.INPUTS)
 def check_pins(rebuild: Artifact) -> Check:
     """inputs.json has each pinned input, with the pinned size and sha256. Of a span of files without a list only the
     names are pinned.

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import click
 
-from kohaku_delta import paths
 from kohaku_delta import params as recipes
+from kohaku_delta import paths
 from kohaku_delta.cli.stage_command import FILE, StageCommand, print_summary
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import published_counts

@@ -144,7 +144,7 @@ def write(
         os.posix_fallocate(file.fileno(), 0, total)  # fails now if the disk is too full
         disk = direct_io.Writer(file.fileno(), total)
         disk.write(memoryview(head))
-        for name, data, digest in _ordered_pieces(order, specs, produce, hashes):
+        for data, digest in _ordered_pieces(order, specs, produce, hashes):
             hashing = [pool.submit(each.update, data) for each in (whole, digest)]
             disk.write(data)
             wait(hashing)
@@ -167,7 +167,7 @@ def expect(
     head, order = safetensors_header.build_header(specs, metadata)
     whole, hashes = hashlib.sha256(b"" if content_key else head), dict[str, Any]()
     with ThreadPoolExecutor(2) as pool:
-        for _, data, digest in _ordered_pieces(order, specs, produce, hashes):
+        for data, digest in _ordered_pieces(order, specs, produce, hashes):
             wait([pool.submit(each.update, data) for each in (whole, digest)])
     if content_key:
         head, _ = safetensors_header.build_header(specs, metadata | {content_key: f"0x{whole.hexdigest()}"})
@@ -180,8 +180,8 @@ def _ordered_pieces(
     specs: Mapping[str, TensorSpec],
     produce: Callable[[list[str]], Iterable[tuple[str, Buffer]]],
     hashes: dict[str, Any],
-) -> Iterator[tuple[str, memoryview, Any]]:
-    """(tensor, bytes, its hash object in `hashes`). Raises ValueError if the pieces are not those of `specs`."""
+) -> Iterator[tuple[memoryview, Any]]:
+    """(bytes, the tensor's hash object in `hashes`). Raises ValueError if the pieces are not those of `specs`."""
     pieces = iter(produce(order))
     for name in order:
         hashes[name], left = hashlib.sha256(), specs[name].nbytes
@@ -191,7 +191,7 @@ def _ordered_pieces(
             left -= len(data)
             if produced != name or left < 0:
                 raise ValueError(f"{name}: {specs[name].nbytes} bytes were announced; {produced} came")
-            yield name, data, hashes[name]
+            yield data, hashes[name]
     for produced, _ in pieces:
         raise ValueError(f"{produced} came after the last tensor")
 

@@ -7,13 +7,12 @@ too.
 import json
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from kohaku_delta import atomic_files
 from kohaku_delta.formats.hashing import hash_file
-from kohaku_delta.params import Preview, Recipe
-from kohaku_delta.preview import checkpoint_measurement, image_grid, picture_distance, references, samples
+from kohaku_delta.params import Recipe
+from kohaku_delta.preview import checkpoint_measurement, measurement_files, picture_distance, references, samples
 
 
 def compare_base_and_final(recipe: Recipe, files: dict[str, Path]) -> dict:
@@ -39,23 +38,5 @@ def compare_base_and_final(recipe: Recipe, files: dict[str, Path]) -> dict:
         json.dump(measured, file, indent=1)
         file.write("\n")
     with atomic_files.atomic_write(files["out"]) as file:
-        file.write(draw_sheet(preview, pictures, drawings, measured))
+        file.write(measurement_files.draw_sheet(preview, pictures, drawings, measured))
     return measured
-
-
-def draw_sheet(
-    preview: Preview, pictures: dict[str, list[np.ndarray]], drawings: list[np.ndarray] | None, measured: dict
-) -> bytes:
-    """PNG bytes of the grid. pictures: of "base" and "final", uint8 RGB (H, W, 3), one per prompt; drawings: the
-    references; measured: as compare_base_and_final returns it.
-    """
-    title = f"no held-out loss: {measured.get('reason')}"
-    if measured["posts"]:
-        base, final = (measured[name]["loss"]["sdxl"] for name in ("base", "final"))
-        title = f"held-out loss: base {base:.4f}, final {final:.4f}"
-    distances = {name: measured[name]["distance"] for name in (*pictures, "flat")} if drawings else {}
-    if drawings:
-        base, final, flat = (distances[name]["mean"] for name in ("base", "final", "flat"))
-        title += f"; mean distance to the drawing: base {base:.1f}, final {final:.1f}, one flat colour {flat:.1f}"
-    shown = pictures | ({"drawing": drawings} if drawings else {})
-    return image_grid.draw_grid(preview.prompts, shown, distances, preview.columns, title)

@@ -20,9 +20,9 @@ from kohaku_delta.verify import (
     check_preview,
     check_release,
     check_training_states,
+    findings,
 )
 from kohaku_delta.verify import check_replay as replays
-from kohaku_delta.verify import findings
 from kohaku_delta.verify.findings import Finding
 
 
@@ -83,7 +83,8 @@ def audit(
     yield check_preview.check_samples(rebuild)
     yield check_preview.check_sheet(rebuild, own)
     yield check_preview.check_progress(rebuild, journal)
-    yield check_outputs.check_card(rebuild)
+    if rebuild.output(check_outputs.CARD):
+        yield check_outputs.check_card(rebuild)
     yield from check_release.check_release(rebuild, published)
     yield check_fidelity.check_quirks(rebuild)
     yield check_fidelity.check_untrained_layer(rebuild)

@@ -174,7 +174,7 @@ def check_final(rebuild: Artifact) -> Check:
 
 @check("chain/diffusers", paths.DIFFUSERS)
 def check_diffusers(rebuild: Artifact) -> Check:
-    """The diffusers folder has the final model's tensors, the configurations of the recipe, and the pinned tokenizers."""
+    """The diffusers folder has the final model's tensors, the recipe's configurations and the pinned tokenizers."""
     final, folder = _require(rebuild, paths.FINAL, paths.DIFFUSERS)
     found = rebuild.digests[paths.DIFFUSERS].files or {}
     pinned = {entry["name"]: entry["sha256"] for entry in rebuild.inputs}

@@ -14,8 +14,9 @@ from PIL import Image
 
 from kohaku_delta import paths
 from kohaku_delta.errors import UserError
-from kohaku_delta.preview import samples
+from kohaku_delta.preview import measurement_files, samples
 from kohaku_delta.preview.image_grid import Grid
+from kohaku_delta.preview.measurement_files import Measurement
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.regular_files import read_regular
 from kohaku_delta.training.journal import Journal
@@ -63,10 +64,10 @@ def check_samples(rebuild: Artifact) -> Check:
 
 @check("chain/preview", paths.PREVIEW)
 def check_sheet(rebuild: Artifact, own: Path | None) -> Check:
-    """preview.png is the sheet of build/samples, the reference drawings and held-out.json; the distances in held-out.json
-    are those of the pictures.
+    """preview.png is the sheet of build/samples, the reference drawings and held-out.json, whose distances are those of
+    the pictures.
     """
-    from kohaku_delta.preview import base_and_final, picture_distance
+    from kohaku_delta.preview import picture_distance  # imports OpenCV
 
     preview = rebuild.recipe.preview
     grid_file = require_output(rebuild, "preview.png")
@@ -89,7 +90,7 @@ def check_sheet(rebuild: Artifact, own: Path | None) -> Check:
             if measured.get(name, {}).get("distance") != values:
                 yield f"{paths.HELD_OUT}: the distances of {name} are not those of the pictures"
     try:
-        expected = base_and_final.draw_sheet(preview, pictures, drawings, measured)
+        expected = measurement_files.draw_sheet(preview, pictures, drawings, measured)
     except (KeyError, TypeError, ValueError, AttributeError):
         yield f"{paths.HELD_OUT} is not what the preview stage writes"
         return ""
@@ -105,9 +106,6 @@ def check_progress(rebuild: Artifact, journal: Journal | None) -> Check:
     """milestones.csv has a row per milestone, and begins and ends with the losses of held-out.json; milestones.png is
     its sheet, and begins and ends with the pictures of build/samples. The pictures between are the sheet's own.
     """
-    from kohaku_delta.preview import milestones
-    from kohaku_delta.preview.checkpoint_measurement import Measurement
-
     preview, last = rebuild.recipe.preview, len(require_journal(journal).rows)
     curve, sheet_file = require_output(rebuild, "milestones.csv"), require_output(rebuild, "milestones.png")
     measured = _read_measurements(require_output(rebuild, "held-out.json"))
@@ -123,7 +121,7 @@ def check_progress(rebuild: Artifact, journal: Journal | None) -> Check:
     for number, model in ((0, "base"), (-1, "final")):
         if losses[number] != (measured.get(model, {}).get("loss") if measured.get("posts") else None):
             yield f"{paths.MILESTONES_CSV}: step {steps[number]} has another loss than {model} in {paths.HELD_OUT}"
-    grid = milestones.grid_of(preview.prompts, len(steps), (preview.width, preview.height))
+    grid = measurement_files.grid_of(preview.prompts, len(steps), (preview.width, preview.height))
     sheet, _ = _read_picture(sheet_file, grid.size)
     models = {
         step: Measurement([_cut(sheet, grid, index, number) for index in range(len(preview.prompts))], losses[number])
@@ -134,10 +132,10 @@ def check_progress(rebuild: Artifact, journal: Journal | None) -> Check:
     )
     with tempfile.TemporaryDirectory(prefix="kohaku-delta-") as temporary:
         csv, png = Path(temporary, "milestones.csv"), Path(temporary, "milestones.png")
-        milestones.write_curve(csv, models)
-        milestones.write_grid(png, preview.prompts, models)
+        measurement_files.write_curve(csv, models)
+        measurement_files.write_grid(png, preview.prompts, models)
         if text != csv.read_text(encoding="utf-8"):
-            yield f"{paths.MILESTONES_CSV} is not what the milestones stage writes for steps {format_some(map(str, steps))}"
+            yield f"{paths.MILESTONES_CSV} has other steps, or numbers in another form, than the stage writes"
         if read_regular(sheet_file, MAX_TEXT) != png.read_bytes():
             yield f"{paths.MILESTONES_PNG} is not the sheet of {paths.MILESTONES_CSV} and {paths.SAMPLES}"
     return f"{len(steps)} rows; base and final model are those of {paths.SAMPLES} and {paths.HELD_OUT}"

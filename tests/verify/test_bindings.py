@@ -1,0 +1,195 @@
+"""Every output is bound to what it was made of: whichever is changed, with dvc.lock and all records made consistent
+afterwards, is found by the check that makes it again, or named in the line of outputs that no check looked at.
+"""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+import rebuild_factory
+from kohaku_delta.formats import safetensors_io
+from kohaku_delta.provenance.artifact import open_artifact
+from kohaku_delta.verify import audit as audits
+from kohaku_delta.verify import check_chain, check_outputs, check_preview, findings
+from tampering import audit, failed, rehash_everything, rows, ulp
+
+
+@pytest.fixture(scope="module")
+def untampered_rebuild(tmp_path_factory):
+    return rebuild_factory.write(tmp_path_factory.mktemp("honest") / "recipe")
+
+
+@pytest.fixture
+def copy(untampered_rebuild, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attack") / "recipe"  # as deep as the honest one: its root is a relative path
+    shutil.copytree(untampered_rebuild, folder, symlinks=True)
+    return folder
+
+
+def replaced(name, old, new):
+    """An attack that replaces a text in a file of build/, once."""
+
+    def attack(folder):
+        path = folder / "build" / name
+        content = path.read_text()
+        assert old in content
+        path.write_text(content.replace(old, new, 1))
+
+    return attack
+
+
+def pixel(name, x, y):
+    """One colour of one pixel, by the lowest bit."""
+
+    def attack(folder):
+        path = folder / "build" / name
+        with Image.open(path) as image:
+            pixels = np.asarray(image).copy()
+        pixels[y, x] ^= 1
+        Image.fromarray(pixels).save(path)
+
+    return attack
+
+
+def other_title(folder):
+    """The final model's header says what the recipe does not."""
+    path = folder / "build" / "kohaku-xl-delta.safetensors"
+    with safetensors_io.open_file(path) as file:
+        metadata = dict(file.metadata)
+    safetensors_io.save(path, load_file(path), metadata | {"modelspec.author": "somebody else"})
+
+
+def added(folder):
+    (folder / "build" / "diffusers" / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def drawn_twice(folder):
+    rows(folder, "selection", lambda listed: listed[2].update(drawn=2))
+
+
+def other_reason(folder):
+    rows(folder, "dropped", lambda listed: listed[0].update(reason="hidden"))
+
+
+def other_word(folder):
+    def change(listed):
+        listed[3]["general"].append("night sky")
+        listed[3]["caption"] += ", night sky"
+
+    rows(folder, "captions", change)
+
+
+def first_number(name):
+    """An attack that adds one to the first number of a text."""
+
+    def attack(folder):
+        path = folder / "build" / name
+        content = path.read_text()
+        place = next(place for place, letter in enumerate(content) if letter.isdigit() and content[place - 1] == " ")
+        path.write_text(content[:place] + str((int(content[place]) + 1) % 9 + 1) + content[place + 1 :])
+
+    return attack
+
+
+def journal_of(rebuild):
+    return check_chain.check_journal(rebuild)[1]
+
+
+CHECKS = {
+    "chain/selection": lambda rebuild: check_outputs.check_selection(rebuild, None),
+    "chain/captions": lambda rebuild: check_outputs.check_captions(rebuild, None),
+    "chain/statistics": lambda rebuild: check_outputs.check_statistics(rebuild, None),
+    "chain/order": check_chain.check_order,
+    "chain/curves": lambda rebuild: check_outputs.check_curves(rebuild, journal_of(rebuild)),
+    "chain/final": check_outputs.check_final,
+    "chain/diffusers": check_outputs.check_diffusers,
+    "chain/preview": lambda rebuild: check_preview.check_sheet(rebuild, None),
+    "chain/progress": lambda rebuild: check_preview.check_progress(rebuild, journal_of(rebuild)),
+    "chain/card": check_outputs.check_card,
+}
+UNET, CONFIG = "diffusers/unet/diffusion_pytorch_model.safetensors", "diffusers/vae/config.json"
+ATTACKS = {
+    "a tensor of diffusers/ changed by an ulp": (ulp(UNET), "chain/diffusers", f"build/{UNET} is not what"),
+    "another scaling factor in diffusers/":
+        (replaced(CONFIG, "0.13025", "0.18215"), "chain/diffusers", f"build/{CONFIG} is not what"),
+    "another scheduler in diffusers/":
+        (replaced("diffusers/scheduler/scheduler_config.json", "epsilon", "v_prediction"), "chain/diffusers",
+         "scheduler_config.json is not what"),
+    "another class named in diffusers/":
+        (replaced("diffusers/model_index.json", "CLIPTextModel", "Pwned"), "chain/diffusers", "model_index.json is not"),
+    "another padding token in diffusers/":
+        (replaced("diffusers/tokenizer_2/special_tokens_map.json", '"!"', '"?"'), "chain/diffusers",
+         "special_tokens_map.json is not"),
+    "another merge in diffusers/":
+        (replaced("diffusers/tokenizer/merges.txt", "\n", "\nq q\n"), "chain/diffusers",
+         "merges.txt is not the input tokenizer_merges"),
+    "a file added to diffusers/": (added, "chain/diffusers", "pytorch_model.bin is no file that export writes"),
+    "the final model changed by an ulp":
+        (ulp("kohaku-xl-delta.safetensors"), "chain/final", "is not base + LoKr: 1 tensors differ"),
+    "the final model's header": (other_title, "chain/final", "another header than bake writes"),
+    "curves.csv": (replaced("curves.csv", "1,0.5", "1,0.4"), "chain/curves", "curves.csv is not what the journal gives"),
+    "dataset.json": (first_number("dataset.json"), "chain/statistics", "build/dataset.json is not"),
+    "a plot": (pixel("statistics/years.png", 5, 5), "chain/statistics", "build/statistics is not what it was made of "
+               "gives: years.png"),
+    "why a post was dropped": (other_reason, "chain/statistics", "build/dataset.json is not"),
+    "the artists' list": (first_number("artists-kxl-delta.json"), "chain/captions", "build/artists-kxl-delta.json is"),
+    "the characters' list":
+        (first_number("characters-kxl-delta.json"), "chain/captions", "build/characters-kxl-delta.json is"),
+    "a word of a caption": (other_word, "chain/captions", "build/captions.parquet is not"),
+    "how often a post was drawn": (drawn_twice, "chain/selection", "build/selection.parquet is not"),
+    "bucket.txt": (replaced("bucket.txt", "count: 1", "count: 2"), "chain/order", "bucket.txt is not what"),
+    "the held-out loss of the final model":
+        (replaced("held-out.json", '"sdxl": 0.25', '"sdxl": 0.2'), "chain/preview", "preview.png is not the sheet"),
+    "the same, and milestones.csv not with it":
+        (replaced("held-out.json", '"sdxl": 0.25', '"sdxl": 0.2'), "chain/progress", "another loss than final"),
+    "the title of preview.png": (pixel("preview.png", 20, 8), "chain/preview", "preview.png is not the sheet"),
+    "the title of milestones.png": (pixel("milestones.png", 20, 8), "chain/progress", "milestones.png is not the sheet"),
+    "a row of milestones.csv":
+        (replaced("milestones.csv", "8,0.25,0.125\n", "8,0.25,0.125\n9,0.25,0.125\n"), "chain/progress", "rows"),
+    "the model card": (lambda folder: (folder / "build" / "README.md").write_text("# Another model\n"), "chain/card",
+                       "is not the card of this build"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_changed_output_is_found_by_making_it_again(copy, attack):
+    change, check, message = ATTACKS[attack]
+    change(copy)
+    with open_artifact(copy) as rebuild:
+        finding = CHECKS[check](rebuild)
+    assert (finding.status, f"{finding.group}/{finding.name}") == ("FAIL", check) and message in finding.message, finding
+
+
+def test_what_was_hashed_anew_everywhere_is_found_by_its_contents_alone(copy):
+    for name in ("another scaling factor in diffusers/", "curves.csv", "dataset.json", "the artists' list",
+                 "the final model's header", "the title of preview.png", "a row of milestones.csv"):  # fmt: skip
+        ATTACKS[name][0](copy)
+    rehash_everything(copy)
+    code, found = audit(copy)
+    assert code == 1 and {name for name in failed(found) if name.startswith("lock/")} == set()
+    assert failed(found).keys() >= {
+        "chain/diffusers", "chain/curves", "chain/statistics", "chain/captions", "chain/final", "chain/preview",
+        "chain/progress",
+    }  # fmt: skip
+
+
+def test_every_output_is_looked_at_or_named_with_what_would_look_at_it(copy):
+    with open_artifact(copy) as rebuild:
+        made = list(audits.audit(rebuild))
+        described = audits.describe_unseen(rebuild, made)
+        unseen = findings.not_looked_at(made, rebuild.writers)
+        assert set(unseen) == {
+            "build/posts.parquet", "build/dropped.parquet", "build/delta-base.safetensors", "build/journal.parquet",
+            "build/samples", "build/held-out.json", "build/milestones.csv", "build/milestones.png",
+        }  # fmt: skip
+        assert all(out in described for out in unseen)
+        assert "build/delta-base.safetensors" in described.split("(--stages)")[0]
+        assert "build/journal.parquet (replay/steps was not made; --replay)" in described
+        stage = rebuild.stages["select"]  # an output that a later version adds to dvc.yaml
+        rebuild.stages["later"] = dataclasses.replace(stage, name="later", outs=("build/new.json",))
+        del rebuild.__dict__["writers"]
+        assert "build/new.json (no option looks at it)" in audits.describe_unseen(rebuild, made)

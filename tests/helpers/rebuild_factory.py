@@ -47,6 +47,8 @@ TOKENIZERS = {
     for part, file in (("vocab", "vocab.json"), ("merges", "merges.txt"))
 }
 LOCK = ROOT / "requirements" / "cpu.txt"
+RECORDS = json.loads((ROOT / "requirements" / "cpu.records.json").read_text())
+COMPUTING = ("train", "preview", "milestones")
 CODE = {
     name: import_closure.dumps(import_closure.describe_stage(ROOT / "stages" / f"{name}.py", LOCK))
     for name in STAGES
@@ -326,12 +328,19 @@ def records(folder: Path, **changed) -> None:
                 "files": found["files"],
             }
         parameters = stage["params"]["params.yaml"]
+        code = json.loads(CODE[name])["libraries"] if name in CODE else {}
+        libraries = {library: each["version"] for library, each in code.items()}
         content = {
-            "format": "kohaku-delta record 1", "stage": name, "command": stage["cmd"], "inputs": inputs,
+            "format": "kohaku-delta record 2", "stage": name, "command": stage["cmd"], "inputs": inputs,
             "outputs": outputs,
             "parameters": parameters, "parameters_after": parameters, "revision": None,
-            "libraries": {"click": "8.5.1"}, "container": None,
-            "numerics": {"device": "cpu"} if name == "train" else None, "confined": None, "changed_code": [],
+            "libraries": libraries, "container": None,
+            "loaded": {
+                "records": {library: RECORDS[library] for library in libraries}, "changed": [], "others": {},
+                "foreign": [], "startup": [], "variables": [], "files": 7, "bytes": 700,
+            },
+            "numerics": {"device": "cpu", "torch": libraries["torch"]} if name in COMPUTING else None,
+            "confined": "audit hook and Landlock (version 7)", "changed_code": [],
             "host": {"processor": "one"},
             "times": {"began": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:00:01+00:00", "seconds": 1.0},
         }  # fmt: skip

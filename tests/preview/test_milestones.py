@@ -23,7 +23,7 @@ from PIL import Image
 import tiny_training
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.formats import parquet
-from kohaku_delta.preview import measurement_files, milestones
+from kohaku_delta.preview import measurement_files
 from kohaku_delta.preview.measurement_files import Measurement
 from kohaku_delta.training import run_folders
 

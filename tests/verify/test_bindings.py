@@ -3,6 +3,7 @@ afterwards, is found by the check that makes it again, or named in the line of o
 """
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -14,8 +15,15 @@ import rebuild_factory
 from kohaku_delta.formats import safetensors_io
 from kohaku_delta.provenance.artifact import open_artifact
 from kohaku_delta.verify import audit as audits
-from kohaku_delta.verify import check_chain, check_outputs, check_preview, findings
-from tampering import audit, failed, rehash_everything, rows, ulp
+from kohaku_delta.verify import (
+    check_chain,
+    check_lock_inputs,
+    check_lock_records,
+    check_outputs,
+    check_preview,
+    findings,
+)
+from tampering import audit, failed, other_code, record_edited, rehash_everything, rows, ulp
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +126,10 @@ ATTACKS = {
         (replaced(CONFIG, "0.13025", "0.18215"), "chain/diffusers", f"build/{CONFIG} is not what"),
     "another scheduler in diffusers/":
         (replaced("diffusers/scheduler/scheduler_config.json", "epsilon", "v_prediction"), "chain/diffusers",
-         "scheduler_config.json is not what"),
+         "scheduler_config.json is not"),
     "another class named in diffusers/":
-        (replaced("diffusers/model_index.json", "CLIPTextModel", "Pwned"), "chain/diffusers", "model_index.json is not"),
+        (replaced("diffusers/model_index.json", "CLIPTextModel", "Other"), "chain/diffusers",
+         "model_index.json is not"),
     "another padding token in diffusers/":
         (replaced("diffusers/tokenizer_2/special_tokens_map.json", '"!"', '"?"'), "chain/diffusers",
          "special_tokens_map.json is not"),
@@ -129,9 +138,10 @@ ATTACKS = {
          "merges.txt is not the input tokenizer_merges"),
     "a file added to diffusers/": (added, "chain/diffusers", "pytorch_model.bin is no file that export writes"),
     "the final model changed by an ulp":
-        (ulp("kohaku-xl-delta.safetensors"), "chain/final", "is not base + LoKr: 1 tensors differ"),
-    "the final model's header": (other_title, "chain/final", "another header than bake writes"),
-    "curves.csv": (replaced("curves.csv", "1,0.5", "1,0.4"), "chain/curves", "curves.csv is not what the journal gives"),
+        (ulp("kohaku-xl-delta.safetensors"), "chain/final", "is not base + LoKr: 1"),
+    "the final model's header":
+        (other_title, "chain/final", "another header than bake writes"),
+    "curves.csv": (replaced("curves.csv", "1,0.5", "1,0.4"), "chain/curves", "curves.csv is not what the journal"),
     "dataset.json": (first_number("dataset.json"), "chain/statistics", "build/dataset.json is not"),
     "a plot": (pixel("statistics/years.png", 5, 5), "chain/statistics", "build/statistics is not what it was made of "
                "gives: years.png"),
@@ -145,9 +155,9 @@ ATTACKS = {
     "the held-out loss of the final model":
         (replaced("held-out.json", '"sdxl": 0.25', '"sdxl": 0.2'), "chain/preview", "preview.png is not the sheet"),
     "the same, and milestones.csv not with it":
-        (replaced("held-out.json", '"sdxl": 0.25', '"sdxl": 0.2'), "chain/progress", "another loss than final"),
+        (replaced("held-out.json", '"sdxl": 0.25', '"sdxl": 0.2'), "chain/progress", "another loss"),
     "the title of preview.png": (pixel("preview.png", 20, 8), "chain/preview", "preview.png is not the sheet"),
-    "the title of milestones.png": (pixel("milestones.png", 20, 8), "chain/progress", "milestones.png is not the sheet"),
+    "the title of milestones.png": (pixel("milestones.png", 20, 8), "chain/progress", "milestones.png is not the"),
     "a row of milestones.csv":
         (replaced("milestones.csv", "8,0.25,0.125\n", "8,0.25,0.125\n9,0.25,0.125\n"), "chain/progress", "rows"),
     "the model card": (lambda folder: (folder / "build" / "README.md").write_text("# Another model\n"), "chain/card",
@@ -161,7 +171,9 @@ def test_a_changed_output_is_found_by_making_it_again(copy, attack):
     change(copy)
     with open_artifact(copy) as rebuild:
         finding = CHECKS[check](rebuild)
-    assert (finding.status, f"{finding.group}/{finding.name}") == ("FAIL", check) and message in finding.message, finding
+    assert (finding.status, f"{finding.group}/{finding.name}") == ("FAIL", check) and message in finding.message, (
+        finding
+    )
 
 
 def test_what_was_hashed_anew_everywhere_is_found_by_its_contents_alone(copy):
@@ -193,3 +205,90 @@ def test_every_output_is_looked_at_or_named_with_what_would_look_at_it(copy):
         rebuild.stages["later"] = dataclasses.replace(stage, name="later", outs=("build/new.json",))
         del rebuild.__dict__["writers"]
         assert "build/new.json (no option looks at it)" in audits.describe_unseen(rebuild, made)
+
+
+def revised(**revisions):
+    """Attacks on the commits in records: stage → (commit, dirty)."""
+
+    def attack(folder):
+        for path in (folder / "build" / "records").iterdir():
+            content = json.loads(path.read_text())
+            commit, dirty = revisions.get(content["stage"], ("a" * 40, False))
+            path.write_text(json.dumps(content | {"revision": {"commit": commit, "dirty": dirty}}))
+
+    return attack
+
+
+def loaded(**changed):
+    return record_edited("select", lambda content: content["loaded"].update(changed))
+
+
+def code_check(rebuild):
+    return check_lock_records.check_revision(rebuild, check_lock_inputs.check_code(rebuild))
+
+
+RECORD_CHECKS = {
+    "lock/libraries": check_lock_inputs.check_libraries,
+    "lock/loaded": check_lock_inputs.check_loaded,
+    "lock/sandbox": check_lock_records.check_confinement,
+    "lock/revision": code_check,
+}
+RECORD_ATTACKS = {
+    "no libraries": (record_edited("train", lambda content: content.update(libraries={})), "lock/libraries", "FAIL",
+                     "the record of train does not say which"),
+    "a library that was not installed":
+        (record_edited("train", lambda content: content["libraries"].update(torch="")), "lock/libraries", "FAIL",
+         "does not say which torch was installed"),
+    "nothing confined it": (record_edited("merge", lambda content: content.update(confined=None)), "lock/sandbox",
+                            "FAIL", "merge was not confined: its record says nothing"),
+    "it was not started as a stage":
+        (record_edited("merge", lambda content: content.update(confined="nothing: it was not started as a stage")),
+         "lock/sandbox", "FAIL", "merge was not confined: nothing"),
+    "a kernel without Landlock":
+        (record_edited("merge", lambda content: content.update(confined="audit hook alone: the kernel has none")),
+         "lock/sandbox", "PASS", "merge: audit hook alone"),
+    "no numerics": (record_edited("train", lambda content: content.update(numerics=None)), "lock/sandbox", "FAIL",
+                    "the record of train does not say what its numbers were computed with"),
+    "numerics of another torch":
+        (record_edited("train", lambda content: content["numerics"].update(torch="2.0.0")), "lock/sandbox", "FAIL",
+         "computed with another torch than was installed"),
+    "a library's file edited after its installation":
+        (loaded(changed=["numpy: _core.py"]), "lock/loaded", "FAIL", "did not install: numpy: _core.py"),
+    "a library's file and its list edited":
+        (record_edited("select", lambda content: content["loaded"]["records"].update(pyarrow="1" * 64)), "lock/loaded",
+         "FAIL", "select ran with other files of pyarrow than those of the locked wheel"),
+    "no lists of files": (loaded(records={}), "lock/loaded", "FAIL", "has no list of the files of adbc-driver-manager"),
+    "a library that is not locked":
+        (loaded(others={"evil": "1.0"}), "lock/loaded", "FAIL", "loaded evil 1.0, which cpu.txt does not have"),
+    "modules from PYTHONPATH": (loaded(foreign=["sitecustomize"], variables=["PYTHONPATH"]), "lock/loaded", "FAIL",
+                                "modules that belong to no library: sitecustomize"),
+    "PYTHONPATH, and nothing loaded by it": (loaded(variables=["PYTHONPATH"]), "lock/loaded", "PASS", "PYTHONPATH"),
+    "LD_PRELOAD": (loaded(variables=["LD_PRELOAD"]), "lock/loaded", "FAIL", "was started with LD_PRELOAD"),
+    "usercustomize": (loaded(startup=["usercustomize"]), "lock/loaded", "FAIL", "code of no library when select began"),
+    "a .pth file": (loaded(startup=["x.pth"]), "lock/loaded", "FAIL", "code of no library when select began: x.pth"),
+    "the sitecustomize of a distribution of Linux": (loaded(startup=["sitecustomize"]), "lock/loaded", "PASS", "sitec"),
+    "not a word of what was loaded":
+        (record_edited("select", lambda content: content.update(loaded=None)), "lock/loaded", "FAIL",
+         "the record of select does not say what was loaded"),
+    "a record of an earlier version":
+        (record_edited("select", lambda content: content.update(loaded=None, format="kohaku-delta record 1")),
+         "lock/loaded", "SKIP", "the records of select are of an earlier version"),
+    "one commit": (revised(), "lock/revision", "PASS", "all 13 recorded stages ran at commit aaaaaaaaaa"),
+    "two commits, with the code at hand":
+        (revised(train=("b" * 40, False)), "lock/revision", "PASS", "2 commits (aaaaaaaaaa, bbbbbbbbbb); the files"),
+    "files that were not committed, with the code at hand":
+        (revised(train=("a" * 40, True)), "lock/revision", "PASS", "train with files that were not committed; the file"),
+    "two commits, and other code": (lambda folder: (other_code(folder), revised(train=("b" * 40, False))(folder)),
+                                    "lock/revision", "FAIL", "the code is not that at hand"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", RECORD_ATTACKS)
+def test_a_record_that_is_not_strict_fails_its_line(copy, attack):
+    change, check, status, message = RECORD_ATTACKS[attack]
+    change(copy)
+    with open_artifact(copy) as rebuild:
+        finding = RECORD_CHECKS[check](rebuild)
+    assert (finding.status, f"{finding.group}/{finding.name}") == (status, check) and message in finding.message, (
+        finding
+    )

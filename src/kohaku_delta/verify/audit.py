@@ -52,14 +52,17 @@ def audit(
     yield check_lock.check_outputs(rebuild)
     if rebuild.bundle and rebuild.bundle.left_out:
         yield check_lock.check_left_out(rebuild)
-    yield check_lock_inputs.check_code(rebuild)
+    yield (code := check_lock_inputs.check_code(rebuild))
     yield check_lock_inputs.check_libraries(rebuild)
+    yield check_lock_inputs.check_loaded(rebuild)
     yield check_lock_inputs.check_pins(rebuild)
     yield check_lock_inputs.check_data(rebuild, data)
     yield check_lock_records.check_records(rebuild)
     if rebuild.lock.keys() - rebuild.records.keys() - rebuild.unreadable.keys():
         yield check_lock_records.check_unrecorded(rebuild)
     yield check_lock_records.check_unchanged_during_run(rebuild)
+    yield check_lock_records.check_revision(rebuild, code)
+    yield check_lock_records.check_confinement(rebuild)
     yield check_lock_records.check_signature(rebuild, key)
     yield check_lock_records.check_stage_links(rebuild)
     yield check_outputs.check_selection(rebuild, own)

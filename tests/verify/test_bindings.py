@@ -277,7 +277,7 @@ RECORD_ATTACKS = {
     "two commits, with the code at hand":
         (revised(train=("b" * 40, False)), "lock/revision", "PASS", "2 commits (aaaaaaaaaa, bbbbbbbbbb); the files"),
     "files that were not committed, with the code at hand":
-        (revised(train=("a" * 40, True)), "lock/revision", "PASS", "train with files that were not committed; the file"),
+        (revised(train=("a" * 40, True)), "lock/revision", "PASS", "train with files that were not committed; the"),
     "two commits, and other code": (lambda folder: (other_code(folder), revised(train=("b" * 40, False))(folder)),
                                     "lock/revision", "FAIL", "the code is not that at hand"),
 }  # fmt: skip

@@ -23,7 +23,7 @@ from kohaku_delta.verify import (
     check_preview,
     findings,
 )
-from tampering import audit, failed, other_code, record_edited, rehash_everything, rows, ulp
+from tampering import ask, audit, failed, other_code, record_edited, rehash_everything, rows, ulp
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,21 @@ def first_number(name):
     return attack
 
 
+def edited_card(folder):
+    code, message = ask("card", folder)
+    assert code == 0, message
+    with open_artifact(folder) as rebuild:
+        assert check_outputs.check_card(rebuild).status == "PASS"
+    replaced("README.md", "## How to check it", "## Do not check it")(folder)
+
+
+def test_a_card_of_an_earlier_build_is_no_false_alarm(copy):
+    (copy / "build" / "README.md").write_text("# The card of another model\n")
+    with open_artifact(copy) as rebuild:
+        finding = check_outputs.check_card(rebuild)
+    assert finding.status == "SKIP" and "is of an earlier or another build" in finding.message
+
+
 def journal_of(rebuild):
     return check_chain.check_journal(rebuild)[1]
 
@@ -160,8 +175,8 @@ ATTACKS = {
     "the title of milestones.png": (pixel("milestones.png", 20, 8), "chain/progress", "milestones.png is not the"),
     "a row of milestones.csv":
         (replaced("milestones.csv", "8,0.25,0.125\n", "8,0.25,0.125\n9,0.25,0.125\n"), "chain/progress", "rows"),
-    "the model card": (lambda folder: (folder / "build" / "README.md").write_text("# Another model\n"), "chain/card",
-                       "is not the card of this build"),
+    "the model card":
+        (edited_card, "chain/card", "README.md names this build's final model, and was changed"),
 }  # fmt: skip
 
 

@@ -7,19 +7,17 @@ import sys
 
 sys.path[0] = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "src")
 
-import json
 from pathlib import Path
 
 import click
 
-from kohaku_delta import atomic_files, paths
 from kohaku_delta import params as recipes
+from kohaku_delta import paths
 from kohaku_delta.cli.stage_command import FILE, StageCommand, print_summary
 from kohaku_delta.danbooru.database import Database
-from kohaku_delta.dataset import dataset_statistics, published_counts
-from kohaku_delta.formats import parquet
+from kohaku_delta.dataset import published_counts
 from kohaku_delta.hub import inputs_manifest as listed
-from kohaku_delta.report import dataset_plots
+from kohaku_delta.report import dataset_files
 from kohaku_delta.sdxl.tokenizer import ClipTokenizer
 
 
@@ -45,21 +43,8 @@ def main(
     """Count the dataset, compare it with the published counts, and plot it."""
     recipe = recipes.load(params)
     source = Database(database or listed.path(inputs, "database"))
-    published = recipe.published.dataset if recipe.published else None
-    ids = parquet.read(files["posts"], ["post_id"])["post_id"].to_numpy()
     tokens = ClipTokenizer(*listed.tokenizer(inputs, "tokenizer", tokenizer))
-    length = recipe.train.max_token_length
-    figures = dataset_statistics.filter_counts(files["selection"], files["posts"], files["dropped"])
-    figures |= dataset_statistics.metadata_counts(source, ids, recipe.caption)
-    figures |= dataset_statistics.bucket_counts(files["buckets"], recipe.schedule)
-    figures |= dataset_statistics.tag_and_token_counts(files["captions"], source, recipe.caption, tokens)
-    figures |= {name: dataset_statistics.most_frequent(files[name]) for name in ("artists", "characters")}
-    comparison = published_counts.compare_counts(figures, published)
-    dataset_plots.draw_plots(figures, recipe.caption, length, published, folder)
-    metrics = dataset_statistics.metrics(figures, recipe.caption, length) | {"published": comparison}
-    with atomic_files.atomic_write(out, "w") as file:
-        json.dump(metrics, file, indent=1, ensure_ascii=False)
-        file.write("\n")
+    figures, comparison = dataset_files.write_statistics(recipe, source, tokens, files, out, folder)
     print_summary(
         "statistics",
         f"{figures['trained']:,} posts, {figures['steps']:,} steps; "

@@ -11,6 +11,7 @@ import json
 import os
 import posixpath
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +22,33 @@ from ruamel.yaml import YAML
 
 from kohaku_delta import params
 from kohaku_delta.danbooru.database import Database
-from kohaku_delta.dataset import captions
+from kohaku_delta.dataset import captions, selection, tag_counts
 from kohaku_delta.formats import parquet, safetensors_io
-from kohaku_delta.preview import image_grid, samples
+from kohaku_delta.preview import measurement_files, samples
+from kohaku_delta.preview.measurement_files import Measurement
 from kohaku_delta.provenance import import_closure
+from kohaku_delta.report import dataset_files
+from kohaku_delta.sdxl.tokenizer import ClipTokenizer
 from kohaku_delta.training import checkpointing, journal, run_folders, schedule, tensor_fingerprints, trainer
-from kohaku_delta.weights import lokr_format
+from kohaku_delta.weights import bake, export_diffusers, lokr_format
 
 ROOT = Path(__file__).resolve().parents[2]
 DATABASE = ROOT / "data" / "danbooru2023.db"
 STAGES = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 STEPS_BETWEEN_STATES = 4
+SHAPES = {  # of the second factors, on the toy's layers
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1.lokr_w2": (48, 12),
+    "lora_te1_text_model_encoder_layers_1_mlp_fc1.lokr_w2": (48, 12),
+    "lora_unet_out_2.lokr_w2": (1, 6, 3, 3),
+}
+TOKENIZERS = {
+    f"{name}_{part}": f"{name}/{file}"
+    for name in ("tokenizer", "tokenizer_2")
+    for part, file in (("vocab", "vocab.json"), ("merges", "merges.txt"))
+}
 LOCK = ROOT / "requirements" / "cpu.txt"
+RECORDS = json.loads((ROOT / "requirements" / "cpu.records.json").read_text())
+COMPUTING = ("train", "preview", "milestones")
 CODE = {
     name: import_closure.dumps(import_closure.describe_stage(ROOT / "stages" / f"{name}.py", LOCK))
     for name in STAGES
@@ -67,9 +83,13 @@ def write(folder: Path) -> Path:
     content["root"], content["supplied"] = os.path.relpath(ROOT, folder), "mirror"
     content["train"]["milestone_every"] = STEPS_BETWEEN_STATES
     content["schedule"] |= {"epochs": 1, "batch_size": 2, "micro_batches": 2, "lanes": 2}
+    database = Database(DATABASE)
+    ids = database.post_ids()[-40:]
+    content["selection"]["ranges"] = [{"from": int(ids[0]), "below": None, "draw": "all"}]
     content["download"] |= {
         "mirror": "mirror",
-        "inputs": {"database": _pin(folder, DATABASE), "tars": [_pin(folder, folder / "mirror" / "data-0004.tar")]},
+        "inputs": {"database": _pin(folder, DATABASE), "tars": [_pin(folder, folder / "mirror" / "data-0004.tar")]}
+        | {name: _pin(folder, ROOT / "data" / place) for name, place in TOKENIZERS.items()},
     }
     dump(folder / "params.yaml", content)
     recipe = params.load(folder / "params.yaml")
@@ -78,15 +98,14 @@ def write(folder: Path) -> Path:
         for name, pins in content["download"]["inputs"].items()
     }
     (build / "inputs.json").write_text(
-        json.dumps({"inputs": listed | {"database": listed["database"][0]}, "start": "merge"}, sort_keys=True)
+        json.dumps({"inputs": listed | {name: listed[name][0] for name in listed if name != "tars"}, "start": "merge"}, sort_keys=True)
     )
 
-    database = Database(DATABASE)
-    ids = database.post_ids()[-60:]
-    ids = ids[captions.captionable(database, ids, recipe.caption)][:32]
-    trained, dropped = ids[:30], ids[30:]
-    parquet.write(pa.table({"post_id": ids, "drawn": pa.array([1] * 32, pa.int32())}), build / "selection.parquet")
-    parquet.write(pa.table({"post_id": dropped, "reason": ["deleted", "banned"]}), build / "dropped.parquet")
+    trained = ids[captions.captionable(database, ids, recipe.caption)][:30]
+    dropped = np.setdiff1d(ids, trained)
+    parquet.write(selection.select(database, recipe.selection), build / "selection.parquet")
+    reasons = pa.array(["deleted"] * len(dropped))
+    parquet.write(pa.table({"post_id": dropped, "reason": reasons}), build / "dropped.parquet")
     sides = pa.array([96 + 32 * (row % 3) for row in range(30)], pa.int32())
     parquet.write(
         pa.table(
@@ -95,54 +114,67 @@ def write(folder: Path) -> Path:
                 "tar": ["data-0004.tar"] * 30,
                 "width": sides,
                 "height": pa.array([128] * 30, pa.int32()),
+                "despite": pa.array([None] * 30, pa.string()),
             }
         ),
         build / "posts.parquet",
     )
-    captions.write_captions(database, trained, recipe.caption, build / "captions.parquet")
+    counts = tag_counts.TagCounter()
+    captions.write_captions(database, trained, recipe.caption, build / "captions.parquet", counts)
+    tag_counts.write_tag_counts(counts.artists(), build / "artists-kxl-delta.json")
+    tag_counts.write_tag_counts(counts.characters(), build / "characters-kxl-delta.json")
     rows, buckets = schedule.build_schedule(parquet.read(build / "posts.parquet"), recipe.schedule)
     parquet.write(rows, build / "schedule.parquet")
     (build / "bucket.txt").write_text(schedule.bucket_lines(buckets))
 
-    generator = np.random.default_rng(1)
-    base = safetensors_io.save(
-        build / "delta-base.safetensors",
-        {f"model.{name}": generator.standard_normal((8, 8)).astype(np.float16) for name in "abc"},
-    )
-    safetensors_io.save(
-        build / "kohaku-xl-delta.safetensors",
-        {f"model.{name}": generator.standard_normal((8, 8)).astype(np.float16) for name in "abc"},
-    )
-    _train(folder, recipe, rows, base.digest)
-    for name in (
-        "artists-kxl-delta.json",
-        "characters-kxl-delta.json",
-        "dataset.json",
-        "held-out.json",
-        "curves.csv",
-        "milestones.csv",
-        "milestones.png",
-    ):
-        (build / name).write_text(f"{name}\n")
-    _preview(build, recipe)
-    for name in ("diffusers/unet/model.safetensors", "diffusers/model_index.json", "statistics/years.png"):
-        (build / name).parent.mkdir(parents=True, exist_ok=True)
-        (build / name).write_text(f"{name}\n")
+    shutil.copyfile(ROOT / "data" / "checkpoints" / "gamma.safetensors", build / "delta-base.safetensors")
+    with safetensors_io.open_file(build / "delta-base.safetensors") as file:
+        _train(folder, recipe, rows, file.digest())
+    _publish(folder, recipe)
     lock(folder)
     records(folder)
     return folder
 
 
-def _preview(build: Path, recipe) -> None:
+def _publish(folder: Path, recipe) -> None:
+    """What is made of dataset, journal and LoKr, as the stages make it; only pictures and losses are made up."""
+    build = folder / "build"
+    source = {name: build / f"{name}.parquet" for name in ("selection", "posts", "dropped", "captions")}
+    source |= {name: build / f"{name}-kxl-delta.json" for name in ("artists", "characters")}
+    tokenizers = {
+        name: tuple(ROOT / "data" / TOKENIZERS[f"{name}_{part}"] for part in ("vocab", "merges"))
+        for name in ("tokenizer", "tokenizer_2")
+    }
+    dataset_files.write_statistics(
+        recipe,
+        Database(DATABASE),
+        ClipTokenizer(*tokenizers["tokenizer"]),
+        source | {"buckets": build / "bucket.txt"},
+        build / "dataset.json",
+        build / "statistics",
+    )
+    rows = journal.read_journal(build / "journal.parquet").rows
+    (build / "curves.csv").write_text("".join(journal.curve_lines(rows)))
+    files = {"base": build / "delta-base.safetensors", "final": build / "kohaku-xl-delta.safetensors"}
+    bake.bake(files["base"], build / "delta-lokr.safetensors", recipe.bake, recipe.model.side, files["final"])
+    export_diffusers.export(files["final"], tokenizers, recipe.model, build / "diffusers")
     generator, preview = np.random.default_rng(2), recipe.preview
     pictures = {
         model: list(generator.integers(0, 256, (len(preview.prompts), preview.height, preview.width, 3), np.uint8))
-        for model in ("base", "final")
+        for model in files
     }
-    (build / "preview.png").write_bytes(image_grid.draw_grid(preview.prompts, pictures, {}, preview.columns, "title"))
-    files = {"base": build / "delta-base.safetensors", "final": build / "kohaku-xl-delta.safetensors"}
+    losses = {model: {"sdxl": loss, "training": loss / 2} for model, loss in (("base", 0.5), ("final", 0.25))}
+    measured = {"posts": 3} | {model: {"loss": losses[model]} for model in losses}
+    (build / "held-out.json").write_text(json.dumps(measured, indent=1) + "\n")
+    (build / "preview.png").write_bytes(measurement_files.draw_sheet(preview, pictures, None, measured))
     named = {model: (path.stem, sha256(path.read_bytes())) for model, path in files.items()}
     samples.write_samples(build / "samples", preview, pictures, named)
+    steps = [*range(0, len(rows), STEPS_BETWEEN_STATES), len(rows)]
+    models = {
+        step: Measurement(pictures["final" if step else "base"], losses["final" if step else "base"]) for step in steps
+    }
+    measurement_files.write_curve(build / "milestones.csv", models)
+    measurement_files.write_grid(build / "milestones.png", preview.prompts, models)
 
 
 def _pin(folder: Path, path: Path) -> dict:
@@ -168,7 +200,7 @@ def _train(folder: Path, recipe, rows: pa.Table, base: str, start: str | None = 
     names = [
         f"lora_te1_text_model_encoder_layers_{layer}_mlp_fc1.lokr_w{number}" for layer in range(2) for number in (1, 2)
     ] + ["lora_unet_out_2.lokr_w1", "lora_unet_out_2.lokr_w2"]
-    weights = {name: torch.zeros(4, 4) for name in names}
+    weights = {name: torch.zeros(SHAPES.get(name, (4, 4))) for name in names}
     honest, depends = (
         journal.Journal({"base": base, "parameters": trainer.result_parameters(recipe)} | began),
         {"train.seed": "1337"} | began,
@@ -302,12 +334,19 @@ def records(folder: Path, **changed) -> None:
                 "files": found["files"],
             }
         parameters = stage["params"]["params.yaml"]
+        code = json.loads(CODE[name])["libraries"] if name in CODE else {}
+        libraries = {library: each["version"] for library, each in code.items()}
         content = {
-            "format": "kohaku-delta record 1", "stage": name, "command": stage["cmd"], "inputs": inputs,
+            "format": "kohaku-delta record 2", "stage": name, "command": stage["cmd"], "inputs": inputs,
             "outputs": outputs,
             "parameters": parameters, "parameters_after": parameters, "revision": None,
-            "libraries": {"click": "8.5.1"}, "container": None,
-            "numerics": {"device": "cpu"} if name == "train" else None, "confined": None, "changed_code": [],
+            "libraries": libraries, "container": None,
+            "loaded": {
+                "records": {library: RECORDS[library] for library in libraries}, "changed": [], "others": {},
+                "foreign": [], "startup": [], "variables": [], "files": 7, "bytes": 700,
+            },
+            "numerics": {"device": "cpu", "torch": libraries["torch"]} if name in COMPUTING else None,
+            "confined": "audit hook and Landlock (version 7)", "changed_code": [],
             "host": {"processor": "one"},
             "times": {"began": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:00:01+00:00", "seconds": 1.0},
         }  # fmt: skip

@@ -23,8 +23,8 @@ from PIL import Image
 import tiny_training
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.formats import parquet
-from kohaku_delta.preview import milestones
-from kohaku_delta.preview.checkpoint_measurement import Measurement
+from kohaku_delta.preview import measurement_files
+from kohaku_delta.preview.measurement_files import Measurement
 from kohaku_delta.training import run_folders
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -252,8 +252,8 @@ def test_two_watchers_of_one_training_do_not_write_into_each_others_files(copy):
 def test_without_a_held_out_post_the_curve_has_steps_and_the_grid_its_pictures(tmp_path):
     picture = np.zeros((32, 1024, 3), np.uint8)
     measured = {step: Measurement([picture], None) for step in (20, 0)}
-    milestones.write_curve(tmp_path / "a.csv", measured)
-    milestones.write_grid(tmp_path / "a.png", ["circle"], measured)
+    measurement_files.write_curve(tmp_path / "a.csv", measured)
+    measurement_files.write_grid(tmp_path / "a.png", ["circle"], measured)
     assert (tmp_path / "a.csv").read_text() == "step,held_out_loss,held_out_loss_training\n0,,\n20,,\n"
     with Image.open(tmp_path / "a.png") as image:
         assert 2 * 256 < image.width < 3 * 256, "pictures are reduced to 256 pixels"

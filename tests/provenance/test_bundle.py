@@ -83,6 +83,12 @@ def test_a_bundle_is_audited_like_its_folder_and_its_bytes_do_not_depend_on_the_
     assert {name for name, (status, _) in found.items() if status == "SKIP"} == {
         "lock/weights",
         "lock/data",
+        "lock/revision",
+        "chain/selection",
+        "chain/captions",
+        "chain/statistics",
+        "chain/final",
+        "chain/diffusers",
         "chain/weights",
         "chain/milestones",
         "lock/work",
@@ -150,13 +156,24 @@ def test_weights_that_are_not_in_a_bundle_are_held_by_the_records(bundle, tmp_pa
 def test_a_digest_of_a_tensor_that_was_edited_is_refused(bundle, tmp_path):
     folder = unpacked(bundle, tmp_path / "bundle")
     content = json.loads((folder / "tensors.json").read_text())
-    content["build/delta-base.safetensors"]["tensors"]["model.a"]["sha256"] = "5" * 64
+    next(iter(content["build/delta-base.safetensors"]["tensors"].values()))["sha256"] = "5" * 64
     (folder / "tensors.json").write_text(json.dumps(content))
     code, message = ask("audit", folder)
     assert (
         code == 2
         and "tensors.json: the digest of build/delta-base.safetensors does not follow from its tensors" in message
     )
+
+
+def test_the_tensors_of_weights_that_are_not_in_a_bundle_are_signed(bundle, tmp_path, keys):
+    """Other tensors of the final model, with a list that is consistent in itself."""
+    folder = unpacked(bundle, tmp_path / "bundle")
+    content = json.loads((folder / "tensors.json").read_text())
+    content["build/kohaku-xl-delta.safetensors"] = content["build/delta-base.safetensors"]
+    (folder / "tensors.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    sealed(folder)
+    assert not failed(audit(folder)[1]), "nobody but the signer knows"
+    assert "tensors.json" in failed(audit(folder, "--key", keys / "ours.pub")[1])["lock/provenance"]
 
 
 def test_a_wrong_key_is_refused_and_an_unnamed_one_believes_nothing(bundle, keys):

@@ -26,7 +26,7 @@ COLORS = {"PASS": "green", "FAIL": "red", "SKIP": "yellow"}
     help="The signer's public key (PEM); without it the provenance is neither verified nor believed.",
 )
 @click.option("--data", is_flag=True, help="Hash the inputs in the mirror too (the release's: 1.3 TB).")
-@click.option("--stages", is_flag=True, help="Compute select, filter, caption, merge, schedule and bake again.")
+@click.option("--stages", is_flag=True, help="Compute every stage again but download and train.")
 @click.option("--replay", type=click.IntRange(1), help="Train this many steps again, drawn at random.")
 @click.option("--seed", type=click.IntRange(min=0), help="The seed of that draw: choose your own.")
 @click.option(
@@ -52,7 +52,7 @@ def audit(target: Path, as_json: bool, **options) -> None:
     from kohaku_delta.verify import findings  # here: numpy reads the environment when it is imported
 
     made: list[findings.Finding] = []
-    lock_sha256, is_bundle = None, False
+    lock_sha256, is_bundle, unseen = None, False, None
     if check_folder.is_published_folder(target):
         if unfit := [f"--{name}" for name, value in options.items() if value and name != "key"]:
             raise click.UsageError(f"{target} is a published folder: {unfit[0]} needs a recipe's folder or a bundle.")
@@ -65,6 +65,7 @@ def audit(target: Path, as_json: bool, **options) -> None:
                 _report(finding, made, as_json)
             lock_sha256 = hashing.digest_path(rebuild.folder / dvc_yaml.LOCK, md5=False).sha256
             is_bundle = rebuild.bundle is not None
+            unseen = checks.describe_unseen(rebuild, made)
     exit_code, verdict = findings.summarize(made)
     if as_json:
         content = {
@@ -80,11 +81,14 @@ def audit(target: Path, as_json: bool, **options) -> None:
                 }
                 for finding in made
             ],
+            "unseen": None if unseen is None else printable(unseen),
             "exit": exit_code,
             "verdict": verdict,
         }
         print_json(content)
     else:
+        if unseen is not None:
+            print_line(f"not looked at: {unseen or 'nothing: every output was compared with what it was made of'}")
         print_line(f"verdict: {verdict}")
     raise SystemExit(exit_code)
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,18 @@ class WriteResult:
     bytes: int
     sha256: str
     digest: str
+
+
+@dataclass(frozen=True)
+class ExpectedFile:
+    """What write() would have written: the header's bytes, sha256 of each tensor, the content digest, and the file's
+    sha256 (None with a content_key, whose file takes a second reading).
+    """
+
+    header: bytes
+    tensors: dict[str, str]
+    digest: str
+    sha256: str | None
 
 
 class SafetensorsFile:
@@ -125,33 +138,66 @@ def write(
             f"{path}: the header would have {len(head) - 8} bytes, and at most {safetensors_header.MAX_HEADER} are "
             "read back. Shorten the metadata."
         )
-    whole, hashes = hashlib.sha256(b"" if content_key else head), {}
+    whole, hashes = hashlib.sha256(b"" if content_key else head), dict[str, Any]()
     total = len(head) + sum(spec.nbytes for spec in specs.values())
     with atomic_files.atomic_write(path) as file, ThreadPoolExecutor(2) as pool:
         os.posix_fallocate(file.fileno(), 0, total)  # fails now if the disk is too full
         disk = direct_io.Writer(file.fileno(), total)
         disk.write(memoryview(head))
-        pieces = iter(produce(order))
-        for name in order:
-            tensor, left = hashlib.sha256(), specs[name].nbytes
-            while left:
-                produced, piece = next(pieces, (None, b""))
-                data = (piece.data if isinstance(piece, np.ndarray) else memoryview(piece)).cast("B")
-                left -= len(data)
-                if produced != name or left < 0:
-                    raise ValueError(f"{name}: {specs[name].nbytes} bytes were announced; {produced} came")
-                hashing = [pool.submit(digest.update, data) for digest in (whole, tensor)]
-                disk.write(data)
-                wait(hashing)
-            hashes[name] = tensor.hexdigest()
-        for produced, _ in pieces:
-            raise ValueError(f"{produced} came after the last tensor")
+        for data, digest in _ordered_pieces(order, specs, produce, hashes):
+            hashing = [pool.submit(each.update, data) for each in (whole, digest)]
+            disk.write(data)
+            wait(hashing)
         disk.close()
         if content_key:
             head, _ = safetensors_header.build_header(specs, metadata | {content_key: f"0x{whole.hexdigest()}"})
             os.pwrite(file.fileno(), head, 0)
     sha256 = hash_file(path) if content_key else whole.hexdigest()
-    return WriteResult(total, sha256, content_digest(specs, hashes))
+    return WriteResult(total, sha256, content_digest(specs, _hexdigests(hashes)))
+
+
+def expect(
+    specs: Mapping[str, TensorSpec],
+    produce: Callable[[list[str]], Iterable[tuple[str, Buffer]]],
+    metadata: Mapping[str, str] | None = None,
+    content_key: str | None = None,
+) -> ExpectedFile:
+    """What write() of the same arguments would write, piece by piece and without writing it."""
+    metadata = dict(metadata or {}) | ({content_key: f"0x{'0' * 64}"} if content_key else {})
+    head, order = safetensors_header.build_header(specs, metadata)
+    whole, hashes = hashlib.sha256(b"" if content_key else head), dict[str, Any]()
+    with ThreadPoolExecutor(2) as pool:
+        for data, digest in _ordered_pieces(order, specs, produce, hashes):
+            wait([pool.submit(each.update, data) for each in (whole, digest)])
+    if content_key:
+        head, _ = safetensors_header.build_header(specs, metadata | {content_key: f"0x{whole.hexdigest()}"})
+    tensors = _hexdigests(hashes)
+    return ExpectedFile(head, tensors, content_digest(specs, tensors), None if content_key else whole.hexdigest())
+
+
+def _ordered_pieces(
+    order: list[str],
+    specs: Mapping[str, TensorSpec],
+    produce: Callable[[list[str]], Iterable[tuple[str, Buffer]]],
+    hashes: dict[str, Any],
+) -> Iterator[tuple[memoryview, Any]]:
+    """(bytes, the tensor's hash object in `hashes`). Raises ValueError if the pieces are not those of `specs`."""
+    pieces = iter(produce(order))
+    for name in order:
+        hashes[name], left = hashlib.sha256(), specs[name].nbytes
+        while left:
+            produced, piece = next(pieces, (None, b""))
+            data = (piece.data if isinstance(piece, np.ndarray) else memoryview(piece)).cast("B")
+            left -= len(data)
+            if produced != name or left < 0:
+                raise ValueError(f"{name}: {specs[name].nbytes} bytes were announced; {produced} came")
+            yield data, hashes[name]
+    for produced, _ in pieces:
+        raise ValueError(f"{produced} came after the last tensor")
+
+
+def _hexdigests(hashes: Mapping[str, Any]) -> dict[str, str]:
+    return {name: digest.hexdigest() for name, digest in hashes.items()}
 
 
 def save(

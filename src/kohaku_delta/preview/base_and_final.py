@@ -12,7 +12,7 @@ from tqdm import tqdm
 from kohaku_delta import atomic_files
 from kohaku_delta.formats.hashing import hash_file
 from kohaku_delta.params import Recipe
-from kohaku_delta.preview import checkpoint_measurement, image_grid, picture_distance, references, samples
+from kohaku_delta.preview import checkpoint_measurement, measurement_files, picture_distance, references, samples
 
 
 def compare_base_and_final(recipe: Recipe, files: dict[str, Path]) -> dict:
@@ -32,20 +32,11 @@ def compare_base_and_final(recipe: Recipe, files: dict[str, Path]) -> dict:
             measured[name] = {"loss": losses}
     named = {name: (path.stem, hash_file(path)) for name, path in checkpoints.items()}
     samples.write_samples(files["samples"], preview, pictures, named)
-    title = f"no held-out loss: {data.reason}"
-    if data.posts.num_rows:
-        base, final = (measured[name]["loss"]["sdxl"] for name in ("base", "final"))
-        title = f"held-out loss: base {base:.4f}, final {final:.4f}"
-    distances = picture_distance.mean_distances(pictures, drawings) if drawings else {}
-    for name, values in distances.items():
+    for name, values in (picture_distance.mean_distances(pictures, drawings) if drawings else {}).items():
         measured.setdefault(name, {})["distance"] = values
-    if drawings:
-        base, final, flat = (distances[name]["mean"] for name in ("base", "final", "flat"))
-        title += f"; mean distance to the drawing: base {base:.1f}, final {final:.1f}, one flat colour {flat:.1f}"
-        pictures["drawing"] = drawings
     with atomic_files.atomic_write(files["held_out"], "w") as file:
         json.dump(measured, file, indent=1)
         file.write("\n")
     with atomic_files.atomic_write(files["out"]) as file:
-        file.write(image_grid.draw_grid(preview.prompts, pictures, distances, preview.columns, title))
+        file.write(measurement_files.draw_sheet(preview, pictures, drawings, measured))
     return measured

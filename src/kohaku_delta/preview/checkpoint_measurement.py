@@ -7,7 +7,6 @@ trains in. A recipe that trains its whole collection has no held-out post; then 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +19,7 @@ from kohaku_delta.formats import parquet
 from kohaku_delta.hub import inputs_manifest
 from kohaku_delta.params import Recipe
 from kohaku_delta.preview import held_out_loss, sampler
+from kohaku_delta.preview.measurement_files import Measurement
 from kohaku_delta.training import buckets, trainer
 from kohaku_delta.training.batch_builder import BatchBuilder
 from kohaku_delta.training.sdxl_model import SDXL, ConditioningForm
@@ -35,15 +35,6 @@ class HeldOutData:
     captions: pa.Table
     bucket_of: list[tuple[int, int]]  # (width, height) of each post's bucket
     reason: str | None
-
-
-class Measurement(NamedTuple):
-    """pictures: one per prompt, uint8 RGB (height, width, 3); losses: {"sdxl": x, "training": y}, None without a
-    held-out post.
-    """
-
-    pictures: list[np.ndarray]
-    losses: dict[str, float] | None
 
 
 def read_held_out_data(recipe: Recipe, files: dict[str, Path]) -> HeldOutData:

@@ -4,22 +4,17 @@ A milestone's model is the base with its LoKr baked into it, as the bake stage d
 final model. It is a temporary file beside the outputs.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from kohaku_delta import atomic_files, paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import Recipe
-from kohaku_delta.preview import checkpoint_measurement, image_grid
-from kohaku_delta.preview.checkpoint_measurement import HeldOutData, Measurement
+from kohaku_delta.preview import checkpoint_measurement, measurement_files
+from kohaku_delta.preview.checkpoint_measurement import HeldOutData
+from kohaku_delta.preview.measurement_files import Measurement
 from kohaku_delta.weights import bake, lokr_format
-
-CURVE = "step,held_out_loss,held_out_loss_training\n"
-CELL, SHEET = 256, 2400  # px: at most so wide are a picture, and a row of prompts side by side
 
 
 def measure_milestones(recipe: Recipe, files: dict[str, Path]) -> dict[int, Measurement]:
@@ -29,8 +24,8 @@ def measure_milestones(recipe: Recipe, files: dict[str, Path]) -> dict[int, Meas
     measured = {0: checkpoint_measurement.measure_checkpoint(recipe, data, files["base"])}
     for step in tqdm(lokrs, desc="milestones", unit="model", disable=None):
         measured[step] = measure_lokr(recipe, data, files["base"], lokrs[step], files["out"])
-    write_curve(files["out"], measured)
-    write_grid(files["grid"], recipe.preview.prompts, measured)
+    measurement_files.write_curve(files["out"], measured)
+    measurement_files.write_grid(files["grid"], recipe.preview.prompts, measured)
     return measured
 
 
@@ -64,31 +59,3 @@ def measure_lokr(recipe: Recipe, data: HeldOutData, base: Path, lokr: Path, besi
         checkpoint = folder / "model.safetensors"
         bake.bake(base, lokr, recipe.bake, recipe.model.side, checkpoint)
         return checkpoint_measurement.measure_checkpoint(recipe, data, checkpoint)
-
-
-def write_curve(path: Path, measured: Mapping[int, Measurement]) -> None:
-    """A row per step, ascending: held-out loss in SDXL's form and in the training's; empty without a held-out post."""
-    with atomic_files.atomic_write(path, "w") as file:
-        file.write(CURVE)
-        for step, (_, losses) in sorted(measured.items()):
-            values = (repr(losses["sdxl"]), repr(losses["training"])) if losses else ("", "")
-            file.write(f"{step},{','.join(values)}\n")
-
-
-def write_grid(path: Path, prompts: list[str], measured: Mapping[int, Measurement]) -> None:
-    """Per prompt a row of pictures, from the base to the last step."""
-    pictures, labels = {}, []
-    for step, (drawn, losses) in sorted(measured.items()):
-        name = f"step {step:,}" if step else "base"
-        pictures[name] = [_shrink(picture) for picture in drawn]
-        labels += [f"{name}: {losses['sdxl']:.4f}"] if losses else []
-    width = max(CELL, next(iter(pictures.values()))[0].shape[1])
-    columns = max(1, min(len(prompts), SHEET // (len(pictures) * width)))
-    title = f"held-out loss: {', '.join([labels[0], labels[-1]])}" if labels else "no held-out loss"
-    with atomic_files.atomic_write(path) as file:
-        file.write(image_grid.draw_grid(prompts, pictures, {}, columns, title))
-
-
-def _shrink(picture: np.ndarray) -> np.ndarray:
-    """Means of squares of pixels, at most CELL wide."""
-    return np.asarray(Image.fromarray(picture).reduce(-(-picture.shape[1] // CELL)))

@@ -21,8 +21,8 @@ from kohaku_delta import atomic_files, paths, strict_model
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import safetensors_io
 from kohaku_delta.params import Recipe
-from kohaku_delta.preview import checkpoint_measurement, milestones
-from kohaku_delta.preview.checkpoint_measurement import Measurement
+from kohaku_delta.preview import checkpoint_measurement, measurement_files, milestones
+from kohaku_delta.preview.measurement_files import Measurement
 from kohaku_delta.strict_model import StrictModel
 from kohaku_delta.training import checkpointing, run_folders
 from kohaku_delta.weights import lokr_format
@@ -90,8 +90,8 @@ def watch(recipe: Recipe, files: dict[str, Path], run: Path) -> tuple[dict[int, 
                 _write(folder / f"step-{step:08d}", key, cached)
                 new.append(step)
             measured[step] = cached
-        milestones.write_curve(folder / Path(paths.MILESTONES_CSV).name, measured)
-        milestones.write_grid(folder / Path(paths.MILESTONES_PNG).name, recipe.preview.prompts, measured)
+        measurement_files.write_curve(folder / Path(paths.MILESTONES_CSV).name, measured)
+        measurement_files.write_grid(folder / Path(paths.MILESTONES_PNG).name, recipe.preview.prompts, measured)
     return measured, new
 
 

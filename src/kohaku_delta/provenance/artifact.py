@@ -85,22 +85,7 @@ class Artifact:
     @cached_property
     def inputs(self) -> list[dict[str, Any]]:
         """The entries of build/inputs.json, each with its input's name; empty if the file is missing or malformed."""
-        path = self.output("inputs.json")
-        try:
-            content = json.loads(regular_files.read_regular(path, MAX_INPUTS))["inputs"] if path else {}
-            entries = [
-                {"name": name} | entry
-                for name, listed in content.items()
-                for entry in (listed if isinstance(listed, list) else [listed])
-            ]
-            valid = all(
-                isinstance(entry.get("bytes"), int)
-                and all(isinstance(entry.get(key), str) for key in ("path", "url", "sha256"))
-                for entry in entries
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return []
-        return entries if valid else []
+        return read_inputs(self.folder / paths.INPUTS)
 
     @cached_property
     def start(self) -> str | None:
@@ -124,6 +109,25 @@ class Artifact:
         """The path of a file under build/; None if it does not exist."""
         path = self.folder / "build" / name
         return path if path.exists() else None
+
+
+def read_inputs(manifest: Path) -> list[dict[str, Any]]:
+    """The entries of an inputs.json, each with its input's name; empty if the file is missing or malformed."""
+    try:
+        content = json.loads(regular_files.read_regular(manifest, MAX_INPUTS))["inputs"] if manifest.exists() else {}
+        entries = [
+            {"name": name} | entry
+            for name, listed in content.items()
+            for entry in (listed if isinstance(listed, list) else [listed])
+        ]
+        valid = all(
+            isinstance(entry.get("bytes"), int)
+            and all(isinstance(entry.get(key), str) for key in ("path", "url", "sha256"))
+            for entry in entries
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
+    return entries if valid else []
 
 
 def is_library_locks(dep: str) -> bool:

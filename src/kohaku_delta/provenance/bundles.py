@@ -198,6 +198,10 @@ def write_manifest(folder: Path, left_out: dict[str, int]) -> None:
     write_json(folder / MANIFEST, {"format": "kohaku-delta bundle 1", "files": files, "left_out": left_out})
 
 
+def json_text(content: Any) -> str:
+    """The text of bundle.json and tensors.json: the same for the same content."""
+    return json.dumps(content, indent=1, sort_keys=True, default=BaseModel.model_dump) + "\n"
+
+
 def write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1, sort_keys=True, default=BaseModel.model_dump)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(json_text(content), encoding="utf-8")

@@ -24,7 +24,7 @@ from kohaku_delta.errors import UserError
 from kohaku_delta.regular_files import read_regular
 from kohaku_delta.strict_model import StrictModel
 
-PACKAGE = "kohaku_delta"
+PACKAGE, DISTRIBUTION = "kohaku_delta", "kohaku-delta"
 MAX_BYTES = 1 << 20  # of a description; that of train has 20 kB
 
 
@@ -170,6 +170,20 @@ def locked_libraries(lock: Path) -> dict[str, Library]:
         digest = hashlib.sha256(allowed.encode()).hexdigest()
         libraries[canonicalize_name(requirement.name)] = Library(version=versions[0].version, hashes=digest)
     return libraries
+
+
+def records_filename(lock: str) -> str:
+    """The file beside the lock `lock` (cpu, cuda) with the digest of each wheel's list of files."""
+    return f"{lock}.records.json"
+
+
+def read_records(path: Path) -> dict[str, str]:
+    """Library → digest of its wheel's list of files; empty if there is no such file. tools/write_library_records writes
+    it. Raises UserError for one that is malformed.
+    """
+    if not path.is_file():
+        return {}
+    return strict_model.read_json(path, dict[str, str], MAX_BYTES, "Run tools/write_library_records.")
 
 
 def describe_stage(script: Path, lock: Path) -> StageCode:

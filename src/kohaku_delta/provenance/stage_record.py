@@ -25,12 +25,13 @@ from kohaku_delta import atomic_files, paths, process_facts, strict_model
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import hashing
 from kohaku_delta.printing import print_line
-from kohaku_delta.provenance import dvc_yaml, environment, import_closure
+from kohaku_delta.provenance import dvc_yaml, environment, import_closure, loaded_code
 from kohaku_delta.provenance.dvc_yaml import StageDeclaration
 from kohaku_delta.provenance.import_closure import StageCode
 from kohaku_delta.strict_model import StrictModel
 from kohaku_delta.yaml_file import read_yaml
 
+FORMATS = ("kohaku-delta record 1", "kohaku-delta record 2")
 MAX_BYTES = 4 << 20  # bytes of a record; that of train has 40 kB
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Md5 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}(\.dir)?$")]
@@ -66,8 +67,23 @@ class Times(StrictModel):
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+class Loaded(StrictModel):
+    """What the stage's process loaded; loaded_code.describe says what each field is."""
+
+    records: dict[str, Sha256]
+    changed: list[str]
+    others: dict[str, str]
+    foreign: list[str]
+    startup: list[str]
+    variables: list[str]
+    files: Count
+    bytes: Count
+
+
 class Record(StrictModel):
-    format: Literal["kohaku-delta record 1"]
+    """A record of format 1, which earlier versions wrote, says nothing of what was loaded."""
+
+    format: Literal[FORMATS]  # type: ignore[valid-type]
     stage: str
     command: str
     inputs: dict[str, Input]
@@ -77,6 +93,7 @@ class Record(StrictModel):
     changed_code: list[str]  # files of the stage's code that changed while it ran
     revision: Revision | None
     libraries: dict[str, str]
+    loaded: Loaded | None = None
     container: str | None
     numerics: dict[str, str] | None
     confined: str | None  # the layers of the sandbox
@@ -189,7 +206,7 @@ def _end(run: _Run) -> None:
     code_after = import_closure.file_digests(run.script) if run.code else {}
     device = run.parameters.get("train", {}).get("device", "cpu")  # a stage without it computes on the CPU
     record = Record(
-        format="kohaku-delta record 1",
+        format=FORMATS[-1],
         stage=stage.name,
         command=stage.command,
         inputs=inputs,
@@ -201,6 +218,7 @@ def _end(run: _Run) -> None:
         ),
         revision=run.revision,
         libraries=run.libraries,
+        loaded=Loaded(**loaded_code.describe(run.libraries, run.script.parents[1])),
         container=environment.container_digest(),
         numerics=process_facts.fact("numerics", device),
         confined=process_facts.fact("confined", device),

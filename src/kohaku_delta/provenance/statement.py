@@ -2,10 +2,11 @@
 
 The subjects are all outputs; the resolved dependencies are all verified inputs, the files of the repository and its
 commit; the steps are the stages, each with its materials and products; the byproducts are dvc.yaml, dvc.lock,
-params.yaml and the records. A statement is a function of those files: a signed one is believed only if it equals the
-one that is computed from the files at hand.
+params.yaml, the records and tensors.json (the digests of the weights' tensors). A statement is a function of those
+files: a signed one is believed only if it equals the one that is computed from the files at hand.
 """
 
+import hashlib
 import json
 import posixpath
 from pathlib import Path
@@ -96,14 +97,18 @@ def _builder(records: dict[str, Record]) -> str:
 
 
 def _byproducts(rebuild: Artifact) -> list[dict[str, Any]]:
-    """The pipeline, the lock, the recipe and the records, with the sha256 of their bytes here."""
+    """The pipeline, the lock, the recipe, the records and the digests of the weights' tensors, with the sha256 of their
+    bytes: of tensors.json, of those that a bundle has or would have.
+    """
+    tensors = bundles.json_text(rebuild.tensors).encode()
     records = sorted(
         f"{paths.RECORDS}/{stage_record.record_filename(name, rebuild.lock[name].key())}" for name in rebuild.records
     )
-    return [
+    files = [
         _resource(path, hashing.digest_path(rebuild.folder / path, md5=False).sha256)
         for path in [dvc_yaml.PIPELINE, dvc_yaml.LOCK, dvc_yaml.PARAMS, *records]
     ]
+    return [*files, _resource(bundles.TENSORS, hashlib.sha256(tensors).hexdigest())]
 
 
 def signed_difference(rebuild: Artifact, key: Path) -> str | None:

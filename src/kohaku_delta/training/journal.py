@@ -9,6 +9,7 @@ base's content digest, the parameters that decide the result and, if the trainin
 import hashlib
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -35,6 +36,17 @@ SCHEMA = pa.schema(
         ("chain", pa.string()),
     ]
 )
+
+CURVES = "step,loss,gradient_norm,learning_rate_unet,learning_rate_text\n"
+
+
+def curve_lines(rows: list[dict]) -> Iterator[str]:
+    """The lines of curves.csv: per step the mean of its losses, the gradient's norm and the rates."""
+    yield CURVES
+    for row in rows:
+        loss = sum(row["losses"]) / len(row["losses"])
+        values = (loss, row["gradient_norm"], row["learning_rate_unet"], row["learning_rate_text"])
+        yield f"{row['step']},{','.join(map(repr, values))}\n"
 
 
 def visits_digest(rows: list[dict]) -> str:

@@ -27,7 +27,7 @@ from kohaku_delta.formats.hashing import hash_file
 from kohaku_delta.hub import inputs_manifest
 from kohaku_delta.params import NETWORK_WEIGHTS, Recipe
 from kohaku_delta.sdxl.tokenizer import ClipTokenizer
-from kohaku_delta.training import event_log
+from kohaku_delta.training import event_log, journal
 from kohaku_delta.weights import lokr_format
 
 if TYPE_CHECKING:  # these import torch, which must find the numerics fixed
@@ -36,7 +36,6 @@ if TYPE_CHECKING:  # these import torch, which must find the numerics fixed
     from kohaku_delta.training.sdxl_model import ConditioningForm, Sdxl
     from kohaku_delta.training.training_loop import TrainingContext, TrainingLoop
 
-CURVES = "step,loss,gradient_norm,learning_rate_unet,learning_rate_text\n"
 LOG = "step,seconds,images_per_second,peak_mib,ranks\n"
 NO_MEMORY = (
     "The machine's memory is full. Saved steps are kept. End other programs, give it more memory, or set fewer "
@@ -335,11 +334,7 @@ def write_outputs(loop: "TrainingLoop", files: dict[str, Path]) -> str:
     loop.journal.write(files["journal"])
     rows = loop.journal.rows
     with atomic_files.atomic_write(files["curves"], "w") as file:
-        file.write(CURVES)
-        for row in rows:
-            loss = sum(row["losses"]) / len(row["losses"])
-            values = (loss, row["gradient_norm"], row["learning_rate_unet"], row["learning_rate_text"])
-            file.write(f"{row['step']},{','.join(map(repr, values))}\n")
+        file.writelines(journal.curve_lines(rows))
     return (
         f"{len(rows):,} steps, {len(loop.adapter.entries):,} LoKr entries, sha256 {lokr.sha256[:16]}… → "
         f"{files['out']}, {files['journal']}"

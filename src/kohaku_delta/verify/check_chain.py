@@ -47,7 +47,7 @@ def require_journal(journal: Journal | None) -> Journal:
     return journal
 
 
-def _read_columns(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
+def read_columns(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
     """These columns of a table. Raises UserError if one has another type, or a null."""
     table = parquet.read_bounded(path, list(types))
     for name, kind in types.items():
@@ -62,7 +62,7 @@ def _read_columns(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
 def check_dataset(rebuild: Artifact) -> Check:
     """Each selected post is trained on or dropped, and each post that is trained on has a caption."""
     ids = {
-        name: _read_columns(require_output(rebuild, f"{name}.parquet"), ID)["post_id"].to_numpy()
+        name: read_columns(require_output(rebuild, f"{name}.parquet"), ID)["post_id"].to_numpy()
         for name in ("selection", "posts", "dropped", "captions")
     }
     for name, column in ids.items():
@@ -83,11 +83,11 @@ def check_dataset(rebuild: Artifact) -> Check:
     return f"{len(selected):,} selected = {len(trained):,} trained on, each with a caption, + {len(dropped):,} dropped"
 
 
-@check("chain/order")
+@check("chain/order", paths.SCHEDULE, paths.BUCKETS)
 def check_order(rebuild: Artifact) -> Check:
     """schedule.parquet and bucket.txt are what posts.parquet and the parameters give."""
-    sizes = _read_columns(require_output(rebuild, "posts.parquet"), SIZES)
-    found = _read_columns(require_output(rebuild, "schedule.parquet"), SCHEDULE).combine_chunks()
+    sizes = read_columns(require_output(rebuild, "posts.parquet"), SIZES)
+    found = read_columns(require_output(rebuild, "schedule.parquet"), SCHEDULE).combine_chunks()
     if min(pc.min(sizes["width"]).as_py() or 1, pc.min(sizes["height"]).as_py() or 1) < 1:
         yield "posts.parquet has an image of width or height 0"
         return ""
@@ -164,7 +164,7 @@ def check_trained_parameters(rebuild: Artifact, journal: Journal | None) -> Chec
 def check_visits(rebuild: Artifact, journal: Journal | None) -> Check:
     """Every step visited the posts of schedule.parquet, in its order."""
     rows = require_journal(journal).rows
-    table = _read_columns(require_output(rebuild, "schedule.parquet"), SCHEDULE)
+    table = read_columns(require_output(rebuild, "schedule.parquet"), SCHEDULE)
     steps = int(pc.max(table["step"]).as_py() or 0) + 1 if len(table) else 0
     if steps != len(rows):
         yield f"the journal has {len(rows):,} steps, the schedule {steps:,}"

@@ -13,7 +13,7 @@ from kohaku_delta.danbooru import posts_json
 from kohaku_delta.formats import hashing
 from kohaku_delta.hub import inputs_manifest, pins
 from kohaku_delta.params import Pin, Recipe
-from kohaku_delta.provenance import bundles, import_closure
+from kohaku_delta.provenance import bundles, import_closure, stage_record
 from kohaku_delta.provenance.artifact import MAX_INPUTS, Artifact, is_library_locks
 from kohaku_delta.regular_files import read_regular
 from kohaku_delta.verify import known_code
@@ -21,9 +21,12 @@ from kohaku_delta.verify.findings import Check, Skip, check, format_some
 from kohaku_delta.verify.known_code import KnownCode
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+# what an installer of Python or a distribution of Linux puts there; the record names it, and the line repeats it
+HARMLESS_STARTUP = {"_virtualenv.pth", "sitecustomize"}  # a sitecustomize outside of Python's own folder is foreign
+FORCING_VARIABLES = {"LD_AUDIT", "LD_PRELOAD"}
 
 
-@check("lock/code")
+@check("lock/code", paths.CODE)
 def check_code(rebuild: Artifact) -> Check:
     """build/code names every file of every stage, with its digest, as the code at hand has them, or that of the commit
     that the records name.
@@ -95,16 +98,76 @@ def check_libraries(rebuild: Artifact) -> Check:
             if locked.get(library) != version:
                 yield f"{code.stage}: {paths.CODE} has another {library} {version.version} than {name}"
     for stage, record in rebuild.records.items():
+        needed = set(rebuild.code[stage].libraries if stage in rebuild.code else ())
+        if missing := sorted(name for name in needed if not record.libraries.get(name)):
+            yield f"the record of {stage} does not say which {format_some(missing)} was installed"
         for library, installed in record.libraries.items():
             if installed and (library not in locked or locked[library].version != installed):
                 expected = locked[library].version if library in locked else "no version"
                 yield f"{stage} ran with {library} {installed}, {name} has {expected}"
     if not rebuild.records:
         return f"{name} is the one of dvc.lock; no record says what was installed"
-    return f"{name}: {len(locked)} libraries, installed as locked in {len(rebuild.records)} recorded stages"
+    named = {library for record in rebuild.records.values() for library in record.libraries}
+    return (
+        f"{name}: {len(locked)} libraries, of which {len(named)} were installed as locked in {len(rebuild.records)} "
+        "recorded stages"
+    )
 
 
-@check("lock/pins")
+@check("lock/loaded")
+def check_loaded(rebuild: Artifact) -> Check:
+    """What each stage loaded are the files of the locked wheels, and nothing else."""
+    recipe_lock = f"{rebuild.recipe.requirements}.txt"
+    folders = [dep for stage in rebuild.lock.values() for dep in stage.deps if is_library_locks(dep.path)]
+    folder = rebuild.folder / (bundles.LIBRARIES if rebuild.bundle or not folders else folders[0].path)
+    lock, listed = folder / recipe_lock, folder / import_closure.records_filename(rebuild.recipe.requirements)
+    if not lock.is_file():
+        raise Skip(f"{bundles.LIBRARIES}/{recipe_lock} does not exist")
+    locked, wheels = import_closure.locked_libraries(lock), import_closure.read_records(listed)
+    silent, files, notes = [], 0, set()
+    for stage, record in rebuild.records.items():
+        loaded = record.loaded
+        if loaded is None:
+            if record.format != stage_record.FORMATS[0]:
+                yield f"the record of {stage} does not say what was loaded"
+            silent.append(stage)
+            continue
+        files += loaded.files
+        yield from (f"{stage} ran with a file that its wheel did not install: {each}" for each in loaded.changed)
+        for name in sorted(record.libraries.keys() - loaded.records.keys()):
+            yield f"the record of {stage} has no list of the files of {name}"
+        for name, digest in sorted(loaded.records.items()):
+            if wheels.get(name, digest) != digest:
+                yield f"{stage} ran with other files of {name} than those of the locked wheel"
+        for name, version in sorted(loaded.others.items()):
+            if name != import_closure.DISTRIBUTION and (name not in locked or locked[name].version != version):
+                yield f"{stage} loaded {name} {version}, which {recipe_lock} does not have"
+        if loaded.foreign:
+            yield f"{stage} loaded modules that belong to no library: {format_some(loaded.foreign)}"
+        starts = [name for name in loaded.startup if name not in HARMLESS_STARTUP]
+        if starts:
+            yield f"Python ran code of no library when {stage} began: {format_some(starts)}"
+        forcing = [name for name in loaded.variables if name in FORCING_VARIABLES]
+        if forcing:
+            yield f"{stage} was started with {format_some(forcing)}, which loads other code into every program"
+        notes |= {*loaded.startup, *loaded.variables}
+    if silent:
+        raise Skip(
+            f"the records of {format_some(silent)} are of an earlier version, which did not record what was loaded"
+        )
+    if not rebuild.records:
+        raise Skip("no record says what was loaded")
+    if not wheels:
+        raise Skip(
+            f"{files:,} files are as their wheels installed them; {bundles.LIBRARIES}/{listed.name} does not exist, so "
+            "the wheels themselves are not compared"
+        )
+    return f"{files:,} files that the stages loaded are those of the locked wheels ({len(wheels)} lists of files)" + (
+        f"; set or run at the start: {', '.join(sorted(notes))}" if notes else ""
+    )
+
+
+@check("lock/pins", paths.INPUTS)
 def check_pins(rebuild: Artifact) -> Check:
     """inputs.json has each input that params.yaml pins and a stage reads, and no other, in the order of the pins, with
     the pinned size and sha256. How a file is known, and which may be missing, follows from params.yaml alone.

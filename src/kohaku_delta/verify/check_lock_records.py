@@ -10,7 +10,10 @@ from kohaku_delta.formats import hashing
 from kohaku_delta.provenance import bundles, stage_record, statement
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.provenance.stage_record import Record
-from kohaku_delta.verify.findings import Check, Skip, check, format_some
+from kohaku_delta.verify.findings import FAIL, SKIP, Check, Finding, Skip, check, format_some
+
+CONFINED = "audit hook"  # how the sandbox begins to describe itself
+COMPUTING = ("train", "preview", "milestones")  # stages that enforce the numerics contract
 
 
 @check("lock/records")
@@ -65,7 +68,12 @@ def check_unrecorded(rebuild: Artifact) -> str:
     """Names the stages without a record."""
     missing = [name for name in rebuild.lock if name not in rebuild.records and name not in rebuild.unreadable]
     if missing:
-        raise Skip(f"no record of {', '.join(missing)}: restored from DVC's cache, or run elsewhere")
+        left = {path.name.rpartition("-")[0] for path in (rebuild.folder / paths.RECORDS).glob("*-*.json")}
+        others = [name for name in missing if name in left]
+        raise Skip(
+            f"no record of {', '.join(missing)}: restored from DVC's cache, or run elsewhere"
+            + (f"; the records of {', '.join(others)} that lie there are of other runs" if others else "")
+        )
     return "every stage has a record"
 
 
@@ -86,6 +94,52 @@ def check_unchanged_during_run(rebuild: Artifact) -> Check:
         raise Skip("no record says what the stages read before they ran")
     count = sum(len(record.inputs) for record in rebuild.records.values())
     return f"{count} inputs had the same sha256 before and after their stage ran"
+
+
+@check("lock/revision")
+def check_revision(rebuild: Artifact, code: Finding) -> Check:
+    """All stages ran at one commit, with its files. Elsewise the code must be known without it: code is the finding of
+    lock/code, which compares every file that a stage runs.
+    """
+    revisions = {name: record.revision for name, record in rebuild.records.items()}
+    known = {name: revision for name, revision in revisions.items() if revision}
+    if not known:
+        raise Skip("no record names a commit")
+    commits = sorted({revision.commit for revision in known.values()})
+    dirty = [name for name, revision in known.items() if revision.dirty]
+    parts = [f"{len(commits)} commits ({format_some(commit[:10] for commit in commits)})"] if len(commits) > 1 else []
+    parts += [f"{format_some(dirty)} with files that were not committed"] if dirty else []
+    if unknown := [name for name in revisions if name not in known]:
+        parts.append(f"{format_some(unknown)} without a commit")
+    if not parts:
+        return f"all {len(known)} recorded stages ran at commit {commits[0][:10]}, with its files"
+    sentence = f"the stages ran at {', '.join(parts)}" if len(commits) > 1 else f"run: {', '.join(parts)}"
+    if code.status == SKIP:
+        raise Skip(f"{sentence}; and lock/code could not look at what was run")
+    if code.status == FAIL:
+        yield f"{sentence}; and the code is not that at hand (lock/code)"
+    return f"{sentence}; the files of code that they ran are known all the same (lock/code)"
+
+
+@check("lock/sandbox")
+def check_confinement(rebuild: Artifact) -> Check:
+    """Each stage ran in the sandbox, and those that compute with torch under the numerics contract."""
+    if not rebuild.records:
+        raise Skip("no record says how the stages ran")
+    layers: dict[str, list[str]] = {}
+    for name, record in rebuild.records.items():
+        if not (record.confined or "").startswith(CONFINED):
+            yield f"{name} was not confined: {record.confined or 'its record says nothing'}"
+        layers.setdefault(record.confined or "nothing", []).append(name)
+        if name in COMPUTING and not record.numerics:
+            yield f"the record of {name} does not say what its numbers were computed with"
+        elif record.numerics and record.numerics.get("torch") != record.libraries.get("torch"):
+            yield f"the record of {name} contradicts itself: it computed with another torch than was installed"
+        if not record.host or record.times.began > record.times.ended:
+            yield f"the record of {name} has no host, or ended before it began"
+    if len(layers) == 1:
+        return f"all {len(rebuild.records)} recorded stages: {next(iter(layers))}"
+    return "; ".join(f"{format_some(stages)}: {layer}" for layer, stages in layers.items())
 
 
 @check("lock/provenance")

@@ -27,9 +27,8 @@ from kohaku_delta.yaml_file import read_yaml
 
 Progress = Callable[[Iterable[Step]], Iterable[Step]]
 
-# stage → the files of build/ that it reads and writes, by option; training is replayed further below, and the
-# other stages only show what these wrote
-STAGES = {
+# stage → the files and folders of build/ that it reads and writes, by option; training is replayed further below
+STAGES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "select": ({"inputs": "inputs.json"}, {"out": "selection.parquet"}),
     "filter": (
         {"inputs": "inputs.json", "selection": "selection.parquet"},
@@ -45,13 +44,50 @@ STAGES = {
         {"base": "delta-base.safetensors", "lokr": "delta-lokr.safetensors"},
         {"out": "kohaku-xl-delta.safetensors"},
     ),
+    "export": ({"inputs": "inputs.json", "model": "kohaku-xl-delta.safetensors"}, {"out": "diffusers"}),
+    "statistics": (
+        {
+            "inputs": "inputs.json",
+            "artists": "artists-kxl-delta.json",
+            "characters": "characters-kxl-delta.json",
+            "buckets": "bucket.txt",
+            **{name: f"{name}.parquet" for name in ("selection", "posts", "dropped", "captions")},
+        },
+        {"out": "dataset.json", "pictures": "statistics"},
+    ),
+    "preview": (
+        {
+            "inputs": "inputs.json",
+            "selection": "selection.parquet",
+            "base": "delta-base.safetensors",
+            "model": "kohaku-xl-delta.safetensors",
+        },
+        {"out": "preview.png", "samples": "samples", "held-out": "held-out.json"},
+    ),
+    "milestones": (
+        {
+            "inputs": "inputs.json",
+            "selection": "selection.parquet",
+            "base": "delta-base.safetensors",
+            "milestones": "milestones",
+            "lokr": "delta-lokr.safetensors",
+        },
+        {"out": "milestones.csv", "grid": "milestones.png"},
+    ),
 }
+DRAWING = ("preview", "milestones")  # compute with the model, on train.device
+
+
+def option_for(stage: str) -> list[str]:
+    """The option of the audit that computes this stage's outputs again; empty if there is none."""
+    return ["--stages"] if stage in STAGES else ["--replay"] if stage == "train" else []
 
 
 def replay_stages(rebuild: Artifact, own: Path | None) -> Iterator[Finding]:
     """One finding per stage. own: a recipe's folder that has what a bundle lacks (inputs, base)."""
-    for name in STAGES:
-        yield check(f"replay/{name}")(replay_stage)(rebuild, name, own or rebuild.folder)
+    for name, (_, writes) in STAGES.items():
+        outputs = (f"{paths.BUILD}/{file}" for file in writes.values())
+        yield check(f"replay/{name}", *outputs)(replay_stage)(rebuild, name, own or rebuild.folder)
 
 
 def replay_stage(rebuild: Artifact, name: str, own: Path) -> Check:
@@ -63,12 +99,14 @@ def replay_stage(rebuild: Artifact, name: str, own: Path) -> Check:
     expected = {file: known[f"build/{file}"] for file in writes.values() if f"build/{file}" in known}
     if not expected:
         raise Skip("nothing says what it wrote")
+    if name in DRAWING and (differing := numerics_differences(rebuild)):
+        raise Skip(f"this host differs from the trainer's in {', '.join(differing)}, so bits cannot be compared")
     found = {}
     for option, file in reads.items():
-        # the found in inputs.json are relative to its own folder, so it is read where the inputs are
+        # the paths in inputs.json are relative to its own folder, so it is read where the inputs are
         folders = [own] if file == "inputs.json" else [rebuild.folder, own]
         found[option] = next(
-            (folder / "build" / file for folder in folders if (folder / "build" / file).is_file()), None
+            (folder / "build" / file for folder in folders if (folder / "build" / file).exists()), None
         )
     if missing := [reads[option] for option, path in found.items() if path is None]:
         raise Skip(f"{', '.join(missing)} does not exist")
@@ -118,8 +156,8 @@ def check_training(
         sampled = min(count, len(journal.rows))
         if differing := numerics_differences(rebuild):
             return check("replay/losses")(_check_losses)(rebuild, folder, sampled, seed, differing)
-        return check("replay/steps")(_check_steps)(rebuild, journal, folder, sampled, seed, progress)
-    return check("replay/steps")(_nothing_replayed)(rebuild, journal, count)
+        return check("replay/steps", paths.JOURNAL)(_check_steps)(rebuild, journal, folder, sampled, seed, progress)
+    return check("replay/steps", paths.JOURNAL)(_nothing_replayed)(rebuild, journal, count)
 
 
 def _nothing_replayed(rebuild: Artifact, journal: Journal | None, count: int | None) -> str:

@@ -88,7 +88,7 @@ def _state_faults(rebuild: Artifact, folder: Path, step: int, own_journal: Journ
     return [f"{folder.name}: the state after step {step - 1} does not belong to this journal: stale, or of another run"]
 
 
-@check("chain/weights")
+@check("chain/weights", paths.LOKR)
 def check_final_weights(rebuild: Artifact, own_journal: Journal | None) -> Check:
     """The LoKr file holds the weights whose fingerprint is in the journal's last row."""
     own_journal = require_journal(own_journal)
@@ -105,7 +105,7 @@ def check_final_weights(rebuild: Artifact, own_journal: Journal | None) -> Check
     return f"{proof} has the fingerprint of the journal's last row"
 
 
-@check("chain/milestones")
+@check("chain/milestones", paths.MILESTONES)
 def check_milestones(rebuild: Artifact, own_journal: Journal | None) -> Check:
     """Each milestone's LoKr file holds the weights whose fingerprint is in the journal's row of its step."""
     own_journal, folder = require_journal(own_journal), rebuild.folder / paths.MILESTONES

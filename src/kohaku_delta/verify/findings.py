@@ -25,17 +25,20 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of an audit. The check's public name is group/name."""
+    """One line of an audit. The check's public name is group/name; outputs: what it compares with what that was made
+    of, or computes again, unless it is a SKIP.
+    """
 
     group: str
     name: str
     status: str
     message: str
+    outputs: tuple[str, ...] = ()
 
 
-def check(name: str) -> Callable[[Callable[..., Check | str]], Callable[..., Finding]]:
+def check(name: str, *outputs: str) -> Callable[[Callable[..., Check | str]], Callable[..., Finding]]:
     """Turns a check, whose first argument is the Artifact, into a function that returns a Finding. name:
-    group/name.
+    group/name; outputs: those that it compares with what they were made of, or computes again.
     """
     group, _, short_name = name.partition("/")
 
@@ -59,7 +62,7 @@ def check(name: str) -> Callable[[Callable[..., Check | str]], Callable[..., Fin
             if faults:
                 more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
                 status, message = FAIL, "; ".join(faults[:SHOWN]) + more
-            return Finding(group, short_name, status, message)
+            return Finding(group, short_name, status, message, outputs)
 
         return run
 
@@ -70,6 +73,14 @@ def format_some(names: Iterable[str], shown: int = SHOWN) -> str:
     """The first few names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def not_looked_at(findings: list[Finding], outputs: Iterable[str]) -> list[str]:
+    """The outputs that no check compared with what they were made of. A check that names a folder has looked at
+    everything in it.
+    """
+    seen = {out for finding in findings if finding.status != SKIP for out in finding.outputs}
+    return [out for out in outputs if out not in seen and not any(out.startswith(f"{folder}/") for folder in seen)]
 
 
 def summarize(findings: list[Finding]) -> tuple[int, str]:

@@ -6,8 +6,9 @@ are left out.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import dtypes, safetensors_io
-from kohaku_delta.formats.safetensors_header import content_digest
+from kohaku_delta.formats.safetensors_header import TensorSpec, content_digest
 from kohaku_delta.formats.safetensors_io import SafetensorsFile, WriteResult
 from kohaku_delta.parallel import THREADS, ordered_map
 from kohaku_delta.params import Bake
@@ -63,6 +64,18 @@ class BakeResult:
 Chunk = tuple[str, int, int, list[LoadedUpdate]]
 
 
+@dataclass
+class BakePlan:
+    """The result before it is computed: the arguments of safetensors_io.write, and what is left out."""
+
+    specs: Mapping[str, TensorSpec]
+    produce: Callable[[list[str]], Iterator[tuple[str, safetensors_io.Buffer]]]
+    metadata: dict[str, str]
+    tensors: int
+    left_out: list[str]
+    embeddings: list[str]
+
+
 def bake(
     base: Path,
     lokr_file: Path,
@@ -81,6 +94,25 @@ def bake(
     Raises UserError for another base than the LoKr's, entries without a tensor, other shapes, and values that are not
     finite.
     """
+    with plan_bake(base, lokr_file, recipe, side, force, drop_extra, threads, numbers) as plan:
+        written = safetensors_io.write(
+            out, plan.specs, plan.produce, plan.metadata, [base, lokr_file], content_key=CONTENT_HASH
+        )
+        return BakeResult(written, plan.tensors, plan.left_out, plan.embeddings)
+
+
+@contextmanager
+def plan_bake(
+    base: Path,
+    lokr_file: Path,
+    recipe: Bake,
+    side: int,
+    force: bool = False,
+    drop_extra: bool = False,
+    threads: int = 2 * THREADS,
+    numbers: int = NUMBERS,
+) -> Iterator[BakePlan]:
+    """What bake() writes, with both files open and checked; raises as it does."""
     with safetensors_io.open_file(base) as model, safetensors_io.open_file(lokr_file) as trained:
         for file in (model, trained):
             checkpoint_checks.require_epsilon(file)
@@ -140,9 +172,7 @@ def bake(
                     "that it was trained on with --base, or pass --force."
                 )
 
-        metadata = _metadata(recipe, side)
-        written = safetensors_io.write(out, model.specs, produce, metadata, [base, lokr_file], CONTENT_HASH)
-        return BakeResult(written, len(updates), left_out, embeddings)
+        yield BakePlan(model.specs, produce, _metadata(recipe, side), len(updates), left_out, embeddings)
 
 
 def plan_updates(

@@ -7,7 +7,8 @@ pictures look washed out.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,25 @@ SCHEDULER = {  # SDXL 1.0's own
     "timestep_spacing": "leading",
     "use_karras_sigmas": False,
 }
+METADATA = {"format": "pt"}  # of each safetensors file
 PADS = {"tokenizer": END, "tokenizer_2": "!"}  # SDXL's second tokenizer pads with token 0, which is also a "!" of texts
 
 
 @dataclass
 class ExportResult:
     bytes: int  # of the tensors
+    left_out: list[str]  # tensors outside SDXL's four parts
+
+
+Produce = Callable[[list[str]], Iterator[tuple[str, np.ndarray]]]
+
+
+@dataclass
+class ExportPlan:
+    """The folder before it is computed: content of each small file, and tensors of each safetensors file, by path."""
+
+    files: dict[str, bytes]
+    weights: dict[str, tuple[dict[str, TensorSpec], Produce]]
     left_out: list[str]  # tensors outside SDXL's four parts
 
 
@@ -67,6 +81,22 @@ def export(
     for NaN and infinity, for dtypes that are not computed with, and for tokenizers with more tokens than the text
     encoders.
     """
+    with plan_export(checkpoint, tokenizers, model, drop_extra) as plan, atomic_files.atomic_dir(out) as aside:
+        for name, content in plan.files.items():
+            (aside / name).parent.mkdir(exist_ok=True)
+            (aside / name).write_bytes(content)
+        written = [
+            safetensors_io.write(aside / name, specs, produce, METADATA).bytes
+            for name, (specs, produce) in plan.weights.items()
+        ]
+    return ExportResult(sum(written), plan.left_out)
+
+
+@contextmanager
+def plan_export(
+    checkpoint: Path, tokenizers: Mapping[str, tuple[Path, Path]], model: Model, drop_extra: bool = False
+) -> Iterator[ExportPlan]:
+    """What export() writes, with the checkpoint open and checked; raises as it does."""
     with safetensors_io.open_file(checkpoint) as file:
         checkpoint_checks.require_epsilon(file)
         checkpoint_checks.require_sdxl_weights(file)
@@ -78,20 +108,18 @@ def export(
             for part, (folder, files) in zip(("te1", "te2"), tokenizers.items(), strict=True)
         }
         names = TensorNameMap(Layout.of(shapes))
-        written = 0
-        with atomic_files.atomic_dir(out) as aside:
-            _json(aside / "model_index.json", INDEX)
-            _json(aside / "scheduler" / "scheduler_config.json", SCHEDULER)
-            for folder, files in tokenizers.items():
-                _tokenizer(aside / folder, files, PADS[folder])
-            for part in PARTS:
-                written += _tensors(file, part, names, aside / PLACES[part])
-                _json(aside / Path(PLACES[part]).parent / "config.json", _config(part, configs[part], ends))
-    return ExportResult(written, extra)
+        plan = ExportPlan({}, {}, extra)
+        plan.files["model_index.json"] = _json(INDEX)
+        plan.files["scheduler/scheduler_config.json"] = _json(SCHEDULER)
+        for folder, files in tokenizers.items():
+            plan.files |= {f"{folder}/{name}": text for name, text in _tokenizer(files, PADS[folder]).items()}
+        for part in PARTS:
+            plan.files[f"{Path(PLACES[part]).parent}/config.json"] = _json(_config(part, configs[part], ends))
+            plan.weights[PLACES[part]] = _tensors(file, part, names)
+        yield plan
 
 
-def _tensors(file: SafetensorsFile, part: str, names: TensorNameMap, place: Path) -> int:
-    place.parent.mkdir()
+def _tensors(file: SafetensorsFile, part: str, names: TensorNameMap) -> tuple[dict[str, TensorSpec], Produce]:
     entries = {
         diffusers_name(entry): entry for entry in names.entries if entry.part == part and entry.key in file.specs
     }
@@ -111,7 +139,7 @@ def _tensors(file: SafetensorsFile, part: str, names: TensorNameMap, place: Path
                 )
             yield name, to_diffusers(entries[name], stored)
 
-    return safetensors_io.write(place, specs, produce, {"format": "pt"}).bytes
+    return specs, produce
 
 
 def _config(part: str, config: dict, ends: Mapping[str, dict]) -> dict:
@@ -146,22 +174,24 @@ def _special_tokens(folder: str, vocabulary: Path, words: int) -> dict[str, int]
         ) from None
 
 
-def _tokenizer(folder: Path, files: tuple[Path, Path], pad: str) -> None:
-    folder.mkdir()
+def _tokenizer(files: tuple[Path, Path], pad: str) -> dict[str, bytes]:
+    """The files of a tokenizer's folder."""
+    content = {}
     for source, name in zip(files, ("vocab.json", "merges.txt"), strict=True):
         if not Path(source).is_file():
             raise UserError(
                 f"{source} does not exist. Run the download stage, or name the tokenizer's folder by its option."
             )
-        (folder / name).write_bytes(Path(source).read_bytes())
+        content[name] = Path(source).read_bytes()
     tokens = {"bos_token": BEGIN, "eos_token": END, "pad_token": pad, "unk_token": END}
-    _json(folder / "special_tokens_map.json", tokens)
     config = {"add_prefix_space": False, "do_lower_case": True, "model_max_length": 77}
     # a text that spells the padding token does not mean padding: "love live!" ends in "!", not in token 0
     config |= {"split_special_tokens": True} if pad != END else {}
-    _json(folder / "tokenizer_config.json", tokens | config | {"tokenizer_class": "CLIPTokenizer"})
+    return content | {
+        "special_tokens_map.json": _json(tokens),
+        "tokenizer_config.json": _json(tokens | config | {"tokenizer_class": "CLIPTokenizer"}),
+    }
 
 
-def _json(path: Path, content: dict) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+def _json(content: dict) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -97,7 +97,10 @@ def write(folder: Path) -> Path:
         for name, pins in content["download"]["inputs"].items()
     }
     (build / "inputs.json").write_text(
-        json.dumps({"inputs": listed | {name: listed[name][0] for name in listed if name != "tars"}, "start": "merge"}, sort_keys=True)
+        json.dumps(
+            {"inputs": listed | {name: listed[name][0] for name in listed if name != "tars"}, "start": "merge"},
+            sort_keys=True,
+        )
     )
 
     selected = selection.select(database, recipe.selection)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from kohaku_delta import numerics, params, paths
@@ -110,8 +111,9 @@ def replay_stage(rebuild: Artifact, name: str, own: Path) -> Check:
         )
     if missing := [reads[option] for option, path in found.items() if path is None]:
         raise Skip(f"{', '.join(missing)} does not exist")
-    with tempfile.TemporaryDirectory(prefix="kohaku-delta-") as temporary:
-        arguments = [f"--params={_write_params(rebuild, own, Path(temporary))}"]
+    temporary_folder = partial(tempfile.TemporaryDirectory, prefix="kohaku-delta-")
+    with temporary_folder() as temporary, temporary_folder() as recipe:  # in the recipe's folder nothing may be written
+        arguments = [f"--params={_write_params(rebuild, own, Path(recipe))}"]
         arguments += [f"--{option}={path.resolve()}" for option, path in found.items() if path]
         arguments += [f"--{option}={Path(temporary, file)}" for option, file in writes.items()]
         script = REPOSITORY / "stages" / f"{name}.py"
@@ -131,7 +133,7 @@ def _write_params(rebuild: Artifact, own: Path, folder: Path) -> Path:
     decided by the auditor, so download.mirror and execution are not the target's.
     """
     values = copy.deepcopy(rebuild.values)
-    values["download"]["mirror"] = "mirror"  # of this temporary folder: inputs.json says where the inputs are
+    values["download"]["mirror"] = "mirror"  # beside this params.yaml: inputs.json says where the inputs are
     if own != rebuild.folder:
         values["execution"] = read_yaml(own / dvc_yaml.PARAMS)["execution"]
     path = folder / dvc_yaml.PARAMS

@@ -37,7 +37,7 @@ NUMBERS = {
     "scale": "the scaler",
 }
 # root mean square of relative loss differences: 14 times the most that fp16 training and fp16 files were seen to cause
-# (docs/verify.md)
+# (docs/audit.md)
 TOLERANCE = 1e-3
 HARDWARE_PARAMETERS = {"train.device", "train.precision", "train.weights", "train.gradient_checkpointing"}
 

@@ -84,8 +84,7 @@ def write(folder: Path) -> Path:
     content["train"]["milestone_every"] = STEPS_BETWEEN_STATES
     content["schedule"] |= {"epochs": 1, "batch_size": 2, "micro_batches": 2, "lanes": 2}
     database = Database(DATABASE)
-    ids = database.post_ids()[-40:]
-    content["selection"]["ranges"] = [{"from": int(ids[0]), "below": None, "draw": "all"}]
+    content["selection"]["ranges"] = [{"from": int(database.post_ids()[-60]), "below": None, "draw": 60}]
     content["download"] |= {
         "mirror": "mirror",
         "inputs": {"database": _pin(folder, DATABASE), "tars": [_pin(folder, folder / "mirror" / "data-0004.tar")]}
@@ -101,9 +100,11 @@ def write(folder: Path) -> Path:
         json.dumps({"inputs": listed | {name: listed[name][0] for name in listed if name != "tars"}}, sort_keys=True)
     )
 
+    selected = selection.select(database, recipe.selection)
+    ids = selected["post_id"].to_numpy()
     trained = ids[captions.captionable(database, ids, recipe.caption)][:30]
     dropped = np.setdiff1d(ids, trained)
-    parquet.write(selection.select(database, recipe.selection), build / "selection.parquet")
+    parquet.write(selected, build / "selection.parquet")
     reasons = pa.array(["deleted"] * len(dropped))
     parquet.write(pa.table({"post_id": dropped, "reason": reasons}), build / "dropped.parquet")
     sides = pa.array([96 + 32 * (row % 3) for row in range(30)], pa.int32())
@@ -139,20 +140,11 @@ def write(folder: Path) -> Path:
 def _publish(folder: Path, recipe) -> None:
     """What is made of dataset, journal and LoKr, as the stages make it; only pictures and losses are made up."""
     build = folder / "build"
-    source = {name: build / f"{name}.parquet" for name in ("selection", "posts", "dropped", "captions")}
-    source |= {name: build / f"{name}-kxl-delta.json" for name in ("artists", "characters")}
     tokenizers = {
         name: tuple(ROOT / "data" / TOKENIZERS[f"{name}_{part}"] for part in ("vocab", "merges"))
         for name in ("tokenizer", "tokenizer_2")
     }
-    dataset_files.write_statistics(
-        recipe,
-        Database(DATABASE),
-        ClipTokenizer(*tokenizers["tokenizer"]),
-        source | {"buckets": build / "bucket.txt"},
-        build / "dataset.json",
-        build / "statistics",
-    )
+    write_statistics(folder)
     rows = journal.read_journal(build / "journal.parquet").rows
     (build / "curves.csv").write_text("".join(journal.curve_lines(rows)))
     files = {"base": build / "delta-base.safetensors", "final": build / "kohaku-xl-delta.safetensors"}
@@ -175,6 +167,22 @@ def _publish(folder: Path, recipe) -> None:
     }
     measurement_files.write_curve(build / "milestones.csv", models)
     measurement_files.write_grid(build / "milestones.png", preview.prompts, models)
+
+
+def write_statistics(folder: Path) -> None:
+    """dataset.json and its plots, of what lies there now."""
+    build = folder / "build"
+    source = {name: build / f"{name}.parquet" for name in ("selection", "posts", "dropped", "captions")}
+    source |= {name: build / f"{name}-kxl-delta.json" for name in ("artists", "characters")}
+    tokenizer = ClipTokenizer(*(ROOT / "data" / TOKENIZERS[f"tokenizer_{part}"] for part in ("vocab", "merges")))
+    dataset_files.write_statistics(
+        params.load(folder / "params.yaml"),
+        Database(DATABASE),
+        tokenizer,
+        source | {"buckets": build / "bucket.txt"},
+        build / "dataset.json",
+        build / "statistics",
+    )
 
 
 def _pin(folder: Path, path: Path) -> dict:

@@ -44,7 +44,9 @@ def site(tmp_path):
 def described(site, **environment) -> dict:
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(rebuild_factory.ROOT / "src")],
-        env=os.environ | {"PYTHONPATH": str(site)} | environment,
+        env={name: value for name, value in os.environ.items() if name not in loaded_code.VARIABLES}
+        | {"PYTHONPATH": str(site)}
+        | environment,
         capture_output=True,
         text=True,
         check=True,

@@ -23,7 +23,7 @@ NAMES = {
     "docs/artists-kxl-delta.json": "artists-kxl-delta.json",
     "docs/characters-kxl-delta.json": "characters-kxl-delta.json",
     "docs/bucket.txt": "bucket.txt",
-    "unet/model.safetensors": "diffusers/unet/model.safetensors",
+    "unet/diffusion_pytorch_model.safetensors": "diffusers/unet/diffusion_pytorch_model.safetensors",
     "model_index.json": "diffusers/model_index.json",
     "samples/final-00.png": "samples/final-00.png",
     "preview.png": "preview.png",

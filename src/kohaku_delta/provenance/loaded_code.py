@@ -2,7 +2,7 @@
 
 A wheel lists its files with their sha256 in RECORD, and the installer keeps that list. Every Python module and shared
 object of this process that lies in a library is hashed and compared with it. The lists themselves are compared by the
-audit with requirements/<lock>.records.json, which `make lock` writes from a fresh installation.
+audit with requirements/<lock>.records.json, which tools/write_library_records writes from a fresh installation.
 
 Not seen: bytecode in __pycache__ that differs from the file beside it, the interpreter, its standard library and the
 system's libraries, other processes (the ranks of a training load what the first process loads), and what was loaded and

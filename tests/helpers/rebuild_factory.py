@@ -214,8 +214,9 @@ def _train(folder: Path, recipe, rows: pa.Table, base: str, start: str | None = 
     weights = {name: torch.zeros(SHAPES.get(name, (4, 4))) for name in names}
     honest, depends = (
         journal.Journal({"base": base, "parameters": trainer.result_parameters(recipe)} | began),
-        {"train.seed": "1337"} | began,
+        {name: str(value) for name, value in trainer.result_parameters(recipe).items()} | began,
     )
+    depends |= {f"code of {file}": digest for file, digest in json.loads(CODE["train"])["files"].items()}
     depends |= {
         name: sha256((folder / "build" / file).read_bytes())
         for name, file in (

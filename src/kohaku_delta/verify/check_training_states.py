@@ -28,7 +28,8 @@ INPUTS = {"base": paths.BASE, "posts": paths.POSTS, "captions": paths.CAPTIONS, 
 def check_saved_states(rebuild: Artifact, own_journal: Journal | None) -> Check:
     """Every saved state of this training belongs to its journal, bit for bit; states of other trainings are named.
 
-    A state belongs to this training if the folder's name follows from its depends.json, and that names our inputs.
+    A state belongs to this training if the folder's name follows from its depends.json, and that names our inputs,
+    parameters and code. The folder of a training by an earlier revision may lie beside it.
     """
     if rebuild.bundle:
         raise Skip("a bundle holds no states")
@@ -68,10 +69,15 @@ def check_saved_states(rebuild: Artifact, own_journal: Journal | None) -> Check:
 
 
 def _differing_inputs(rebuild: Artifact, digests: dict[str, str]) -> list[str]:
-    """The inputs of this rebuild's training whose sha256 a run that depends on `digests` did not have."""
-    found = {name: rebuild.digests[out].sha256 for name, out in INPUTS.items() if out in rebuild.digests}
-    ours = {**found, NETWORK_WEIGHTS: rebuild.start}
-    return sorted(name for name, sha256 in ours.items() if digests.get(name) != sha256)
+    """The inputs, parameters and code of this rebuild's training that a run that depends on `digests` did not have."""
+    from kohaku_delta.training.trainer import result_parameters
+
+    ours = {name: rebuild.digests[out].sha256 for name, out in INPUTS.items() if out in rebuild.digests}
+    ours |= {NETWORK_WEIGHTS: rebuild.start}
+    ours |= {name: str(value) for name, value in result_parameters(rebuild.recipe).items()}
+    if code := rebuild.code.get("train"):
+        ours |= {f"code of {file}": digest for file, digest in code.files.items()}
+    return sorted(name for name, value in ours.items() if digests.get(name) != value)
 
 
 def _state_faults(rebuild: Artifact, folder: Path, step: int, own_journal: Journal) -> list[str]:

@@ -72,8 +72,8 @@ def _differing_inputs(rebuild: Artifact, digests: dict[str, str]) -> list[str]:
     """The inputs, parameters and code of this rebuild's training that a run that depends on `digests` did not have."""
     from kohaku_delta.training.trainer import result_parameters
 
-    ours = {name: rebuild.digests[out].sha256 for name, out in INPUTS.items() if out in rebuild.digests}
-    ours |= {NETWORK_WEIGHTS: rebuild.start}
+    ours: dict[str, str | None] = {NETWORK_WEIGHTS: rebuild.start}
+    ours |= {name: rebuild.digests[out].sha256 for name, out in INPUTS.items() if out in rebuild.digests}
     ours |= {name: str(value) for name, value in result_parameters(rebuild.recipe).items()}
     if code := rebuild.code.get("train"):
         ours |= {f"code of {file}": digest for file, digest in code.files.items()}

@@ -30,6 +30,10 @@ def check_records(rebuild: Artifact) -> Check:
     if not rebuild.records:
         raise Skip("no stage left a record")
     outs = sum(path in rebuild.digests for record in rebuild.records.values() for path in record.outputs)
+    if not outs:
+        raise Skip(
+            f"{len(rebuild.records)} records are of the runs that dvc.lock names; none of their outs exists here"
+        )
     return (
         f"{len(rebuild.records)} records are of the runs that dvc.lock names; "
         f"{outs} of their outs have the recorded sha256"

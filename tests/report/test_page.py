@@ -309,7 +309,7 @@ def test_the_page_and_the_card_have_the_held_out_loss_of_every_milestone(tmp_pat
     (curve,) = [attributes["alt"] for attributes, _ in Page(text).all("img") if "Held-out loss" in attributes["alt"]]
     assert "over 3 models, steps 0 to 5" in curve and "starts at 0.5 and ends at 0.25" in curve
     assert run("card", place).exit_code == 0
-    assert "by steps: 0: 0.5000; 2: 0.3750; 5: 0.2500." in (place / "build" / "README.md").read_text()
+    assert "by steps: base: 0.5000; 2: 0.3750; 5: 0.2500." in (place / "build" / "README.md").read_text()
     empty = "step,held_out_loss,held_out_loss_training\n0,,\n5,,\n"
     place = build_factory.make(tmp_path / "none", texts={"milestones.csv": empty})
     assert "Held-out loss over" not in written(place) and run("card", place).exit_code == 0

@@ -273,7 +273,7 @@ def test_of_the_states_of_other_trainings_the_nearest_is_named_first(copy):
     rehash_everything(copy)
     (near,) = (copy / "work").glob("*/depends.json")
     content = json.loads(near.read_text())
-    for number in range(100):  # until its name comes first
+    for number in range(100_000):  # until its name comes first
         listed = content["depends"] | dict.fromkeys(("base", "posts", "schedule"), str(number))
         name = hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()[:16]
         if name < near.parent.name:

@@ -140,7 +140,9 @@ def exported_tokenizers(tmp_path_factory):
     training = ClipTokenizer(*files)
     loaded = []
     for name, pad in (("tokenizer", training.eos_token_id), ("tokenizer_2", 0)):
-        export_diffusers._tokenizer(folder / name, files, export_diffusers.PADS[name])
+        (folder / name).mkdir()
+        for file, text in export_diffusers._tokenizer(files, export_diffusers.PADS[name]).items():
+            (folder / name / file).write_bytes(text)
         loaded.append((CLIPTokenizer.from_pretrained(folder / name), pad))
     return training, loaded
 

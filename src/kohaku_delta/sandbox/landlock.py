@@ -82,7 +82,8 @@ def _rules(policy: StagePolicy) -> Iterator[tuple[str, int]]:
         yield path, READ
     for path in readable_roots(policy.written, policy.watched):
         yield path, ~READ
-    for path in policy.changed:  # a folder is opened to flush it to the disk
+    # a folder is opened to flush it to the disk; one of outputs may hold what is watched
+    for path in policy.changed | policy.written:
         yield path, ~READ | READ_DIR
     for path in policy.listed:
         yield path, READ_DIR

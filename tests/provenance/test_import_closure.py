@@ -81,6 +81,7 @@ def test_a_formatting_run_of_every_file_changes_no_stage(copy):
     assert changed(copy, change) == set()
 
 
+@pytest.mark.slow
 def test_a_number_in_the_optimizer_changes_the_stages_that_train_with_it(copy):
     optimizer = copy / "src" / "kohaku_delta" / "training" / "optimizer.py"
     assert changed(copy, lambda: replace(optimizer, "0.5, 2000", "0.5, 2001")) == {"train", "preview", "milestones"} & {

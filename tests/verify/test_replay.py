@@ -138,6 +138,7 @@ def test_a_row_changed_by_hand_breaks_the_chain_there(trained, tmp_path):
         journal.read_journal(tmp_path / "journal.parquet")
 
 
+@pytest.mark.slow
 def test_losses_from_a_milestone_are_the_journals_and_another_lokrs_are_not(trained, tmp_path):
     milestone = next(trained.glob("work/*/delta-lokr-step00000002.safetensors"))
     done = replay(trained, "--loss-only", "--lokr", milestone)
@@ -210,6 +211,7 @@ def test_what_a_sample_proves_is_the_rule_of_three():
     assert "a journal with 1.0 % of its steps false" in replay_training.confidence(299, 28_638)
 
 
+@pytest.mark.slow
 def test_worker_processes_change_no_byte(trained, tmp_path):
     folder = tiny_training.write(tmp_path / "workers", 24, keep_states=100, milestone_every=2, workers=3)
     done = tiny_training.run(folder)

@@ -246,7 +246,9 @@ def test_a_release_without_a_key_passes_and_nothing_signed_is_believed(recipe, u
     assert code == 0 and found["folder/build"] == ("SKIP", "no build lies beside the folder")
 
 
-@pytest.mark.parametrize("name", [*SINGLE.values(), "samples/final-00.png", "unet/diffusion_pytorch_model.safetensors", "croissant.json"])
+@pytest.mark.parametrize(
+    "name", [*SINGLE.values(), "samples/final-00.png", "unet/diffusion_pytorch_model.safetensors", "croissant.json"]
+)
 def test_a_changed_file_a_missing_and_an_additional_one_are_named(unsigned, name):
     flip(unsigned / name)
     assert f"{name} has the sha256" in failed(audit(unsigned)[1])["folder/files"]

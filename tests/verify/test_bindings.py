@@ -4,14 +4,12 @@ afterwards, is found by the check that makes it again, or named in the line of o
 
 import dataclasses
 import json
-import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-import rebuild_factory
 from kohaku_delta.formats import safetensors_io
 from kohaku_delta.provenance.artifact import open_artifact
 from kohaku_delta.verify import audit as audits
@@ -24,18 +22,6 @@ from kohaku_delta.verify import (
     findings,
 )
 from tampering import ask, audit, failed, other_code, record_edited, rehash_everything, rows, ulp
-
-
-@pytest.fixture(scope="module")
-def untampered_rebuild(tmp_path_factory):
-    return rebuild_factory.write(tmp_path_factory.mktemp("honest") / "recipe")
-
-
-@pytest.fixture
-def copy(untampered_rebuild, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("attack") / "recipe"  # as deep as the honest one: its root is a relative path
-    shutil.copytree(untampered_rebuild, folder, symlinks=True)
-    return folder
 
 
 def replaced(name, old, new):

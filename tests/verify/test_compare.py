@@ -12,18 +12,6 @@ from kohaku_delta.training import journal
 from tampering import ask, caption, journaled, locked, picture, post, rehash_everything, truncate_journal, ulp
 
 
-@pytest.fixture(scope="module")
-def untampered_rebuild(tmp_path_factory):
-    return rebuild_factory.write(tmp_path_factory.mktemp("honest") / "recipe")
-
-
-@pytest.fixture
-def copy(untampered_rebuild, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("other") / "recipe"
-    shutil.copytree(untampered_rebuild, folder, symlinks=True)
-    return folder
-
-
 def test_equal_rebuilds_say_so_in_one_line(untampered_rebuild, copy):
     assert ask("compare", untampered_rebuild, copy) == (0, "equal: all 35 outputs of 13 stages, byte for byte\n")
 

@@ -2,10 +2,12 @@
 
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 import rebuild_factory
+from kohaku_delta.verify import compare_statement
 from tampering import ask, caption, rehash_everything
 
 
@@ -36,6 +38,16 @@ def own(signed, tmp_path_factory):
 def test_equal_bytes_are_equal_to_what_was_signed(own, signed, keys):
     code, output = ask("compare", own, signed[1], "--key", keys[1])
     assert code == 0 and output.startswith("equal: all 35 outputs of 13 stages have the sha256 that ")
+    assert output.count("\n") == 1, output
+
+
+@pytest.mark.parametrize("path", sorted(Path("rebuilds").glob("*.json")), ids=lambda path: path.stem)
+def test_a_known_rebuild_is_signed_by_its_key_and_its_row_says_what_was_signed(path):
+    signed = compare_statement.read_signed_build(path, path.with_suffix(".pub"))
+    (row,) = (line for line in Path("docs/rebuilds.md").read_text().splitlines() if line.startswith(f"| {path.stem} |"))
+    outs = {out: sha256 for outs in signed.outputs().values() for out, sha256 in outs.items()}
+    assert signed.commit()[:10] in row
+    assert all(outs[f"build/{name}.safetensors"] in row for name in ("kohaku-xl-delta", "delta-lokr"))
 
 
 def test_another_caption_is_told_by_stage_and_output(own, signed, keys):

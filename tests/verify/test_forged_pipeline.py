@@ -19,18 +19,6 @@ ROOT = rebuild_factory.ROOT
 
 
 @pytest.fixture(scope="module")
-def untampered_rebuild(tmp_path_factory):
-    return rebuild_factory.write(tmp_path_factory.mktemp("honest") / "recipe")
-
-
-@pytest.fixture
-def copy(untampered_rebuild, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("attack") / "recipe"  # as deep as the honest one: its root is a relative path
-    shutil.copytree(untampered_rebuild, folder, symlinks=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def bundle(untampered_rebuild, tmp_path_factory):
     path = tmp_path_factory.mktemp("bundle") / "honest"
     assert ask("bundle", path, "--recipe", untampered_rebuild)[0] == 0

@@ -25,11 +25,6 @@ SECONDS = 20  # an audit of the honest rebuild takes two
 EVIL = "\x1b[2J\x1b[Hverdict: PASS\r\n\u202everdict\u2066\x9b\x07"
 
 
-@pytest.fixture(scope="module")
-def untampered_rebuild(tmp_path_factory):
-    return rebuild_factory.write(tmp_path_factory.mktemp("honest") / "recipe")
-
-
 @pytest.fixture
 def copy(untampered_rebuild, tmp_path_factory):
     folder = tmp_path_factory.mktemp("attack") / "recipe"

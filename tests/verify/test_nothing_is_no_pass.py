@@ -26,18 +26,6 @@ from kohaku_delta.verify.findings import Finding, Skip, check, summarize
 from tampering import ask
 
 
-@pytest.fixture(scope="module")
-def untampered_rebuild(tmp_path_factory):
-    return rebuild_factory.write(tmp_path_factory.mktemp("honest") / "recipe")
-
-
-@pytest.fixture
-def copy(untampered_rebuild, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("attack") / "recipe"  # as deep as the honest one: its root is a relative path
-    shutil.copytree(untampered_rebuild, folder, symlinks=True)
-    return folder
-
-
 def parameter(section, **values):
     def change(folder):
         content = rebuild_factory.loaded(folder / "params.yaml")

@@ -54,19 +54,6 @@ from tampering import (
     undeclared,
 )  # fmt: skip
 
-
-@pytest.fixture(scope="module")
-def untampered_rebuild(tmp_path_factory):
-    return rebuild_factory.write(tmp_path_factory.mktemp("honest") / "recipe")
-
-
-@pytest.fixture
-def copy(untampered_rebuild, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("attack") / "recipe"  # as deep as the honest one: its root is a relative path
-    shutil.copytree(untampered_rebuild, folder, symlinks=True)
-    return folder
-
-
 ATTACKS = {
     "an out's hash fabricated in dvc.lock":
         (fabricate_output_hash, False, "lock/outs", "build/kohaku-xl-delta.safetensors (of bake) has md5"),

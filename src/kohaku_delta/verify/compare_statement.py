@@ -3,6 +3,7 @@
 The outputs of the rebuild at hand are hashed in this run; those of the other are what its signer says.
 """
 
+import json
 import posixpath
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +107,7 @@ def causes(rebuild: Artifact, signed: SignedBuild) -> Iterator[Line]:
     for url in differing_keys(ours, theirs):
         here, there = (f"{inputs[url][:16]}…" if url in inputs else "missing" for inputs in (ours, theirs))
         yield "input", f"{posixpath.basename(url)}: {here} | {there}"
-    yield from parameter_differences(rebuild.values, signed.definition.externalParameters.get(dvc_yaml.PARAMS, {}))
+    parameters = rebuild.values, signed.definition.externalParameters.get(dvc_yaml.PARAMS, {})
+    yield from parameter_differences(*(json.loads(json.dumps(each, sort_keys=True)) for each in parameters))
     if rebuild.commit != signed.commit():
         yield "commit", f"{rebuild.commit or 'unknown'} | {signed.commit() or 'unknown'}"

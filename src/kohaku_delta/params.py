@@ -20,9 +20,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Place = Annotated[int, Field(gt=0, lt=1 << 15)]  # schedule.parquet has it as int16
 Dtype = Literal["float32", "float16", "bfloat16"]
 Text = Annotated[str, Field(min_length=1)]
-NETWORK_WEIGHTS = (
-    "network_weights"  # optional in download.inputs, by kohya's name: the LoKr that the training begins with
-)
+# optional in download.inputs, by kohya's name: the LoKr that the training begins with
+NETWORK_WEIGHTS = "network_weights"
 
 
 def _numbers(mapping: Any) -> Any:

@@ -85,11 +85,11 @@ def _verdict(found: OutputComparison, count: int, unfinished: list[str]) -> str:
 def compare_signed(a: Path, b: Path, key: Path) -> NoReturn:
     """Compare a rebuild with a signed provenance, and exit."""
     with open_artifact(a) as rebuild:
-        signed = compare_statement.read_signed_build(b, key)
+        signed = compare_statement.read_signed(b, key)
         unequal = {name: outs for name, outs in compare_statement.differing_outputs(rebuild, signed).items() if outs}
         unmatched = compare_statement.unmatched_outputs(rebuild, signed)
         rows = [("outputs", line) for line in unmatched] + list(compare_statement.causes(rebuild, signed))
-        stages = signed.outputs()
+        stages = signed.stages
         if unequal:
             print_line(f"different from the stage {next(iter(unequal))} on: {', '.join(chain(*unequal.values()))}")
             equal = ", ".join(name for name in stages if name not in unequal) or "no stage"

@@ -91,7 +91,7 @@ def check_provenance(published: PublishedFolder) -> Check:
         if published.key:
             yield f"{bundles.PROVENANCE} is missing: nothing says how the files were made"
         raise Skip(f"there is no {bundles.PROVENANCE}")
-    values = published.statement.predicate.buildDefinition.externalParameters.values
+    values = published.statement.parameters
     recipe = strict_model.validate(f"{bundles.PROVENANCE}, params.yaml", Recipe, values, REMEDY)
     compared, agrees = 0, True
     for fault, count in _output_faults(published, recipe):
@@ -159,10 +159,9 @@ def check_bom(published: PublishedFolder) -> Check:
     unedited = f"{counts}; its serial number is that of its content"
     if published.statement is None:
         return unedited
-    dependencies = published.statement.predicate.buildDefinition.resolvedDependencies
     signed = sorted(
         (each.name, each.digest.get("sha256"), bill_of_materials.input_url(each.uri))
-        for each in dependencies
+        for each in published.statement.dependencies
         if each.uri
     )
     listed = sorted(

@@ -14,6 +14,7 @@ from kohaku_delta import strict_model
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import hashing
 from kohaku_delta.provenance import bundles, folder_signature, signature
+from kohaku_delta.provenance.signed_statement import SignedStatement, parse_statement
 from kohaku_delta.provenance.stage_record import Sha256
 from kohaku_delta.publishing import release_folder
 from kohaku_delta.strict_model import PartialModel
@@ -60,30 +61,6 @@ class _Croissant(PartialModel):
     distribution: Annotated[list[_Table], FailFast()]
 
 
-class _Resource(PartialModel):
-    name: str
-    digest: dict[str, str]
-    uri: str = ""
-
-
-class _Parameters(PartialModel):
-    values: dict[str, Any] = Field(alias="params.yaml")
-
-
-class _Definition(PartialModel):
-    externalParameters: _Parameters
-    resolvedDependencies: Annotated[list[_Resource], FailFast()]
-
-
-class _Predicate(PartialModel):
-    buildDefinition: _Definition
-
-
-class _Statement(PartialModel):
-    subject: Annotated[list[_Resource], FailFast()]
-    predicate: _Predicate
-
-
 @dataclass
 class PublishedFolder:
     """key: the signer's public key; without one, what is signed is not believed."""
@@ -128,18 +105,18 @@ class PublishedFolder:
         }
 
     @cached_property
-    def statement(self) -> _Statement | None:
+    def statement(self) -> SignedStatement | None:
         """The provenance, verified if there is a key; None if there is none."""
         if bundles.PROVENANCE not in self.files:
             return None
         path = self.folder / bundles.PROVENANCE
         payload = signature.verify_signature(path, self.key) if self.key else signature.unverified_payload(path)
-        return strict_model.parse_json(path.name, _Statement, payload, REMEDY)
+        return parse_statement(path.name, payload, REMEDY)
 
     @property
     def outputs(self) -> dict[str, str]:
         """Output → sha256, as the provenance says."""
-        return {each.name: each.digest.get("sha256", "") for each in self.statement.subject} if self.statement else {}
+        return self.statement.outputs if self.statement else {}
 
     def read_json(self, name: str) -> Any:
         """The content of a JSON file, of whatever shape."""

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import rebuild_factory
 from kohaku_delta.verify import known_code
-from tampering import ask, audit, caption, fabricate_output_hash, failed, locked, other_code
+from tampering import ask, audit, caption, fabricate_output_hash, failed, locked, other_code, sealed
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +58,6 @@ def unpacked(bundle, to):
     with tarfile.open(bundle) as tar:
         tar.extractall(to)  # written by the test itself
     return to
-
-
-def sealed(folder) -> None:
-    """bundle.json written anew: the careful forger of bundles."""
-    content = json.loads((folder / "bundle.json").read_text())
-    content["files"] = {
-        path.relative_to(folder).as_posix(): rebuild_factory.sha256(path.read_bytes())
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "bundle.json"
-    }
-    (folder / "bundle.json").write_text(json.dumps(content))
 
 
 def test_a_bundle_is_audited_like_its_folder_and_its_bytes_do_not_depend_on_the_place(

@@ -13,7 +13,7 @@ import rebuild_factory
 from kohaku_delta.provenance import import_closure
 from kohaku_delta.provenance.artifact import open_artifact
 from kohaku_delta.verify import check_lock, check_lock_inputs, known_code
-from tampering import ask, audit, failed, locked, rehash_everything
+from tampering import ask, audit, failed, locked, rehash_everything, sealed
 
 ROOT = rebuild_factory.ROOT
 
@@ -415,17 +415,6 @@ def test_an_unfinished_rebuild_cannot_be_judged(copy):
     code, output = ask("audit", copy)
     passed = [line for line in output.splitlines() if line.startswith("PASS")]
     assert code != 0 and [line.split()[1] for line in passed] == ["fidelity/quirks"], output
-
-
-def sealed(folder) -> None:
-    """bundle.json written anew: the careful forger of bundles."""
-    content = json.loads((folder / "bundle.json").read_text())
-    content["files"] = {
-        path.relative_to(folder).as_posix(): rebuild_factory.sha256(path.read_bytes())
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "bundle.json"
-    }
-    (folder / "bundle.json").write_text(json.dumps(content))
 
 
 def left_out(name, size=None):

@@ -15,7 +15,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 # --quiet shows only the stages' own lines; it hides DVC's errors too, so a failure names the command that shows them.
 failed = { echo "Error: DVC failed. If no line above says why, this shows it: $(1)" >&2; exit 1; }
 
-.PHONY: repro rehearsal pilot begin report release proofs proofs-tools upload test test-slow lint miniature-data bench-dataset bench-checkpoint bench-train bench-audit gpu-check image image-check wheels environment lock
+.PHONY: repro rehearsal pilot begin report release proofs proofs-tools upload test test-ci test-slow lint miniature-data bench-dataset bench-checkpoint bench-train bench-audit gpu-check image image-check wheels environment lock
 
 repro: $(VENV)/requirements.txt
 	@dvc pull --quiet --remote embedded data.dvc || $(call failed,dvc pull --remote embedded data.dvc)
@@ -63,9 +63,10 @@ test: $(VENV)/requirements.txt
 	@dvc pull --quiet --remote embedded data.dvc || $(call failed,dvc pull --remote embedded data.dvc)
 	@python -m pytest -q -n auto --dist loadfile
 
-test-slow: $(VENV)/requirements.txt
+# What `make test` leaves out: seconds each (CI runs them too), and minutes each.
+test-ci test-slow: $(VENV)/requirements.txt
 	@dvc pull --quiet --remote embedded data.dvc || $(call failed,dvc pull --remote embedded data.dvc)
-	@python -m pytest -q -n auto --dist loadfile -m slow
+	@python -m pytest -q -n auto --dist loadfile -m $(@:test-%=%)
 
 # Format, lint and types. The tools have a lock and a virtual environment of their own; mypy reads the libraries of $(VENV).
 lint: $(VENV)/requirements.txt $(LINT_VENV)/requirements.txt

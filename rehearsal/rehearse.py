@@ -220,9 +220,13 @@ def digest(path: Path) -> str:
 
 
 def rehearse_journal(folder: Path) -> dict:
-    """A journal of the release's length, with its number of tensors and lanes: appended, saved and read."""
+    """A journal of the release's length, with its number of tensors and lanes: appended, saved with a state, written
+    and read.
+    """
     numbers = np.random.default_rng(0)
-    path = folder / "journal.parquet"
+    path, states = folder / "journal.parquet", folder / "journal-of-states"
+    milestone = params.load(ROOT / "params.yaml").train.milestone_every
+    shutil.rmtree(states, ignore_errors=True)
     began = time.monotonic()
     rows = journal.Journal({"rehearsal": "of the release's length"})
     for step in range(JOURNAL_STEPS):
@@ -242,16 +246,25 @@ def rehearse_journal(folder: Path) -> dict:
             }
         )
     times = [time.monotonic() - began]
+    for state in ("before", "last"):
+        (states / state).mkdir(parents=True)
+        began = time.monotonic()
+        rows.write_parts(states / state / path.name, milestone)
+        times.append(time.monotonic() - began)
+        rows.saved = states / state / path.name
+    own = sum(file.stat().st_size for file in rows.saved.iterdir() if file.stat().st_nlink == 1)
     for work in (lambda: rows.write(path), lambda: journal.read_journal(path)):
         began = time.monotonic()
         work()
         times.append(time.monotonic() - began)
-    append, write, read = times
-    click.echo(
-        f"journal of {JOURNAL_STEPS:,} steps: {append:.1f} s to append all, {write:.1f} s to save, {read:.1f} s to read"
-    )
+    append, _, save, write, read = times
     written = path.stat().st_size
+    click.echo(
+        f"journal of {JOURNAL_STEPS:,} steps: {append:.1f} s to append all, {save:.2f} s to save with a state "
+        f"({own:,} of {written:,} bytes), {write:.1f} s to write, {read:.1f} s to read"
+    )
     path.unlink()
+    shutil.rmtree(states)
     return {"seconds": sum(times), "peak": None, "written": written}
 
 

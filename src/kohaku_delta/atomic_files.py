@@ -101,9 +101,9 @@ def atomic_dir(path):
     """The Path of an empty folder for a with block. The folder replaces `path` if the block succeeds."""
     with _aside(Path(path), is_folder=True) as (aside, _):
         yield aside
-        for file in sorted(aside.rglob("*")):
-            if file.is_file():
-                _flush(file)
+        for entry in [*sorted(aside.rglob("*")), aside]:
+            if entry.is_file() or entry.is_dir():
+                _flush(entry)
 
 
 def clear_left_overs(folder: Path) -> None:

@@ -154,6 +154,7 @@ def test_an_orientation_that_cannot_be_read_turns_nothing(exif):
 WEBP_SET = image.Decoding(reencode_webp=True)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "size, expected", [((96, 64), (96, 64)), ((4096, 2048), (2896, 1448)), ((2049, 2048), (2048, 2047))]
 )

@@ -135,6 +135,7 @@ def test_what_is_there_is_not_fetched_again_and_what_is_damaged_is(hub, recipe, 
     )
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "faults", [["drop"] * 3, ["corrupt", "corrupt"], [503, 429, 403], ["short"], ["stall"], ["long"], ["whole"]]
 )

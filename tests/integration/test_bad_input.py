@@ -67,6 +67,7 @@ def test_every_stage_names_a_wrong_key_and_what_it_should_be(recipe, tmp_path, n
     refused(stage(tmp_path, name), tmp_path, "execution.save_every is 'often'", "whole number")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", READERS)
 def test_every_stage_names_a_missing_output_of_an_earlier_one(recipe, tmp_path, name):
     done = stage(tmp_path, name)

@@ -89,6 +89,7 @@ def test_a_step_that_overflows_is_repeated_with_a_smaller_scale(tmp_path, monkey
     assert figures["overflows"] and all(figures["checks"][name] for name in OF_STEPS)
 
 
+@pytest.mark.ci
 def test_every_form_of_the_lokr_is_timed_with_one_model_in_memory_at_a_time(figures, monkeypatch):
     numerics.enforce()
     drawn, alive = gpu_check.drawn_context, []

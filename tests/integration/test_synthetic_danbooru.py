@@ -15,6 +15,7 @@ from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import captions, filtering
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("later", [False, True])
 def test_captions_of_a_generated_collection_are_the_tools(tmp_path, later):
     parameters = params.load("params.yaml")

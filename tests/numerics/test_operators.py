@@ -59,6 +59,7 @@ class UnknownOperators(TorchDispatchMode):
         return result
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "variant",
     [

@@ -465,6 +465,7 @@ def test_a_probe_that_dies_is_a_sentence(tmp_path, monkeypatch):
     assert host_facts._probe(ROOT / "params.yaml") == {"cuda": ""}
 
 
+@pytest.mark.ci
 def test_an_sdxl_that_is_no_checkpoint_is_a_sentence(tmp_path):
     (tmp_path / "sdxl.safetensors").write_bytes(b"\xff" * 4096)
     text = (

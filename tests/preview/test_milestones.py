@@ -87,6 +87,7 @@ def copy(trained, tmp_path):
     return tmp_path / "copy"
 
 
+@pytest.mark.ci
 def test_base_and_final_model_have_the_numbers_of_the_preview(trained):
     measured = json.loads((trained / "build" / "held-out.json").read_text())
     rows = curve(trained / "build" / "milestones.csv")
@@ -147,6 +148,7 @@ def tree(folder) -> dict[str, str]:
     }
 
 
+@pytest.mark.ci
 def test_watch_gives_the_stages_numbers_and_touches_nothing_else(trained, copy):
     before = tree(copy)
     done = watch(copy)
@@ -218,6 +220,7 @@ def test_watch_names_a_milestone_that_is_cut_off_or_of_another_base(copy):
     assert first.name in refused(copy)
 
 
+@pytest.mark.ci
 def test_of_several_trainings_the_newest_unfinished_is_watched(copy):
     first = work(copy)
     for name, steps in (("0" * 16, 100), ("1" * 16, 100)):
@@ -232,6 +235,7 @@ def test_of_several_trainings_the_newest_unfinished_is_watched(copy):
     assert [row["step"] for row in curve(first.parent / ("1" * 16) / "watch" / "milestones.csv")] == ["0"]
 
 
+@pytest.mark.ci
 def test_a_training_that_was_set_aside_can_be_watched(copy):
     first = work(copy)
     aside = run_folders.set_aside_path(first)
@@ -240,6 +244,7 @@ def test_a_training_that_was_set_aside_can_be_watched(copy):
     assert done.returncode == 0 and f"watch: {aside}, " in done.stdout, done.stderr
 
 
+@pytest.mark.ci
 def test_two_watchers_of_one_training_do_not_write_into_each_others_files(copy):
     (work(copy) / "watch").mkdir()
     with open(work(copy) / "watch" / "lock", "w") as held:

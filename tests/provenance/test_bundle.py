@@ -307,6 +307,7 @@ def test_a_table_or_journal_that_is_garbage_fails_in_a_sentence(bundle, tmp_path
         assert code in (1, 2) and name in output and "Traceback" not in output, output
 
 
+@pytest.mark.ci
 def test_other_code_than_that_at_hand_is_judged_by_the_commit_that_the_records_name(copy, tmp_path, monkeypatch):
     def git(*arguments):
         return subprocess.run(

@@ -54,6 +54,7 @@ def replace(path: Path, old: str, new: str):
     path.write_text(text.replace(old, new, 1))
 
 
+@pytest.mark.ci
 def test_it_is_the_same_elsewhere(copy):
     assert described(copy) == described(ROOT)
 
@@ -73,6 +74,7 @@ def test_comments_docstrings_and_formatting_change_no_stage(copy):
     assert changed(copy, change) == set()
 
 
+@pytest.mark.ci
 def test_a_formatting_run_of_every_file_changes_no_stage(copy):
     def change():
         for path in copy.rglob("*.py"):
@@ -112,6 +114,7 @@ def test_a_hash_of_a_library_counts(copy):
     assert "train" in changed(copy, lambda: lock.write_text(text.replace(sha256, "0" * 64)))
 
 
+@pytest.mark.ci
 def test_a_file_that_is_no_python_counts_by_its_bytes(copy):
     module, template = (
         copy / "src" / "kohaku_delta" / "dataset" / "tag_counts.py",

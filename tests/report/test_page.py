@@ -221,6 +221,7 @@ def test_every_hash_of_the_lock_and_of_the_weights_is_on_the_page(tmp_path):
         assert all(each["sha256"] in text for each in (entry if isinstance(entry, list) else [entry]))
 
 
+@pytest.mark.ci
 def test_an_audit_counts_only_for_the_lock_that_it_checked(tmp_path):
     place = build_factory.make(tmp_path)
     kind, text_of_badge = badges(written(place))["Audit"]

@@ -227,6 +227,7 @@ def test_code_that_is_run_and_not_described_is_refused_and_named(stage, reposito
         shutil.rmtree(told.parent)
 
 
+@pytest.mark.ci
 @BOTH
 def test_compiled_code_kept_apart_is_judged_by_what_it_is_of(stage, repository, monkeypatch):
     """As in the container image, where the home directory holds PYTHONPYCACHEPREFIX: the first run writes what the
@@ -280,6 +281,7 @@ def server():
         yield listening
 
 
+@pytest.mark.ci
 @BOTH
 def test_a_socket_is_refused_and_named_and_nothing_arrives(stage, repository, server):
     port = server.getsockname()[1]
@@ -296,6 +298,7 @@ def test_a_socket_is_refused_and_named_and_nothing_arrives(stage, repository, se
         server.accept()
 
 
+@pytest.mark.ci
 @BOTH
 def test_ranks_are_held_too_and_talk_on_the_loopback_only(stage, repository, server):
     """Two ranks, as train starts them: the loopback is open to them, another host and a file that is not declared are
@@ -337,6 +340,7 @@ def test_the_processes_that_decode_images_are_held_too(stage, repository):
     refused(stage(do), repository, "mirror/gamma")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("stage", ["both"], indirect=True)
 @pytest.mark.parametrize(
     "do",

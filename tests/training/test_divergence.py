@@ -41,6 +41,7 @@ def with_base(folder, change):
     return folder
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_base_with_one_huge_weight_stops_the_first_step_and_names_posts_and_layer(tmp_path, ranks):
     def change(tensors):
@@ -66,6 +67,7 @@ def test_a_base_that_holds_nan_is_named_as_the_first_thing_that_is_not_finite(tm
     assert "the base's weight unet.down_blocks.0.resnets.0.conv1.weight is not finite" in done.stderr
 
 
+@pytest.mark.ci
 def test_a_training_that_diverges_after_some_steps_keeps_the_last_good_one(tmp_path):
     folder = tiny_training.write(tmp_path / "training", 48, learning_rate_unet=30.0, save_every=100)
     done = tiny_training.run(folder)

@@ -31,6 +31,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.ci
 def test_every_post_is_visited_twice_under_another_counter(trained):
     schedule = tiny_training.parquet.read(trained / "build" / "schedule.parquet")
     visits = [

@@ -434,6 +434,7 @@ def test_a_full_gpu_is_named_whichever_library_meets_it(tmp_path, error):
     assert "\n" not in raised.value.message
 
 
+@pytest.mark.ci
 def test_what_a_failed_step_held_is_freed_before_the_last_step_is_saved(trained, tmp_path, monkeypatch):
     """A full GPU needs some room to compute the fingerprints of what is saved."""
     folder = copy_inputs(trained, tmp_path)

@@ -35,6 +35,7 @@ def state(folder, step):
     return load_file(next(folder.glob(f"work/*/step-{step:08d}")) / "state.safetensors")
 
 
+@pytest.mark.ci
 def test_a_step_that_overflows_is_skipped_and_halves_the_scale(trained_fp16):
     rows = tiny_training.journal(trained_fp16).to_pylist()
     assert len(rows) >= 3 and not math.isfinite(rows[0]["gradient_norm"])

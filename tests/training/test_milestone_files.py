@@ -57,6 +57,7 @@ def work(folder):
     return run_folder
 
 
+@pytest.mark.ci
 def test_milestones_come_at_their_own_steps_whatever_save_every_is(trained):
     assert steps(trained) >= 5 and len(names(trained)) >= 2
     assert sorted(path.name for path in (trained / "build" / "milestones").iterdir()) == names(trained)
@@ -77,6 +78,7 @@ def test_a_milestone_holds_the_weights_of_its_saved_state(trained):
     ) == (steps(trained) % EVERY > 0)
 
 
+@pytest.mark.ci
 def test_a_milestone_that_is_lost_or_damaged_in_work_is_written_again_from_its_state(trained, finished):
     first, second, *_ = names(trained)
     (work(finished) / first).unlink()

@@ -50,6 +50,7 @@ def trained_on(first, tmp_path_factory):
     return folder
 
 
+@pytest.mark.ci
 def test_it_begins_with_the_files_weights_and_trains_on_from_them(first, trained_on):
     start = load_file(first / LOKR)
     after = [load_file(path) for path in sorted((trained_on / "build" / "milestones").iterdir())]
@@ -103,6 +104,7 @@ def test_killed_and_resumed_it_gives_the_same_bytes(first, trained_on, tmp_path,
     assert tiny_training.outs(other) == tiny_training.outs(trained_on)
 
 
+@pytest.mark.ci
 def test_another_start_is_another_run_and_another_base_is_refused_before_the_first_step(first, tmp_path):
     milestone = first / "build" / "milestones" / "delta-lokr-step00000002.safetensors"
     folder = tiny_training.write(tmp_path / "other", POSTS, start=milestone)

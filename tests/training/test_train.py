@@ -56,6 +56,7 @@ def test_killed_training_resumes_to_the_same_bytes(trained, tmp_path):
     assert tiny_training.outs(other) == tiny_training.outs(trained[0])
 
 
+@pytest.mark.ci
 def test_images_edited_during_the_training_are_refused_and_the_training_is_kept(trained, tmp_path):
     other = copy_inputs(trained, tmp_path)
     listed = other / "build" / "inputs.json"

@@ -70,6 +70,7 @@ def test_other_hashes_are_no_failure_and_it_is_said_why_they_cannot_be_met(copy)
     )
 
 
+@pytest.mark.ci
 def test_a_published_hash_that_is_not_known_is_said_and_no_failure(copy):
     content = rebuild_factory.loaded(copy / "params.yaml")
     content["published"]["final"]["sha256"] = None
@@ -79,6 +80,7 @@ def test_a_published_hash_that_is_not_known_is_said_and_no_failure(copy):
     assert status == "SKIP" and "not known (published.final.sha256)" in message
 
 
+@pytest.mark.ci
 def test_other_counts_fail(copy):
     content = rebuild_factory.loaded(copy / "params.yaml")
     content["published"]["dataset"] = {"posts": 31, "steps": 9, "buckets": [[128, 128, 1]]}
@@ -93,6 +95,7 @@ def test_other_counts_fail(copy):
     )
 
 
+@pytest.mark.ci
 def test_what_the_recipe_copies_and_repairs_is_read_from_it(copy):
     path = copy / "params.yaml"
     text = path.read_text()

@@ -384,6 +384,7 @@ PINS = {  # what → (forgery, words of lock/pins)
 }  # fmt: skip
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("what", [*LOCKS, *PINS])
 def test_another_lock_other_code_and_other_inputs_are_found(copy, what):
     change, check, words = LOCKS.get(what) or (PINS[what][0], "lock/pins", PINS[what][1])

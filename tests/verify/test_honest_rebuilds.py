@@ -164,6 +164,7 @@ def test_an_honest_rebuild_passes(copy, what):
     passes(*audit(copy, "--data"))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("what", slow(OWN, ("build on another disk, links to the cache", "states on another disk")))
 def test_build_and_states_may_be_links_in_ones_own_repository_alone(copy, monkeypatch, what):
     OWN[what](copy)
@@ -209,6 +210,7 @@ def test_a_bundle_holds_no_links_wherever_it_lies(copy, monkeypatch, tmp_path):
     assert code == 2 and "build" in output, output
 
 
+@pytest.mark.ci
 def test_a_path_may_have_any_characters(tmp_path):
     passes(*audit(rebuild_factory.write(tmp_path / "ünï 漢字" / "(1)/a'b\"c;$HOME & №1"), "--data"))
 
@@ -253,6 +255,7 @@ def test_an_audit_in_the_plainest_environment(copy):
     audit_elsewhere(copy, plain, "os.umask(0o777); ")
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(
     os.getuid() != 0 or not all(folder.stat().st_mode & 0o001 for folder in Path(os.__file__).parents),
     reason="only root may become another user, and only with a Python that others may run",

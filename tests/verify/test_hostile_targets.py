@@ -245,6 +245,7 @@ def test_what_cannot_be_judged_ends_with_exit_code_2_and_a_sentence(copy, what):
     assert time.monotonic() - began < SECONDS
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("what", FAILING)
 def test_what_is_no_output_of_a_stage_fails_by_name(copy, what):
     change, check, words = FAILING[what]
@@ -295,6 +296,7 @@ def evil_tensor(folder):
 EVILS = [evil_in_a_lock, evil_url, evil_key, evil_record, evil_file, evil_not_utf8, evil_tensor]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("change", EVILS)
 def test_what_a_target_says_is_printed_as_text(copy, untampered_rebuild, change):
     change(copy)

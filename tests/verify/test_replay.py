@@ -63,6 +63,7 @@ def rewrite(folder, change):
     forged.write(folder / "build" / "journal.parquet")
 
 
+@pytest.mark.ci
 def test_an_honest_stretch_is_equal_from_a_state_and_from_the_start(trained):
     steps = tiny_training.journal(trained).num_rows
     done = replay(trained, "--from", steps - 1, "--to", steps - 1)

@@ -155,6 +155,7 @@ def test_an_attack_is_found_by_its_check(copy, attack, monkeypatch):
     print(f"{attack} → {check}: {failed(found)[check]}")
 
 
+@pytest.mark.ci
 def test_a_training_that_began_with_a_lokr_is_audited_with_it(copy):
     """A journal and states that name the file pass with it, and are found without it."""
     start_added(copy)
@@ -223,6 +224,7 @@ def test_a_changed_caption_is_found_by_captioning_anew_although_everything_was_h
     assert code == 1 and "captions.parquet" in failed(found)["replay/caption"], found
 
 
+@pytest.mark.ci
 def test_a_span_of_files_is_pinned_by_its_list(copy):
     path = copy / "params.yaml"
     tar = copy / "mirror" / "data-0004.tar"

@@ -1,9 +1,10 @@
 """Training checkpoints: each is complete, belongs to one run, and resumes that run to the same bytes; no other run
 loads it.
 
-`work/<key>/step-00000020/` holds state.safetensors (weights, 8-bit optimizer state) and journal.parquet;
-run_folders.py says what <key> is. The folder appears by one rename. A state is loaded only if its tensors have the
-fingerprints in its journal; one that does not is kept as `step-00000020.damaged`, and the one before is used.
+`work/<key>/step-00000020/` holds state.safetensors (weights, 8-bit optimizer state) and journal.parquet, a folder of
+one or two files; run_folders.py says what <key> is. The folder appears by one rename. A state is loaded only if its
+tensors have the fingerprints in its journal; one that does not is kept as `step-00000020.damaged`, and the one before
+is used.
 """
 
 import errno
@@ -100,7 +101,8 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], rows: Journa
     with atomic_files.atomic_dir(state_path(folder, step)) as temporary:
         arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
         safetensors_io.save(temporary / STATE, arrays)
-        rows.write(temporary / JOURNAL)
+        rows.write_parts(temporary / JOURNAL, milestone)
+    rows.saved = state_path(folder, step) / JOURNAL
     for old in saved_steps(folder)[:-keep]:
         if old % milestone:
             shutil.rmtree(state_path(folder, old), ignore_errors=True)

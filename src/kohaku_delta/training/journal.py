@@ -4,13 +4,19 @@ Each row is chained to the one before, so a changed row changes every later one.
 base's content digest, the parameters that decide the result and, if the training began with a LoKr file, its sha256
 (network_weights). After the last step it ends with the content digest of the LoKr file. What varies between hosts
 (times, throughput, memory) is not in the journal. Needs no torch.
+
+In a saved state the journal is a folder of parquet files: the rows up to the last milestone, which the states after it
+share by a hard link, and the rows since then. So a save does not write all rows again, and each state is still whole.
 """
 
 import hashlib
+import itertools
 import json
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -59,11 +65,13 @@ class Journal:
     """The rows so far.
 
     header: what the chain begins with. lokr: content digest of the LoKr file that the chain ends with; None until the
-    training is finished.
+    training is finished. saved: the folder in which the newest saved state has the rows up to it.
     """
 
-    def __init__(self, header: dict, rows: list[dict] | None = None, lokr: str | None = None):
-        self.header, self.rows, self.lokr = header, rows or [], lokr
+    def __init__(
+        self, header: dict, rows: list[dict] | None = None, lokr: str | None = None, saved: Path | None = None
+    ):
+        self.header, self.rows, self.lokr, self.saved = header, rows or [], lokr, saved
 
     def append(self, row: dict) -> None:
         """Add a row without its chain hash, which is computed here."""
@@ -73,11 +81,43 @@ class Journal:
     def write(self, path: Path) -> None:
         """Write the rows; what the chain begins and ends with goes into the file's metadata."""
         end = {LOKR: self.lokr, SEAL: final_hash(self.rows[-1]["chain"], self.lokr)} if self.lokr else {}
+        self._write_rows(path, 0, len(self.rows), end)
+
+    def write_parts(self, folder: Path, milestone: int) -> None:
+        """Write the rows to a new folder: those up to the last multiple of `milestone` steps, and those since then.
+
+        The file of the first ones becomes a hard link to that of `saved`, if the file system can link. A milestone has
+        a file of its own, so that damage to the shared one costs the steps since the milestone at most.
+        """
+        folder.mkdir()
+        done = len(self.rows)
+        first = done - done % milestone
+        if first and not (first < done and self._link_first_part(folder, first)):
+            self._write_rows(folder / _part_name(0), 0, first)
+        if first < done:
+            self._write_rows(folder / _part_name(first), first, done)
+
+    def _link_first_part(self, folder: Path, rows: int) -> bool:
+        """Link the file of the first `rows` rows of `saved` into the folder. Returns whether that was possible."""
+        if not self.saved or not (self.saved / _part_name(rows)).exists():
+            return False
+        try:
+            os.link(self.saved / _part_name(0), folder / _part_name(0))
+        except OSError:
+            return False
+        return True
+
+    def _write_rows(self, path: Path, first: int, end: int, metadata: dict[str, str] | None = None) -> None:
         parquet.write(
-            pa.Table.from_pylist(self.rows, schema=SCHEMA),
+            pa.Table.from_pylist(self.rows[first:end], schema=SCHEMA),
             path,
-            {HEADER: json.dumps(self.header, sort_keys=True)} | end,
+            {HEADER: json.dumps(self.header, sort_keys=True)} | (metadata or {}),
         )
+
+
+def _part_name(first: int) -> str:
+    """The file of the rows from step `first` on."""
+    return f"{first:08d}.parquet"
 
 
 def header_hash(header: dict) -> str:
@@ -115,24 +155,12 @@ def final_hash(chain: str, lokr: str) -> str:
 
 
 def read_journal(path: Path) -> Journal:
-    """Read a journal and verify its chain. Raises UserError for another file, and names the first row that is wrong."""
-    table = parquet.read_bounded(path, SCHEMA.names)
-    for field in SCHEMA:
-        column = table[field.name]
-        if column.type != field.type or column.null_count:
-            raise UserError(
-                f"{path}: the column {field.name} is not what the train stage writes ({field.type}, no nulls)."
-            )
-    rows = table.to_pylist()
-    metadata = pq.read_schema(path).metadata or {}
-    try:
-        header = json.loads(metadata[HEADER.encode()])
-        if not isinstance(header, dict):
-            raise ValueError
-    except (KeyError, ValueError, RecursionError):
-        raise UserError(
-            f"{path} has no header ({HEADER} in its metadata): it is not a journal of this recipe's train stage."
-        ) from None
+    """Read a journal, a file or a saved state's folder of files, and verify its chain. Raises UserError for another
+    file, and names the first row that is wrong.
+    """
+    parts = _read_folder(path) if path.is_dir() else [_read_part(path)]
+    header, metadata = parts[-1].header, parts[-1].metadata
+    rows = [row for part in parts for row in part.rows]
     previous = header_hash(header)
     for index, row in enumerate(rows):
         if row["step"] != index or row["chain"] != _chain_hash_or_none(previous, row):
@@ -147,4 +175,39 @@ def read_journal(path: Path) -> Journal:
             f"{path}: the chain breaks at its end: the LoKr that it names does not follow from row {len(rows) - 1}. "
             "The journal was changed."
         )
-    return Journal(header, rows, lokr)
+    return Journal(header, rows, lokr, path if path.is_dir() else None)
+
+
+class _Part(NamedTuple):
+    header: dict
+    rows: list[dict]
+    metadata: dict[bytes, bytes]
+
+
+def _read_folder(folder: Path) -> list[_Part]:
+    names = sorted(entry.name for entry in itertools.islice(os.scandir(folder), 3))
+    parts = [_read_part(folder / name) for name in names[:2]]
+    expected = [_part_name(0), _part_name(len(parts[0].rows))] if parts else []
+    if not names or names != expected[: len(names)] or parts[0].header != parts[-1].header:
+        raise UserError(f"{folder} does not hold the files of one journal; it has {', '.join(names) or 'none'}.")
+    return parts
+
+
+def _read_part(path: Path) -> _Part:
+    table = parquet.read_bounded(path, SCHEMA.names)
+    for field in SCHEMA:
+        column = table[field.name]
+        if column.type != field.type or column.null_count:
+            raise UserError(
+                f"{path}: the column {field.name} is not what the train stage writes ({field.type}, no nulls)."
+            )
+    metadata = pq.read_schema(path).metadata or {}
+    try:
+        header = json.loads(metadata[HEADER.encode()])
+        if not isinstance(header, dict):
+            raise ValueError
+    except (KeyError, ValueError, RecursionError):
+        raise UserError(
+            f"{path} has no header ({HEADER} in its metadata): it is not a journal of this recipe's train stage."
+        ) from None
+    return _Part(header, table.to_pylist(), metadata)

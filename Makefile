@@ -64,9 +64,11 @@ test: $(VENV)/requirements.txt
 	@python -m pytest -q -n auto --dist loadfile
 
 # What `make test` leaves out: seconds each (CI runs them too), and minutes each.
+test-ci: marked = ci and not slow
+test-slow: marked = slow
 test-ci test-slow: $(VENV)/requirements.txt
 	@dvc pull --quiet --remote embedded data.dvc || $(call failed,dvc pull --remote embedded data.dvc)
-	@python -m pytest -q -n auto --dist loadfile -m $(@:test-%=%)
+	@python -m pytest -q -n auto --dist loadfile -m "$(marked)"
 
 # Format, lint and types. The tools have a lock and a virtual environment of their own; mypy reads the libraries of $(VENV).
 lint: $(VENV)/requirements.txt $(LINT_VENV)/requirements.txt

@@ -84,8 +84,9 @@ def stages(database, folder, recipe):
     return chosen, *kept, captions.caption_posts(database, kept[0]["post_id"].to_numpy(), recipe.caption)
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("alphabetical", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize(
+    "alphabetical", [pytest.param(True, marks=pytest.mark.slow), pytest.param(False, marks=pytest.mark.ci)]
+)
 def test_the_same_posts_give_the_same_selection_posts_and_captions_both_ways(tmp_path, collection, alphabetical):
     recipe = params.load("params.yaml")
     ranges = [

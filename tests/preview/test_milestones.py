@@ -98,6 +98,7 @@ def test_base_and_final_model_have_the_numbers_of_the_preview(trained):
     assert len({row["held_out_loss"] for row in rows}) == len(rows)
 
 
+@pytest.mark.ci
 def test_nothing_temporary_stays(trained):
     assert not [path for path in (trained / "build").iterdir() if path.name.endswith(".aside")]
 
@@ -198,6 +199,7 @@ def refused(*arguments) -> str:
     return done.stderr
 
 
+@pytest.mark.ci
 def test_watch_says_what_is_missing(copy, tmp_path):
     assert "params.yaml" in refused(tmp_path)
     assert "torch finds 0 CUDA devices here" in refused(copy, "--device", "cuda:99") or torch.cuda.is_available()

@@ -93,6 +93,7 @@ def test_a_number_in_the_optimizer_changes_the_stages_that_train_with_it(copy):
     }
 
 
+@pytest.mark.ci
 def test_a_new_pytest_changes_no_stage_and_a_new_torch_those_that_compute_with_it(copy):
     lock = copy / "requirements" / "cpu.txt"
     assert changed(copy, lambda: replace(lock, "pytest==", "pytest==1")) == set()
@@ -106,6 +107,7 @@ def test_a_new_pytest_changes_no_stage_and_a_new_torch_those_that_compute_with_i
     } & using
 
 
+@pytest.mark.ci
 def test_a_hash_of_a_library_counts(copy):
     """The same version from another archive."""
     lock = copy / "requirements" / "cpu.txt"

@@ -58,6 +58,7 @@ def test_a_base_with_one_huge_weight_stops_the_first_step_and_names_posts_and_la
     assert not steps(folder) and not (folder / "build" / "delta-lokr.safetensors").exists()
 
 
+@pytest.mark.ci
 def test_a_base_that_holds_nan_is_named_as_the_first_thing_that_is_not_finite(tmp_path):
     def change(tensors):
         tensors[HUGE].view(-1)[0] = NAN

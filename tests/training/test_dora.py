@@ -42,6 +42,7 @@ def test_every_post_is_visited_twice_under_another_counter(trained):
     assert tiny_training.journal(trained).num_rows == schedule["step"][-1].as_py() + 1
 
 
+@pytest.mark.ci
 def test_magnitudes_are_trained_and_start_as_the_norms_of_the_base(trained):
     recipe = load(trained / "params.yaml")
     models = model_loading.load(trained / "build" / "delta-base.safetensors", recipe.model)

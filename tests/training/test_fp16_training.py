@@ -47,6 +47,7 @@ def test_a_step_that_overflows_is_skipped_and_halves_the_scale(trained_fp16):
     assert any((array != 0).any() for name, array in second.items() if name.endswith("lokr_w2"))
 
 
+@pytest.mark.ci
 def test_adapter_and_lokr_file_are_fp16(trained_fp16):
     weights = [array for name, array in state(trained_fp16, 3).items() if name.startswith("weights/")]
     assert {array.dtype for array in weights} == {np.dtype("float16")} and all(

@@ -65,6 +65,7 @@ def test_milestones_come_at_their_own_steps_whatever_save_every_is(trained):
     assert {path.name for path in work(trained).glob("step-*")} == kept
 
 
+@pytest.mark.ci
 def test_a_milestone_holds_the_weights_of_its_saved_state(trained):
     for name in names(trained):
         lokr = load_file(trained / "build" / "milestones" / name)
@@ -193,6 +194,7 @@ def require_events(folder) -> None:
     assert shown.keys() == {*columns, "loss/average", "gradient/scale", "speed/images_per_second", "memory/peak_mib"}
 
 
+@pytest.mark.ci
 def test_event_files_have_what_the_curves_have(trained):
     require_events(trained)
 
@@ -219,6 +221,7 @@ def test_event_files_change_no_bit(trained, tmp_path):
     assert outs(other) == outs(trained) and not list(other.glob("work/*/tensorboard"))
 
 
+@pytest.mark.ci
 def test_a_lokr_file_names_its_steps(trained):
     with safetensors_io.open_file(trained / "build" / "milestones" / names(trained)[0]) as file:
         assert file.metadata["ss_steps"] == str(EVERY)

@@ -61,6 +61,7 @@ def test_it_begins_with_the_files_weights_and_trains_on_from_them(first, trained
     assert moved == start.keys() - unmoved
 
 
+@pytest.mark.ci
 def test_journal_and_lokr_name_the_start_by_its_sha256_and_a_new_lokr_names_none(first, trained_on):
     sha256 = hashlib.sha256((first / LOKR).read_bytes()).hexdigest()
     for folder, expected in ((first, None), (trained_on, sha256)):
@@ -72,6 +73,7 @@ def test_journal_and_lokr_name_the_start_by_its_sha256_and_a_new_lokr_names_none
         assert depends.get("network_weights") == expected
 
 
+@pytest.mark.ci
 def test_a_replay_from_step_0_begins_with_it_too(trained_on, tmp_path):
     tables = {name: trained_on / "build" / f"{name}.parquet" for name in ("posts", "captions", "schedule", "journal")}
     files = tables | {"inputs": trained_on / "build" / "inputs.json", "base": trained_on / BASE}
@@ -154,6 +156,7 @@ def read(path, first):
         return dict(lokr_format.read_weights(file, shapes, 10000))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_file_that_is_no_lokr_of_this_recipe_is_refused_by_name(first, tmp_path, case):
     tensors = {name: array.copy() for name, array in load_file(first / LOKR).items()}
@@ -165,6 +168,7 @@ def test_a_file_that_is_no_lokr_of_this_recipe_is_refused_by_name(first, tmp_pat
     assert sentence in error.value.message, error.value.message
 
 
+@pytest.mark.ci
 def test_files_of_other_precision_and_without_alphas_are_read(first, tmp_path):
     start = load_file(first / LOKR)
     wide = {name: array.astype(np.float32) for name, array in start.items() if not name.endswith(".alpha")}
@@ -173,6 +177,7 @@ def test_files_of_other_precision_and_without_alphas_are_read(first, tmp_path):
     assert found.keys() == wide.keys() and all(np.array_equal(found[name], wide[name]) for name in wide)
 
 
+@pytest.mark.ci
 def test_preflight_says_before_everything_what_the_training_would_refuse(first):
     recipe = params.load(first / "params.yaml")
 

@@ -166,6 +166,7 @@ ATTACKS = {
 }  # fmt: skip
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_changed_output_is_found_by_making_it_again(copy, attack):
     change, check, message = ATTACKS[attack]

@@ -134,6 +134,7 @@ def write_pipeline(folder, change, monkeypatch) -> None:
     rehash_everything(folder)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("what", PIPELINES)
 def test_another_pipeline_is_found_although_everything_agrees_with_it(copy, monkeypatch, what):
     change, key = PIPELINES[what]

@@ -234,6 +234,7 @@ def is_text(output: str) -> bool:
     return all(line.isprintable() for line in output.splitlines()) and len(output.splitlines()) == output.count("\n")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_judged_ends_with_exit_code_2_and_a_sentence(copy, what):
     change, words = REFUSED[what]

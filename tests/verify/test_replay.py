@@ -93,6 +93,7 @@ def test_a_changed_caption_is_found_at_its_step_lane_and_posts(trained, tmp_path
     assert str(row["posts"][0]) in done.stdout and "one micro-batch differs" in done.stdout
 
 
+@pytest.mark.ci
 def test_a_weight_changed_by_one_bit_in_a_saved_state_is_found_by_name(trained, tmp_path):
     folder = copied(trained, tmp_path)
     file = next(folder.glob("work/*/step-00000001")) / "state.safetensors"
@@ -288,6 +289,7 @@ def sampled(folder, count, seed=3):
     )
 
 
+@pytest.mark.ci
 def test_a_forged_journal_with_an_honest_beginning_and_end_is_found_by_the_sample(trained, tmp_path):
     """Every row but one is true, the chain is whole, base and LoKr are the honest ones: only computing the step anew
     shows it.

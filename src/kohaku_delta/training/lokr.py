@@ -107,7 +107,7 @@ class LokrAdapter(nn.Module):
     """All LoKr and norm entries of the preset on the U-Net and both text encoders.
 
     `entries`: name in the LoKr file → LokrLayer, LokrModule or NormModule, sorted by name. Raises UserError for a
-    preset target that matches no layer.
+    preset target that matches no layer, and for a dim that would not give full matrices.
     """
 
     def __init__(self, models: dict[str, Any], parameters: Lokr, dtype: torch.dtype):
@@ -121,6 +121,7 @@ class LokrAdapter(nn.Module):
         for name, entry in self.entries.items():
             entry.apply_to()
             self.add_module(name, entry)
+        lokr_preset.require_full_matrices(parameters.dim, {name: tuple(w.shape) for name, w in self.named_parameters()})
         self.to(dtype)
         # The U-Net reads text encoder 1's penultimate states, so its last layer never gets a gradient.
         last = models["te1"].config.num_hidden_layers - 1

@@ -99,6 +99,7 @@ class LokrLayer(nn.Module):
 def init_weight(shape: tuple[int, ...], seed: int, name: str) -> torch.Tensor:
     """kaiming_uniform(a = √5) of a 2-d weight: uniform in ±1/√fan_in, float32; decided by (seed, name) alone."""
     key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    # numpy rounds a pair with a number from 2^63 on to float64: every second name's key has 53 bits, and all differ
     uniform = np.random.Generator(np.random.Philox(key=[seed, key])).random(shape)
     return torch.from_numpy(((2 * uniform - 1) / np.sqrt(shape[1])).astype(np.float32))
 

@@ -15,6 +15,8 @@ from kohaku_delta.strict_model import StrictModel
 Positive = Annotated[int, Field(gt=0, lt=1 << 63)]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Pixels = Annotated[int, Field(gt=0, le=8192, multiple_of=8)]  # SDXL's VAE makes one latent of 8 × 8 pixels
+# half of a Philox key, whose other half may be from 2^63 on: numpy converts both to float64 then
+Seed = Annotated[int, Field(ge=0, lt=1 << 53)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Place = Annotated[int, Field(gt=0, lt=1 << 15)]  # schedule.parquet has it as int16
@@ -156,6 +158,16 @@ class Caption(StrictModel):
     no_quality_above_id: int | None
     separator: Annotated[str, Field(min_length=1)]
 
+    @field_validator("separator")
+    @classmethod
+    def _parts_tags_from_nothing(cls, separator: str) -> str:
+        if "," in separator or not separator.strip():
+            raise ValueError(
+                f"{separator!r:.40} has a comma, or is a space: these stand between all tags, so the kept part would "
+                'end at the first one. Choose a text that is in no tag, as "|||" is'
+            )
+        return separator
+
     @model_validator(mode="after")
     def _tables_fit(self):
         if list(self.years) != sorted(self.years):
@@ -199,7 +211,7 @@ class Model(StrictModel):
 
 
 class Schedule(StrictModel):
-    seed: Count
+    seed: Seed
     epochs: Annotated[int, Field(gt=0, le=10_000)]
     max_steps: Positive | None
     batch_size: Positive
@@ -238,7 +250,7 @@ class Preset(StrictModel):
 class Lokr(StrictModel):
     dim: Positive
     alpha: Annotated[int, Field(gt=0, lt=65520)]  # from 65520 on, fp16 rounds to infinity
-    seed: int
+    seed: Seed
     forward: Literal["factors", "delta"]
     dora: bool
     preset: Preset
@@ -253,7 +265,7 @@ class Lokr(StrictModel):
 
 
 class Train(StrictModel):
-    seed: int
+    seed: Seed
     device: Literal["cpu", "cuda"]
     precision: Dtype
     weights: Literal["float32", "float16"]
@@ -275,6 +287,15 @@ class Train(StrictModel):
     text_projection: Literal["sdxl", "transposed"]
     gradient_checkpointing: bool
     milestone_every: Positive
+
+    @model_validator(mode="after")
+    def _half_weights_are_scaled(self):
+        if self.weights == "float16" and self.precision != "float16":
+            raise ValueError(
+                f"weights is float16 and precision is {self.precision}, which has no loss scale: gradients "
+                "below 3e-8 would become 0. Set train.weights to float32, or train.precision to float16"
+            )
+        return self
 
 
 class Execution(StrictModel):
@@ -307,7 +328,7 @@ class Bake(StrictModel):
 
 
 class Preview(StrictModel):
-    seed: int
+    seed: Seed
     steps: Annotated[int, Field(gt=0, le=1000)]  # of as many time steps
     guidance: float
     width: Pixels

@@ -59,7 +59,7 @@ def test_the_releases_settings_are_the_published_ones():
         "full_fp16": True, "save_precision": "fp16", "save_every_n_steps": 2000, "network_dim": 10000,
         "network_alpha": 10000.0, "network_module": "lycoris.kohya", "optimizer_type": "Lion8bit",
         "max_grad_norm": 1.0, "keep_tokens_separator": "|||", "caption_tag_dropout_rate": 0.1, "shuffle_caption": True,
-        "output_name": "kohaku-xl-delta-lyco",
+        "output_name": "kohaku-xl-delta-lyco", "caption_extension": ".txt",
     }  # fmt: skip
     assert published.items() <= settings.items()
     arguments = {
@@ -119,9 +119,13 @@ def sd_scripts_unet(unet: torch.nn.Module, names: TensorNameMap) -> torch.nn.Mod
     return tree
 
 
-def test_lycoris_trains_the_layers_with_the_factors_that_the_recipe_names(tmp_path, monkeypatch):
+@pytest.mark.parametrize("patterns", [True, False], ids=["LyCORIS 4.1", "LyCORIS 2.1"])
+def test_lycoris_trains_the_layers_with_the_factors_that_the_recipe_names(tmp_path, monkeypatch, patterns):
     recipe, models = release(), model_loading.build(tiny_sdxl.CONFIGS)
-    (tmp_path / "preset.toml").write_text(kohya_settings.preset_toml(recipe.lokr.preset))
+    preset = toml.loads(kohya_settings.preset_toml(recipe.lokr.preset))
+    if not patterns:  # LyCORIS 2.1 takes the keys of name_algo_map for whole names, of which none is one
+        preset["name_algo_map"] = {}
+    (tmp_path / "preset.toml").write_text(toml.dumps(preset))
     arguments = dict(word.split("=") for word in flat(kohya_settings.training_toml(recipe))["network_args"])
     arguments["preset"] = str(tmp_path / "preset.toml")
     for name in list(vars(kohya.LycorisNetworkKohya)):  # apply_preset writes into the class

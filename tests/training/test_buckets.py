@@ -86,6 +86,17 @@ def test_resize_covers_the_bucket_by_less_than_a_pixel_too_much_and_the_letterbo
         )
 
 
+@pytest.mark.parametrize("size", [(2176, 448), (4352, 896), (34, 7)])
+def test_a_rounded_quotient_gives_the_letterbox_of_minus_one_that_sd_scripts_gave(size):
+    """2176 / (2176 / 448) is 448.00000000000006 in floating point, and the offset is rounded down. The numbers are
+    those of sd-scripts v0.8.3 itself.
+    """
+    sizes = buckets.all_buckets(RELEASE)
+    bucket = sizes[nearest(*size, sizes)]
+    assert buckets.crop(size, bucket, "letterbox") == (-1.0, 0.0)
+    assert buckets.crop(size, bucket, "real") == (0.0, 0.0)
+
+
 def test_halving_is_the_mean_of_four_pixels_and_the_crop_is_the_middle():
     """INTER_AREA by closed form, and 16 px cut at top and bottom, as in the published example."""
     picture = np.random.default_rng(4).integers(0, 256, (2496, 1664, 3), np.uint8)

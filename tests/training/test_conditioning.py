@@ -15,10 +15,12 @@ TEXTS = ["", "1girl", "1girl, solo, " + "red body, circle, smile, " * 3, "circle
 
 
 def sd_scripts(tokenizer, text, length, pad):
-    """get_input_ids of sd-scripts v0.8.3 for max_token_length 225, with padding spelled out."""
+    """get_input_ids of sd-scripts v0.8.3 for this max_token_length (75: none), with padding spelled out."""
     ids = tokenizer(text, truncation=True, max_length=length + 2)["input_ids"]
     ids = torch.tensor(ids + [pad] * (length + 2 - len(ids)))
     rows = []
+    if length + 2 <= 77:
+        return ids[None]
     for i in range(1, length + 2 - 77 + 2, 75):
         row = torch.cat([ids[:1], ids[i : i + 75], ids[-1:]])
         if pad != tokenizer.eos_token_id:
@@ -38,6 +40,29 @@ def test_three_chunks_of_75_as_sd_scripts_cuts_them(text, second):
     rows = conditioning.token_chunks(ours, text, 225, pad)
     assert rows.shape == (3, 77)
     assert torch.equal(rows, sd_scripts(CLIPTokenizer(vocab=VOCAB, merges=MERGES), text, 225, pad))
+
+
+class Numbers:
+    """A tokenizer whose texts are token ids, for both readings."""
+
+    bos_token_id, eos_token_id = 998, 999
+
+    def encode(self, text):
+        return [int(word) for word in text.split()]
+
+    def __call__(self, text, truncation, max_length):
+        return {"input_ids": [998, *self.encode(text)[: max_length - 2], 999]}
+
+
+@pytest.mark.parametrize("length", [75, 150, 225])
+@pytest.mark.parametrize("count", [0, 1, 74, 75, 76, 149, 150, 151, 224, 225, 226, 300])
+def test_a_token_that_is_also_the_pad_is_treated_as_sd_scripts_treats_it_at_either_end_of_a_chunk(length, count):
+    tokenizer = Numbers()
+    for zeros in ((), (0,), (74,), (75,), (149,), (150,), (224,), range(300)):
+        text = " ".join("0" if place in zeros else "7" for place in range(count))
+        for pad in (0, 999):
+            rows = conditioning.token_chunks(tokenizer, text, length, pad)
+            assert torch.equal(rows, sd_scripts(tokenizer, text, length, pad)), (zeros, pad)
 
 
 def test_states_of_three_chunks_join_to_227_positions():

@@ -9,6 +9,7 @@ from kohaku_delta.errors import UserError
 from kohaku_delta.params import load
 from kohaku_delta.sdxl import model_loading
 from kohaku_delta.training.lokr import LokrAdapter, init_weight
+from kohaku_delta.weights import lokr_preset
 
 LOKR = load("miniature/params.yaml").lokr
 LAST = "lora_te1_text_model_encoder_layers_2_"
@@ -113,3 +114,19 @@ def test_a_target_that_matches_nothing_is_refused_by_name(models, preset):
     wrong = LOKR.model_copy(update={"preset": LOKR.preset.model_copy(update=preset)})
     with pytest.raises(UserError, match="SpatialTransformer|time_embeddings"):
         LokrAdapter(models, wrong, torch.float32)
+
+
+def test_a_dim_with_which_lycoris_trains_small_matrices_is_refused_and_the_next_one_is_not(models):
+    from lycoris.modules.lokr import LokrModule
+
+    targets = [target for target in lokr_preset.lokr_targets(models, LOKR.preset) if target.algorithm == "lokr"]
+    layers = [(models[target.part].get_submodule(target.path), target.factor) for target in targets]
+
+    def all_full(dim: int) -> bool:
+        made = [LokrModule("x", layer, lora_dim=dim, alpha=dim, factor=factor) for layer, factor in layers]
+        return all(hasattr(module, "lokr_w2") for module in made)
+
+    least = next(dim for dim in range(1, 500) if all_full(dim))
+    LokrAdapter(models, LOKR.model_copy(update={"dim": least}), torch.float32)
+    with pytest.raises(UserError, match=rf"lokr.dim is {least - 1}, .* Set lokr.dim to {least} or more"):
+        LokrAdapter(models, LOKR.model_copy(update={"dim": least - 1}), torch.float32)

@@ -165,6 +165,7 @@ def _lokr_shapes(recipe: Recipe, parts: dict[str, Any]) -> dict[str, tuple[int, 
             else:
                 entry = LokrModule(target.lora, layer, factor=target.factor, full_matrix=True, **settings)
             shapes |= {f"{target.lora}.{name}": tuple(weight.shape) for name, weight in entry.named_parameters()}
+    lokr_preset.require_full_matrices(lokr.dim, shapes)
     return shapes
 
 

@@ -58,6 +58,10 @@ def _training(recipe: Recipe) -> dict[str, dict[str, Any]]:
     start = recipe.download.inputs.get(NETWORK_WEIGHTS)
     half = train.precision == "float16" and train.weights == "float16"
     flags = [f"dora_wd={lokr.dora}"] if lokr.dora else []
+    # LyCORIS 2.1 looks for whole names in name_algo_map, so that patterns get the default factor there
+    by_name = set(lokr.preset.names.values())
+    if len(by_name) == 1:
+        flags.append(f"factor={by_name.pop()}")
     size = f"conv_dim={lokr.dim}", f"conv_alpha={lokr.alpha}"
     return {
         "model": {"pretrained_model_name_or_path": recipe.release.base},
@@ -96,6 +100,7 @@ def _training(recipe: Recipe) -> dict[str, dict[str, Any]]:
             "max_bucket_reso": schedule.max_side,
         },
         "captions": {
+            "caption_extension": ".txt",  # HakuBooru's; sd-scripts' is .caption, and it trains without captions too
             "max_token_length": train.max_token_length if train.max_token_length > 75 else None,
             "keep_tokens_separator": recipe.caption.separator,
             "shuffle_caption": train.shuffle_caption,

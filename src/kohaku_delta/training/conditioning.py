@@ -16,7 +16,7 @@ def token_chunks(tokenizer: ClipTokenizer, text: str, length: int, pad: int) -> 
     """Token ids (length / 75, 77), int64. `length` is 75, 150 or 225; `pad` fills what the caption leaves empty.
 
     As in sd-scripts: if `pad` is the end token, every row is begin … end. Otherwise a full row ends with the end token,
-    a partly filled one keeps its pads, and an empty one is begin, end, pad …
+    a partly filled one keeps its pads, and an empty one is begin, end, pad … A single row is not changed.
     """
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     body = tokenizer.encode(text)[:length]
@@ -24,7 +24,7 @@ def token_chunks(tokenizer: ClipTokenizer, text: str, length: int, pad: int) -> 
     rows = []
     for start in range(1, length + 1, CHUNK):
         row = [begin, *ids[start : start + CHUNK], ids[-1]]
-        if pad != end:
+        if pad != end and length > CHUNK:
             if row[-2] not in (end, pad):
                 row[-1] = end
             if row[1] == pad:

@@ -99,6 +99,7 @@ class LokrLayer(nn.Module):
 def init_weight(shape: tuple[int, ...], seed: int, name: str) -> torch.Tensor:
     """kaiming_uniform(a = √5) of a 2-d weight: uniform in ±1/√fan_in, float32; decided by (seed, name) alone."""
     key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    # numpy rounds a pair with a number from 2^63 on to float64: every second name's key has 53 bits, and all differ
     uniform = np.random.Generator(np.random.Philox(key=[seed, key])).random(shape)
     return torch.from_numpy(((2 * uniform - 1) / np.sqrt(shape[1])).astype(np.float32))
 
@@ -107,7 +108,7 @@ class LokrAdapter(nn.Module):
     """All LoKr and norm entries of the preset on the U-Net and both text encoders.
 
     `entries`: name in the LoKr file → LokrLayer, LokrModule or NormModule, sorted by name. Raises UserError for a
-    preset target that matches no layer.
+    preset target that matches no layer, and for a dim that would not give full matrices.
     """
 
     def __init__(self, models: dict[str, Any], parameters: Lokr, dtype: torch.dtype):
@@ -121,6 +122,7 @@ class LokrAdapter(nn.Module):
         for name, entry in self.entries.items():
             entry.apply_to()
             self.add_module(name, entry)
+        lokr_preset.require_full_matrices(parameters.dim, {name: tuple(w.shape) for name, w in self.named_parameters()})
         self.to(dtype)
         # The U-Net reads text encoder 1's penultimate states, so its last layer never gets a gradient.
         last = models["te1"].config.num_hidden_layers - 1

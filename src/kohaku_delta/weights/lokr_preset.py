@@ -81,6 +81,20 @@ def lokr_targets(modules: Mapping[str, torch.nn.Module], preset: Preset) -> list
     return targets
 
 
+def require_full_matrices(dim: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UserError if LyCORIS would split one of these weights ({"<name>.lokr_w2": shape, …}) into two of rank
+    `dim`, which this recipe does not train.
+    """
+    sides = {name: max(shape[:2]) for name, shape in shapes.items() if name.endswith(".lokr_w2")}
+    largest = max(sides, key=lambda name: sides[name], default="")
+    if largest and dim < sides[largest] / 2:
+        raise UserError(
+            f"lokr.dim is {dim}, and {largest} has the shape {list(shapes[largest])}: with a dim below half of a side "
+            "LyCORIS trains two small matrices instead, and this recipe trains full ones only. Set lokr.dim to "
+            f"{-(-sides[largest] // 2)} or more."
+        )
+
+
 def _ancestors(path: str):
     """The paths around a module, innermost first."""
     while "." in path:

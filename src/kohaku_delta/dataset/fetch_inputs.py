@@ -45,7 +45,7 @@ def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> d
                 "Add it to params.yaml, or set download.images to all."
             )
     pinned = pins.expand_input("tars", download.inputs["tars"], folder)
-    if any(not pin.url.startswith("hf://") or pins.hub_file(pin).revision is None for pin in pinned):
+    if any(pin.local_path or pins.hub_file(pin).revision is None for pin in pinned):
         raise UserError(
             "download.images is selected, but not all of download.inputs.tars are hf://…@revision/…. "
             "Pin them (`kohaku-delta pin`), or set images to all."
@@ -109,11 +109,10 @@ def check_tars(recipe: Recipe, folder: Path) -> None:
     """
     kept = folder / recipe.download.mirror / ("selected" if recipe.download.images == "selected" else "")
     files = []
-    for pin in _as_list(recipe.download.inputs.get("tars", [])):
+    for pin in recipe.download.pins("tars"):
         for each in pins.expand_span(pin.model_copy(update={"sha256": None}), Path()):  # every file of the span
-            local = each.url.startswith("file://")
-            path = folder / each.url.removeprefix("file://") if local else kept / pins.hub_file(each).path
-            if local and not path.is_file():
+            path = folder / each.local_path if each.local_path else kept / pins.hub_file(each).path
+            if each.local_path and not path.is_file():
                 return
             files.append(Path(os.path.normpath(path)))
     tar_links.check_names(files)
@@ -122,18 +121,17 @@ def check_tars(recipe: Recipe, folder: Path) -> None:
 def _require_user_files(recipe: Recipe, folder: Path) -> None:
     """Raises UserError at once, naming the alternative, if a parent is missing that only the user can supply."""
     for name in ("gamma", "beta") if recipe.merge.start == "merge" else ():
-        for pin in _as_list(recipe.download.inputs.get(name, [])):
-            path = folder / pin.url.removeprefix("file://")
-            if pin.url.startswith("file://") and not path.is_file():
+        for pin in recipe.download.pins(name):
+            if pin.local_path and not (folder / pin.local_path).is_file():
                 raise UserError(
-                    f"{path} does not exist: {name} is supplied by you ({pins.pin_strength(pin)}). "
+                    f"{folder / pin.local_path} does not exist: {name} is supplied by you ({pins.pin_strength(pin)}). "
                     "Put it there, or start without it (merge.start: published)."
                 )
 
 
 def _require_main_tars(recipe: Recipe, folder: Path) -> None:
     """Raises UserError if a list of pins leaves out a main tar that params.yaml names: its posts would be lost."""
-    for place, span in enumerate(_as_list(recipe.download.inputs.get("tars", []))):
+    for place, span in enumerate(recipe.download.pins("tars")):
         pin_list = paths.pin_list_path(folder, "tars", place)
         listed = {pin.url for pin in pins.expand_span(span, pin_list)}
         names = [url.rpartition("/")[2] for url in pins.span_urls(span) if url not in listed]

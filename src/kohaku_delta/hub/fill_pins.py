@@ -36,10 +36,8 @@ def fill_pins(params: Path, recipe: Recipe) -> PinEdit:
     """The edit of `params`, the file of `recipe`, that fills in its pins from the Hub. Writes nothing."""
     edit, filled = PinEdit(), {}
     for name, pinned in sorted(recipe.download.inputs.items()):
-        for number, pin in enumerate(pinned if isinstance(pinned, list) else [pinned]):
-            if pin.url.startswith("hf://") and (
-                pins.hub_file(pin).revision is None or pin.bytes is None or pin.sha256 is None
-            ):
+        for number, pin in enumerate(recipe.download.pins(name)):
+            if not pin.local_path and (pins.hub_file(pin).revision is None or pin.bytes is None or pin.sha256 is None):
                 key = (name, number) if isinstance(pinned, list) else (name,)
                 filled[key] = _filled_pin(name, pin, paths.pin_list_path(params.parent, name, number), edit)
             elif pins.pin_strength(pin) != "sha256":

@@ -34,7 +34,7 @@ class InputFile:
 
     @property
     def remote(self) -> bool:
-        return self.pin.url.startswith("hf://")
+        return self.pin.local_path is None
 
 
 def verify_file(path: Path, pin: Pin, advance: Callable[[int], object] = lambda count: None) -> VerifiedFile:
@@ -54,7 +54,7 @@ def verify_file(path: Path, pin: Pin, advance: Callable[[int], object] = lambda 
 
 
 def _remedy(pin: Pin) -> str:
-    if pin.url.startswith("hf://"):
+    if pin.local_path is None:
         return "It is damaged or another file."  # and is downloaded again
     return (
         "It is damaged or another file: put the pinned file back, "
@@ -78,7 +78,7 @@ def resolve_inputs(
         verified |= download_missing(missing, folder / parameters.mirror)
     entries: dict = {}
     for file in files:
-        written = parameters.mirror if file.remote else file.pin.url.removeprefix("file://")
+        written = file.pin.local_path or parameters.mirror
         entry = {
             "path": manifest_path(file.path, folder, written),
             "bytes": verified[file].stamp.bytes,
@@ -108,8 +108,8 @@ def list_input_files(parameters: Download, folder: Path, skip: frozenset[str] | 
         if name in skip:
             continue
         for pin in pins.expand_input(name, pinned, folder):
-            if pin.url.startswith("file://"):
-                path = folder / pin.url.removeprefix("file://")
+            if pin.local_path:
+                path = folder / pin.local_path
             elif pins.hub_file(pin).revision is not None:
                 path = folder / parameters.mirror / pins.hub_file(pin).path
             else:

@@ -61,12 +61,7 @@ def total(estimates: list[SizeEstimate]) -> int:
 def needed_pins(recipe: Recipe) -> list[tuple[str, Pin]]:
     """(name, pin) of the inputs that the recipe reads. A pin with a span in its url stands for many files."""
     unread = pins.unread_inputs(recipe)
-    return [
-        (name, pin)
-        for name, pinned in recipe.download.inputs.items()
-        if name not in unread
-        for pin in (pinned if isinstance(pinned, list) else [pinned])
-    ]
+    return [(name, pin) for name, pin in recipe.download.all_pins if name not in unread]
 
 
 def steps(recipe: Recipe) -> int | None:
@@ -138,7 +133,7 @@ def download_sizes(recipe: Recipe, model: ParameterCounts | None) -> list[SizeEs
     """What is downloaded into the mirror. model: None if its size is not known."""
     pins_by_name: dict[str, list[Pin]] = {}
     for name, pin in needed_pins(recipe):
-        if pin.url.startswith("hf://"):
+        if not pin.local_path:
             pins_by_name.setdefault(name, []).append(pin)
     estimates = []
     for name, own in pins_by_name.items():

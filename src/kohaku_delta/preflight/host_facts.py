@@ -198,17 +198,12 @@ def _unfinished_runs(work: Path) -> list[Path]:
     return runs
 
 
-def _local_path(pin: Pin, folder: Path) -> Path | None:
-    """The file of a file:// pin."""
-    return folder / pin.url.removeprefix("file://") if pin.url.startswith("file://") else None
-
-
 def _missing_inputs(recipe: Recipe, folder: Path) -> tuple[str, ...]:
     return tuple(
-        each.url.removeprefix("file://")
+        each.local_path
         for name in dict.fromkeys(name for name, _ in estimates.needed_pins(recipe))
         for each in pins.expand_input(name, recipe.download.inputs[name], folder)
-        if (path := _local_path(each, folder)) and not path.is_file()
+        if each.local_path and not (folder / each.local_path).is_file()
     )
 
 
@@ -227,7 +222,7 @@ def database_error(recipe: Recipe, folder: Path) -> str | None:
     """
     is_posts = "posts" in recipe.download.inputs
     pin = recipe.download.inputs.get("posts" if is_posts else "database")
-    path = _local_path(pin, folder) if isinstance(pin, Pin) else None
+    path = folder / pin.local_path if isinstance(pin, Pin) and pin.local_path else None
     if not path or not path.is_file():
         return None
     try:

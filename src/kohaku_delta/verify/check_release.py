@@ -121,12 +121,7 @@ def published_hashes(recipe: Recipe) -> list[PublishedHash]:
     files = [(name, file) for name, file in recipe.published if isinstance(file, PublishedFile)]
     files += [(f"milestones.{step}", file) for step, file in recipe.published.milestones.items()]
     published = [(f"published.{name}", file.sha256) for name, file in files if file.sha256]
-    inputs = [
-        (f"download.inputs.{name}", pin.sha256)
-        for name, pins in recipe.download.inputs.items()
-        for pin in (pins if isinstance(pins, list) else [pins])
-        if pin.sha256
-    ]
+    inputs = [(f"download.inputs.{name}", pin.sha256) for name, pin in recipe.download.all_pins if pin.sha256]
     return [PublishedHash(name, sha256) for name, sha256 in published + inputs]
 
 

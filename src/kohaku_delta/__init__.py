@@ -1,4 +1,4 @@
-"""The recipe that rebuilds Kohaku XL Delta: one room a folder, data flows from `hub` to `checkpoint`."""
+"""The recipe that rebuilds Kohaku XL Delta. docs/architecture.md says what each folder holds and how data flows."""
 
 import os
 import sys

@@ -184,9 +184,8 @@ def test_a_host_without_git_is_green_for_dvc_does_without(monkeypatch):
 
 
 def test_what_preflight_repeats_is_what_training_says():
-    from kohaku_delta.training import batch_builder, optimizer
+    from kohaku_delta.training import batch_builder
 
-    assert estimates.BITSANDBYTES_BROKEN == optimizer.BROKEN
     assert estimates.MICRO_BATCHES_AHEAD == batch_builder.AHEAD + 1
 
 
@@ -275,10 +274,6 @@ def test_what_is_fetched_and_kept_adds_up(release):
         14 * (each + 769_290_720) + 3 * each
         < estimates.total(estimates.state_sizes(RELEASE, release))
         < 14 * (each + 769_290_720) + 3 * each + 17 * 28_638 * 4096
-    )
-    assert (
-        estimates.days(28_638, 51.25) == pytest.approx(28_638 * 51.25 / 86_400, rel=1e-6)
-        and 16.9 < estimates.days(28_638, 51.0) < estimates.days(28_638, 51.5) < 18
     )
     picture, noise = 4 * 3 * 1024 * 1024, 2 * 4 * 4 * 128 * 128 * 4
     assert estimates.shared_memory(RELEASE) == 2 * 4 * 5 * (picture + noise) + GB
@@ -546,7 +541,6 @@ def test_epsilons_steps_and_days_are_the_published_ones(release):
     assert rows["steps"].figure == "20,354" and "20,353 to 20,354 follow" in rows["steps"].source
     assert rows["time per step"].figure == "49.5 s" and "12 to 13 days" in rows["time per step"].source
     assert rows["training"].figure == "11.7 days"
-    assert 11.5 < estimates.days(20_354, 49) < estimates.days(20_354, 50) < 11.8
     assert rows["database"].figure == "not known"
     assert not [each for each in host_checks.run_checks(host, EPSILON) if not each.ok]
     other = build_plan.parse_host("2x RTX 3090", LOCKED, release)

@@ -26,7 +26,6 @@ KNOWN_GPUS = {
     "A100 80GB": (80, "8.0", 108),
     "H100": (80, "9.0", 132),
 }
-BITSANDBYTES_BROKEN = ((0, 36, 0), (0, 41, 0))  # model card: the 8-bit optimizers of these versions are wrong
 DRIVERS = {12: 525, 13: 580}  # CUDA major → lowest driver: NVIDIA's table of minor version compatibility
 POST_BYTES = 700  # per post in posts and captions: 35 tags (0.25 billion tags of 7 million posts) of 20 bytes each
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -257,8 +256,3 @@ def shared_memory(recipe: Recipe) -> int:
     per_process = MICRO_BATCHES_AHEAD * recipe.schedule.batch_size * (images + noise)
     nccl = NCCL_SHARED if recipe.train.device == "cuda" else 0
     return recipe.execution.ranks * recipe.execution.workers * per_process + nccl
-
-
-def days(count: int, seconds: float) -> float:
-    """Of `count` steps of `seconds` each."""
-    return count * seconds / 86400

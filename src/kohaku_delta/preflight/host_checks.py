@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from kohaku_delta.params import Recipe
 from kohaku_delta.preflight import estimates
 from kohaku_delta.preflight.host_facts import Host
+from kohaku_delta.training import bitsandbytes_versions
 from kohaku_delta.units import format_size
 
 
@@ -63,12 +64,10 @@ def check_bitsandbytes(host: Host, recipe: Recipe) -> CheckResult | None:
     if host.libraries is None or host.bitsandbytes is None:
         return None
     installed, locked = host.libraries.get("bitsandbytes", ""), host.locked.get("bitsandbytes")
-    version = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
-    first, last = estimates.BITSANDBYTES_BROKEN
     fault = ""
     if not installed:
         fault = "not installed"
-    elif first <= version <= last:
+    elif bitsandbytes_versions.is_broken(installed):
         fault = f"{installed}: the 8-bit optimizers of 0.36.0 to 0.41.0 are broken (model card)"
     elif installed != locked:
         fault = f"{installed}: the lock has {locked}, and another version rounds differently"

@@ -11,8 +11,8 @@ from pathlib import Path
 from kohaku_delta.errors import UserError
 from kohaku_delta.hub import client
 from kohaku_delta.hub.pins import HubFile
+from kohaku_delta.printing import printable
 from kohaku_delta.publishing import release_folder
-from kohaku_delta.strict_model import printable
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 AGAIN = "Run the same command again when the cause is gone: what has arrived is not sent again."

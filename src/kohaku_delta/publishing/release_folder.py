@@ -20,12 +20,12 @@ from kohaku_delta import atomic_files, paths
 from kohaku_delta.errors import UserError, first_lines
 from kohaku_delta.formats import hashing
 from kohaku_delta.params import Release
+from kohaku_delta.printing import printable
 from kohaku_delta.provenance import bundles, folder_signature, signature, statement, target_paths
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.publishing import bill_of_materials, dataset_description, kohya_settings
 from kohaku_delta.report import build_summary, model_card
 from kohaku_delta.report.build_summary import Build
-from kohaku_delta.strict_model import printable
 from kohaku_delta.units import format_size
 from kohaku_delta.verify import check_lock, check_lock_records
 from kohaku_delta.verify.findings import PASS, Finding
@@ -69,7 +69,7 @@ def write_release(rebuild: Artifact, say: Callable[[str], object], key: Path | N
             "Correct the section release of params.yaml."
         )
     folder = rebuild.folder / FOLDER
-    unsigned = [name for name in SIGNATURES if (folder / name).exists()]
+    old_signatures = [name for name in SIGNATURES if (folder / name).exists()]
     _refuse_other_files(folder, set(names))
     with atomic_files.atomic_dir(folder) as aside:
         if unlinked := [source for source in sources if not _link(source, aside / source.name)]:
@@ -82,8 +82,8 @@ def write_release(rebuild: Artifact, say: Callable[[str], object], key: Path | N
             (aside / name).write_text(text, encoding="utf-8", newline="\n")
         if key:
             signature.sign(statement.build_statement(rebuild), key, aside / bundles.PROVENANCE)
-    if unsigned and not key:
-        say(f"The folder was signed, and is no longer ({', '.join(unsigned)}): `make proofs` signs it again.")
+    if old_signatures and not key:
+        say(f"The folder was signed, and is no longer ({', '.join(old_signatures)}): `make proofs` signs it again.")
     return {name: (folder / name).stat().st_size for name in sorted(names) if (folder / name).exists()}
 
 

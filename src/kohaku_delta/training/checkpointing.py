@@ -50,11 +50,6 @@ def loaded_code_digests(lock: str) -> dict[str, str]:
     }
 
 
-def differing_keys(a: dict, b: dict) -> list[str]:
-    """The keys whose values differ, or that only one of the two has; sorted."""
-    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
-
-
 def format_differing(names: list[str]) -> str:
     """`a, b differ`, with five names at most."""
     return f"{', '.join(names[:5])} {'differs' if len(names) == 1 else 'differ'}"

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 
 from kohaku_delta.errors import UserError
+from kohaku_delta.mappings import differing_keys
 from kohaku_delta.training import checkpointing, gradient_reduction, journal
 from kohaku_delta.training.checkpointing import TrainingState
 from kohaku_delta.training.journal import Journal
@@ -49,7 +50,7 @@ def broadcast_bytes(content: bytes, source: int, device: str) -> bytes:
 def require_same_run(depends: dict[str, str], ranks: int, device: str) -> None:
     """Abort on every rank if any rank's inputs differ from rank 0's. That rank names what differs."""
     of_rank_0 = json.loads(broadcast_bytes(json.dumps(depends).encode(), 0, device))
-    differing = checkpointing.differing_keys(depends, of_rank_0)
+    differing = differing_keys(depends, of_rank_0)
     others = [rank for rank, count in enumerate(all_gather_int(len(differing), ranks, device)) if count]
     if differing:
         raise UserError(

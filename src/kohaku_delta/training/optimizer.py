@@ -16,17 +16,15 @@ import torch
 
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import Train
-from kohaku_delta.training import divergence
+from kohaku_delta.training import bitsandbytes_versions, divergence
 
-BROKEN = ((0, 36, 0), (0, 41, 0))  # first and last release with wrong 8-bit optimizers, says the model card
 STATE_KEYS = ("absmax1", "state1")
 PIECE = 1 << 24  # numbers whose norm is computed at a time: a float64 copy of 128 MiB
 
 
 def check_bitsandbytes(installed: str) -> None:
     """Raises UserError for bitsandbytes 0.36.0 to 0.41.0."""
-    number = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
-    if BROKEN[0] <= number <= BROKEN[1]:
+    if bitsandbytes_versions.is_broken(installed):
         raise UserError(
             f"bitsandbytes {installed} is installed; the 8-bit optimizers of 0.36.0 to 0.41.0 are broken. "
             "Install the locked version: `make repro` does."

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from kohaku_delta import atomic_files, strict_model
 from kohaku_delta.errors import UserError
+from kohaku_delta.mappings import differing_keys
 from kohaku_delta.printing import printable
 from kohaku_delta.strict_model import StrictModel
 from kohaku_delta.training import checkpointing
@@ -101,7 +102,7 @@ def _keep_or_refuse(other: UnfinishedRun, folder: Path, depends: dict[str, str])
 
 def describe_differences(old: dict[str, str], new: dict[str, str]) -> str:
     """What differs by name, parameters first, with short values as `old → new`; five names at most."""
-    names = checkpointing.differing_keys(old, new)
+    names = differing_keys(old, new)
     names.sort(key=lambda name: name.startswith(("code of ", "library ")))
     texts = []
     for name in names[:MAX_NAMES]:

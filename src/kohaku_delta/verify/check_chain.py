@@ -17,6 +17,7 @@ from kohaku_delta import paths
 from kohaku_delta.dataset import dataset_statistics
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
+from kohaku_delta.mappings import differing_keys
 from kohaku_delta.params import NETWORK_WEIGHTS
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.regular_files import read_regular
@@ -154,9 +155,8 @@ def check_trained_parameters(rebuild: Artifact, journal: Journal | None) -> Chec
     trained = require_journal(journal).header.get("parameters")
     trained = trained if isinstance(trained, dict) else {}
     current = json.loads(json.dumps(trainer.result_parameters(rebuild.recipe)))
-    for key in sorted(current.keys() | trained.keys()):
-        if current.get(key) != trained.get(key):
-            yield f"the journal was trained with another {key} than params.yaml has"
+    for key in differing_keys(current, trained):
+        yield f"the journal was trained with another {key} than params.yaml has"
     return f"{len(current)} parameters that decide bits are those of params.yaml"
 
 

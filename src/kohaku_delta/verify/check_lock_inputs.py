@@ -1,4 +1,4 @@
-"""The checks lock/code, libraries, pins and data: what the stages ran and read from outside the pipeline."""
+"""The checks lock/code, libraries, loaded, pins and data: what the stages ran and read from outside the pipeline."""
 
 import json
 import posixpath
@@ -12,6 +12,7 @@ from kohaku_delta import paths
 from kohaku_delta.danbooru import posts_json
 from kohaku_delta.formats import hashing
 from kohaku_delta.hub import inputs_manifest, pins
+from kohaku_delta.mappings import differing_keys
 from kohaku_delta.params import Pin, Recipe
 from kohaku_delta.provenance import bundles, import_closure, stage_record
 from kohaku_delta.provenance.artifact import MAX_INPUTS, Artifact, is_library_locks
@@ -63,8 +64,7 @@ def _differing_files(rebuild: Artifact, known: KnownCode) -> list[str]:
     named = {name: code.files for name, code in rebuild.code.items()}
     differing = [f"{paths.CODE}/{name}.json" for name in named.keys() ^ known.files.keys()]
     for name in named.keys() & known.files.keys():
-        one, other = named[name], known.files[name]
-        differing += [file for file in one.keys() | other.keys() if one.get(file) != other.get(file)]
+        differing += differing_keys(named[name], known.files[name])
     return sorted(set(differing))
 
 

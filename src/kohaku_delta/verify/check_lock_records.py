@@ -1,4 +1,5 @@
-"""The checks lock/records, unrecorded, during, provenance and chain/stages: the records that stages left when they ran.
+"""The checks lock/records, unrecorded, during, revision, sandbox, provenance and chain/stages: the records that
+stages left when they ran.
 
 A record counts as that of the run that dvc.lock describes only if every hash in it agrees.
 """
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from kohaku_delta import paths
 from kohaku_delta.formats import hashing
+from kohaku_delta.mappings import differing_keys
 from kohaku_delta.provenance import bundles, stage_record, statement
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.provenance.stage_record import Record
@@ -87,11 +89,7 @@ def check_unchanged_during_run(rebuild: Artifact) -> Check:
     for name, record in rebuild.records.items():
         changed = [path for path, read in sorted(record.inputs.items()) if read.before != read.after]
         changed += record.changed_code
-        changed += [
-            f"{key} in params.yaml"
-            for key in sorted(record.parameters.keys() | record.parameters_after.keys())
-            if record.parameters.get(key) != record.parameters_after.get(key)
-        ]
+        changed += [f"{key} in params.yaml" for key in differing_keys(record.parameters, record.parameters_after)]
         for what in changed:
             yield f"{what} was changed while {name} ran"
     if not rebuild.records:
@@ -102,8 +100,8 @@ def check_unchanged_during_run(rebuild: Artifact) -> Check:
 
 @check("lock/revision")
 def check_revision(rebuild: Artifact, code: Finding) -> Check:
-    """All stages ran at one commit, with its files. Elsewise the code must be known without it: code is the finding of
-    lock/code, which compares every file that a stage runs.
+    """All stages ran at one commit, with its files; otherwise lock/code must not fail. code: the finding of lock/code,
+    which compares every file that a stage runs.
     """
     revisions = {name: record.revision for name, record in rebuild.records.items()}
     known = {name: revision for name, revision in revisions.items() if revision}

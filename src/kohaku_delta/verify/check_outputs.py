@@ -20,6 +20,7 @@ from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import captions, dataset_statistics, selection, tag_counts
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import hashing, parquet, safetensors_io
+from kohaku_delta.mappings import differing_keys
 from kohaku_delta.provenance.artifact import Artifact, read_inputs
 from kohaku_delta.regular_files import read_regular
 from kohaku_delta.sdxl.tokenizer import ClipTokenizer
@@ -84,7 +85,7 @@ def _differing(rebuild: Artifact, made: Mapping[str, Path]) -> Iterator[str]:
         expected, found = hashing.digest_path(path, md5=False), rebuild.digests.get(out)
         if found is not None and found.sha256 != expected.sha256:
             files, here = expected.files or {}, found.files or {}
-            names = sorted(name for name in files.keys() | here.keys() if files.get(name) != here.get(name))
+            names = differing_keys(files, here)
             yield f"{out} is not what it was made of gives" + (f": {format_some(names)}" if names else "")
 
 
@@ -163,14 +164,13 @@ def check_final(rebuild: Artifact) -> Check:
     with bake.plan_bake(base, lokr, rebuild.recipe.bake, rebuild.recipe.model.side) as plan:
         expected = safetensors_io.expect(plan.specs, plan.produce, plan.metadata, bake.CONTENT_HASH)
     found = {name: tensor.sha256 for name, tensor in rebuild.tensors[paths.FINAL].tensors.items()}
-    names = sorted(expected.tensors.keys() | found.keys())
-    if differing := [name for name in names if expected.tensors.get(name) != found.get(name)]:
+    if differing := differing_keys(expected.tensors, found):
         yield f"{paths.FINAL} is not base + LoKr: {len(differing):,} tensors differ, {format_some(differing)}"
     else:
         with safetensors_io.open_file(final) as file:
             if file.header_bytes() != expected.header:
                 yield f"{paths.FINAL} has another header than bake writes"
-    return f"{len(names):,} tensors, {plan.tensors:,} of them changed, baked again from base and LoKr: the same"
+    return f"{len(found):,} tensors, {plan.tensors:,} of them changed, baked again from base and LoKr: the same"
 
 
 @check("chain/diffusers", paths.DIFFUSERS)

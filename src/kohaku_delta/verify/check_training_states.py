@@ -14,6 +14,7 @@ import numpy as np
 from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import safetensors_io
+from kohaku_delta.mappings import differing_keys
 from kohaku_delta.params import NETWORK_WEIGHTS
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.training import journal
@@ -162,9 +163,7 @@ def _compare_weights(rebuild: Artifact, own_journal: Journal, path: Path, step: 
             weights = {name[8:]: file.read(name) for name in file.specs if name.startswith("weights/")}
         rounded = {name: array.astype(np.float16).tobytes() for name, array in weights.items()}
         stored = {name: array.tobytes() for name, array in lokr.items()}
-        if differing := sorted(
-            name for name in rounded.keys() | stored.keys() if rounded.get(name) != stored.get(name)
-        ):
+        if differing := differing_keys(rounded, stored):
             faults.append(
                 f"{out} is not the state saved after {step:,} steps rounded to float16: {format_some(differing)}"
             )

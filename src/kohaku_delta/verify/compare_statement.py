@@ -8,10 +8,11 @@ import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 
+from kohaku_delta.mappings import differing_keys
 from kohaku_delta.provenance import signature
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.provenance.signed_statement import SignedStatement, parse_statement
-from kohaku_delta.verify.compare_rebuilds import Line, differing_keys, parameter_differences
+from kohaku_delta.verify.compare_rebuilds import Line, parameter_differences
 from kohaku_delta.verify.findings import format_some
 
 

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from kohaku_delta import numerics
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import safetensors_io
+from kohaku_delta.mappings import differing_keys
 from kohaku_delta.params import NETWORK_WEIGHTS, Recipe
 from kohaku_delta.training import journal as journals
 from kohaku_delta.training import trainer
@@ -88,8 +89,8 @@ def replay_steps(recipe: Recipe, files: Files, work: Path, first: int, last: int
 
 
 def _context(recipe: Recipe, files: Files, device: str) -> "TrainingContext":
-    _, texts = trainer.load_tokenizers(files)
-    return trainer.build_context(recipe, files, texts, trainer.tar_paths(files), device)
+    _, tokenizers = trainer.load_tokenizers(files)
+    return trainer.build_context(recipe, files, tokenizers, trainer.tar_paths(files), device)
 
 
 def require_same_run(recorded: dict, current: dict, files: Files, may_differ: Set[str] = frozenset()) -> None:
@@ -105,11 +106,8 @@ def require_same_run(recorded: dict, current: dict, files: Files, may_differ: Se
             f"{files['journal']} began with {began}, and this recipe begins with {begins}. Name its inputs.json with "
             "--inputs."
         )
-    ours, theirs = current["parameters"], recorded.get("parameters", {})
-    differing = sorted(
-        key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key) and key not in may_differ
-    )
-    if differing:
+    differing = differing_keys(current["parameters"], recorded.get("parameters", {}))
+    if differing := [key for key in differing if key not in may_differ]:
         raise UserError(
             f"{files['journal']} was trained with other parameters than the recipe has: {', '.join(differing)}. "
             "Name its params.yaml with --params."

@@ -236,7 +236,7 @@ def test_an_interrupted_training_goes_on_after_being_set_aside_damaged_and_kille
 
     resumed = tiny_training.run(folder)
     assert resumed.returncode == 0, resumed.stderr
-    assert f"is taken up again as work/{run.name}: {newest} of 4 steps are done" in resumed.stderr
+    assert f"is resumed as work/{run.name}: {newest} of 4 steps are done" in resumed.stderr
     assert f"It is kept as work/{run.name}/step-{newest:08d}.damaged" in resumed.stderr
     assert not list(run.glob(".*")), "what the killed save left was cleared"
     again = tiny_training.write(tmp_path / "again", 16)

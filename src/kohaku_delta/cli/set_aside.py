@@ -1,4 +1,4 @@
-"""kohaku-delta set-aside: makes room for another training; the unfinished one is kept, and taken up again later."""
+"""kohaku-delta set-aside: makes room for another training; the unfinished one is kept, and can be resumed later."""
 
 from pathlib import Path
 

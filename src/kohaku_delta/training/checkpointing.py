@@ -13,19 +13,17 @@ import itertools
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from kohaku_delta import atomic_files
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import safetensors_io
-from kohaku_delta.provenance import environment, import_closure
+from kohaku_delta.hub import progress
 from kohaku_delta.training import journal, tensor_fingerprints
 from kohaku_delta.training.journal import Journal
 
@@ -38,16 +36,6 @@ class TrainingState(NamedTuple):
 
     tensors: dict[str, torch.Tensor]  # weights/<name> and optimizer/<name>, on the CPU
     journal: Journal
-
-
-def loaded_code_digests(lock: str) -> dict[str, str]:
-    """Digests of all code and libraries of the training, as the stage `code` writes them. lock: cpu or cuda."""
-    root = Path(__file__).resolve().parents[3]
-    code = import_closure.describe_stage(root / "stages" / "train.py", root / "requirements" / f"{lock}.txt")
-    versions = environment.libraries(code.libraries)
-    return {f"code of {name}": digest for name, digest in code.files.items()} | {
-        f"library {name}": f"{versions[name]} {library.hashes}" for name, library in code.libraries.items()
-    }
 
 
 def format_differing(names: list[str]) -> str:
@@ -143,7 +131,7 @@ def set_damaged_aside(folder: Path, faults: dict[int, str]) -> None:
         target = next(name for name in damaged if not os.path.lexists(name))
         with suppress(FileNotFoundError):  # another rank of this machine has renamed it
             os.rename(path, target)
-            tqdm.write(f"train: {fault} It is kept as {target}; an older state is used instead.", file=sys.stderr)
+            progress.log_above_bar(f"train: {fault} It is kept as {target}; an older state is used instead.")
 
 
 def no_sound_state(folder: Path, faults: dict[int, str]) -> str:

@@ -10,17 +10,16 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from pydantic import Field
-from tqdm import tqdm
 
 from kohaku_delta import atomic_files, strict_model
 from kohaku_delta.errors import UserError
+from kohaku_delta.hub import progress
 from kohaku_delta.mappings import differing_keys
 from kohaku_delta.printing import printable
 from kohaku_delta.strict_model import StrictModel
@@ -68,7 +67,9 @@ def run_folder(work: Path, depends: dict[str, str], steps: int, rank: int) -> Pa
     if not folder.is_dir() and aside.is_dir():
         os.rename(aside, folder)
         done = max(checkpointing.saved_steps(folder), default=0)
-        say(f"{aside} was set aside and is taken up again as {folder}: {done} of {steps} steps are done.")
+        progress.log_above_bar(
+            f"train: {aside} was set aside and is resumed as {folder}: {done} of {steps} steps are done."
+        )
     if not checkpointing.saved_steps(folder):
         for other in unfinished_runs(work):
             if other.folder != folder:
@@ -91,7 +92,7 @@ def _keep_or_refuse(other: UnfinishedRun, folder: Path, depends: dict[str, str])
     )
     holds = f"{other.folder} holds an unfinished training, {other.progress}, {why}"
     if os.environ.get("DVC_EXP_NAME") or os.environ.get("CI", "").lower() not in ("", "0", "false"):
-        say(f"{holds} It is kept there; this run has a folder of its own, {folder}.")
+        progress.log_above_bar(f"train: {holds} It is kept there; this run has a folder of its own, {folder}.")
         return
     restore = "Restore them to go on with it; or set" if other.inputs else "Set"
     raise UserError(
@@ -153,8 +154,3 @@ def set_aside(work: Path) -> list[UnfinishedRun]:
 
 def set_aside_path(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}{SET_ASIDE}")
-
-
-def say(sentence: str) -> None:
-    """Print a sentence of rank 0 above the progress bar."""
-    tqdm.write(f"train: {sentence}", file=sys.stderr)

@@ -71,7 +71,7 @@ def check_saved_states(rebuild: Artifact, own_journal: Journal | None) -> Check:
 
 def _differing_inputs(rebuild: Artifact, digests: dict[str, str]) -> list[str]:
     """The inputs, parameters and code of this rebuild's training that a run that depends on `digests` did not have."""
-    from kohaku_delta.training.trainer import result_parameters
+    from kohaku_delta.training.run_inputs import result_parameters
 
     ours: dict[str, str | None] = {NETWORK_WEIGHTS: rebuild.start}
     ours |= {name: rebuild.digests[out].sha256 for name, out in INPUTS.items() if out in rebuild.digests}

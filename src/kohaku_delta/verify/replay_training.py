@@ -20,13 +20,13 @@ from kohaku_delta.formats import safetensors_io
 from kohaku_delta.mappings import differing_keys
 from kohaku_delta.params import NETWORK_WEIGHTS, Recipe
 from kohaku_delta.training import journal as journals
-from kohaku_delta.training import trainer
+from kohaku_delta.training import run_inputs
 from kohaku_delta.training.journal import Journal
 from kohaku_delta.verify.findings import format_some
 
 if TYPE_CHECKING:
     from kohaku_delta.training.lokr import LokrAdapter
-    from kohaku_delta.training.training_loop import TrainingContext
+    from kohaku_delta.training.training_context import TrainingContext
 
 Files = dict[str, Any]  # paths of inputs, base, posts, captions, schedule, journal; tars, tokenizers if given by hand
 Step = tuple[int, str | None]  # a step, and how it differs from the journal
@@ -89,8 +89,10 @@ def replay_steps(recipe: Recipe, files: Files, work: Path, first: int, last: int
 
 
 def _context(recipe: Recipe, files: Files, device: str) -> "TrainingContext":
-    _, tokenizers = trainer.load_tokenizers(files)
-    return trainer.build_context(recipe, files, tokenizers, trainer.tar_paths(files), device)
+    from kohaku_delta.training import training_context
+
+    _, tokenizers = run_inputs.load_tokenizers(files)
+    return training_context.build_context(recipe, files, tokenizers, run_inputs.tar_paths(files), device)
 
 
 def require_same_run(recorded: dict, current: dict, files: Files, may_differ: Set[str] = frozenset()) -> None:

@@ -17,8 +17,9 @@ from ruamel.yaml import YAML
 
 from kohaku_delta import paths
 from kohaku_delta.errors import UserError
-from kohaku_delta.hub import client, pins
+from kohaku_delta.hub import client, connection, pins
 from kohaku_delta.hub.client import RemoteFile
+from kohaku_delta.hub.hub_errors import Unreachable
 from kohaku_delta.params import Pin, Recipe
 
 Result = TypeVar("Result")
@@ -124,13 +125,13 @@ def _ask(question: Callable[[], Result], pin: Pin) -> Result:
     def once() -> Result:
         try:
             return question()
-        except client.Unreachable as error:
+        except Unreachable as error:
             raise UserError(
                 f"{pin.url}: the hub {error}. `kohaku-delta pin` needs the network: run it where there is one, or fill "
                 "in the pin by hand."
             ) from None
 
-    client.require_online("`kohaku-delta pin` asks the hub")
+    connection.require_online("`kohaku-delta pin` asks the hub")
     return client.retry(once, pin.url, threading.Event())
 
 

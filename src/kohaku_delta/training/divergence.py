@@ -1,5 +1,5 @@
-"""When a training has diverged and must stop. It follows from the journal alone, so every rank, a resumed run and an audit
-decide the same. Needs no torch.
+"""When a training has diverged and must stop. It follows from the journal alone, so every rank, a resumed run and an
+audit decide the same. Needs no torch.
 
 A smaller loss scale fixes a gradient that overflows. It cannot fix a forward loss that is NaN or infinite, because the
 scale is applied after the loss.

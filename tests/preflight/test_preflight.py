@@ -371,7 +371,7 @@ def test_the_miniatures_sizes_are_those_of_its_files():
     adapter = LokrAdapter(models, MINIATURE.lokr, torch.float32)
     trained = adapter.trained()
     lion = optimizer.Lion(trained, MINIATURE.train)
-    lion.step(0, torch.zeros(sum(weight.numel() for _, weight in trained)), optimizer.Scaler(False))
+    lion.step(0, torch.zeros(sum(weight.numel() for _, weight in trained)), optimizer.LossScaler(False))
     tensors = adapter.tensors()
     assert (numbers.entries, numbers.trained) == (len(tensors), sum(weight.numel() for _, weight in trained))
     assert estimates.state_bytes(MINIATURE, numbers) == sum(

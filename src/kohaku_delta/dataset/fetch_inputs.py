@@ -22,6 +22,7 @@ from kohaku_delta.dataset import selection
 from kohaku_delta.errors import UserError
 from kohaku_delta.hub import inputs_manifest, mirror, pins
 from kohaku_delta.params import Download, Recipe
+from kohaku_delta.printing import format_some
 
 
 def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> dict:
@@ -138,8 +139,7 @@ def _require_main_tars(recipe: Recipe, folder: Path) -> None:
         absent = [name for name in names if (match := tars.NAME.fullmatch(name)) and int(match[1]) in tars.MAIN]
         if absent:
             raise UserError(
-                f"{pin_list} does not list {', '.join(absent[:8])}"
-                f"{' …' if len(absent) > 8 else ''}, which {span.url} names: that revision does not have it, and its "
+                f"{pin_list} does not list {format_some(absent, 8)}, which {span.url} names: that revision does not have it, and its "
                 "posts would be lost. Choose another revision, or name other tars (download.inputs.tars)."
             )
 

@@ -22,6 +22,7 @@ from packaging.utils import canonicalize_name
 from kohaku_delta import paths, strict_model
 from kohaku_delta.errors import UserError
 from kohaku_delta.mappings import differing_keys
+from kohaku_delta.printing import format_some
 from kohaku_delta.regular_files import read_regular
 from kohaku_delta.strict_model import StrictModel
 
@@ -210,10 +211,9 @@ def verified_code(script: Path) -> StageCode | None:
         return None
     described, current = load(path), file_digests(script)
     if differing := differing_keys(described.files, current):
-        names = ", ".join(differing[:3]) + (" …" if len(differing) > 3 else "")
         raise UserError(
-            f"{path} describes other code than that at hand: {names} differs. Run `dvc repro`, which describes the "
-            "code first."
+            f"{path} does not describe the code that runs now: {format_some(differing)} differ. Run `dvc repro`, which "
+            "describes the code first."
         )
     return described
 

@@ -41,10 +41,10 @@ def norm(gradient: torch.Tensor) -> float:
     return hypot(*(torch.linalg.vector_norm(part, dtype=torch.float64).item() for part in gradient.split(PIECE)))
 
 
-class Scaler:
+class LossScaler:
     """Dynamic loss scaling for fp16, with the defaults of torch's GradScaler, until divergence.py's limits.
 
-    That class refuses fp16 gradients (the release's trainer patched the check away), and never gives up.
+    GradScaler refuses fp16 gradients (the release's trainer patched the check away), and never gives up.
     """
 
     GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000
@@ -93,7 +93,7 @@ class Lion:
             groups, lr=0.0, betas=tuple(parameters.betas), weight_decay=parameters.weight_decay
         )
 
-    def step(self, updates: int, gradient: torch.Tensor, scaler: Scaler) -> tuple[float, float, float]:
+    def step(self, updates: int, gradient: torch.Tensor, scaler: LossScaler) -> tuple[float, float, float]:
         """Update the weights; returns (gradient norm before clipping, U-Net rate, text encoder rate).
 
         gradient: the flat scaled sum, float32, in the order of `trained`; changed in place. updates: number of updates

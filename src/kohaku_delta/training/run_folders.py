@@ -21,7 +21,7 @@ from kohaku_delta import atomic_files, strict_model
 from kohaku_delta.errors import UserError
 from kohaku_delta.hub import progress
 from kohaku_delta.mappings import differing_keys
-from kohaku_delta.printing import printable
+from kohaku_delta.printing import format_some, printable
 from kohaku_delta.strict_model import StrictModel
 from kohaku_delta.training import checkpointing
 from kohaku_delta.training.checkpointing import DEPENDS
@@ -105,13 +105,14 @@ def describe_differences(old: dict[str, str], new: dict[str, str]) -> str:
     """What differs by name, parameters first, with short values as `old → new`; five names at most."""
     names = differing_keys(old, new)
     names.sort(key=lambda name: name.startswith(("code of ", "library ")))
-    texts = []
-    for name in names[:MAX_NAMES]:
+
+    def describe(name: str) -> str:
         values = (old.get(name, "none"), new.get(name, "none"))
         short = all(len(value) <= MAX_VALUE for value in values)
         name = name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}…"
-        texts.append(printable(f"{name}: {values[0]} → {values[1]}" if short else name))
-    return ", ".join(texts) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
+        return printable(f"{name}: {values[0]} → {values[1]}" if short else name)
+
+    return format_some(map(describe, names), MAX_NAMES)
 
 
 def unfinished_runs(work: Path) -> Iterator[UnfinishedRun]:

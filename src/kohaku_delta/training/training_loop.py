@@ -53,7 +53,7 @@ class TrainingLoop:
         self.starts = self.schedule["step"].to_numpy().searchsorted(range(self.steps + 1))
         self.trained = context.adapter.trained()
         self.optimizer = optimizer.Lion(self.trained, recipe.train)
-        self.scaler = optimizer.Scaler(recipe.train.precision == "float16")
+        self.scaler = optimizer.LossScaler(recipe.train.precision == "float16")
         self.journal = journals.Journal(context.header)
         self.updates = 0  # steps that changed the weights: one that overflowed does not advance the warm-up
         self.stop_requested = False  # this rank got a signal
@@ -78,7 +78,7 @@ class TrainingLoop:
     def load_state(self, step: int, state: TrainingState) -> None:
         self.journal = state.journal
         norms = [row["gradient_norm"] for row in state.journal.rows]
-        self.updates, self.scaler = sum(map(isfinite, norms)), optimizer.Scaler(self.scaler.enabled)
+        self.updates, self.scaler = sum(map(isfinite, norms)), optimizer.LossScaler(self.scaler.enabled)
         for norm in norms:
             self.scaler.update(isfinite(norm))
         weights = checkpointing.select_prefix(state.tensors, "weights/")

@@ -9,12 +9,13 @@ from pathlib import Path
 from kohaku_delta import paths
 from kohaku_delta.formats import hashing
 from kohaku_delta.formats.hashing import Digest
+from kohaku_delta.printing import format_some
 from kohaku_delta.provenance import bundles, dvc_yaml, statement
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.provenance.bundles import Bundle
 from kohaku_delta.provenance.dvc_lock import LockedPath
 from kohaku_delta.verify import known_code
-from kohaku_delta.verify.findings import Check, Skip, check, format_some
+from kohaku_delta.verify.findings import Check, Skip, check
 from kohaku_delta.yaml_file import read_yaml
 
 

@@ -14,11 +14,12 @@ from kohaku_delta.formats import hashing
 from kohaku_delta.hub import inputs_manifest, pins
 from kohaku_delta.mappings import differing_keys
 from kohaku_delta.params import Pin, Recipe
+from kohaku_delta.printing import format_some
 from kohaku_delta.provenance import bundles, import_closure, stage_record
 from kohaku_delta.provenance.artifact import MAX_INPUTS, Artifact, is_library_locks
 from kohaku_delta.regular_files import read_regular
 from kohaku_delta.verify import known_code
-from kohaku_delta.verify.findings import Check, Skip, check, format_some
+from kohaku_delta.verify.findings import Check, Skip, check
 from kohaku_delta.verify.known_code import KnownCode
 
 SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -9,10 +9,11 @@ from pathlib import Path
 from kohaku_delta import paths
 from kohaku_delta.formats import hashing
 from kohaku_delta.mappings import differing_keys
+from kohaku_delta.printing import format_some
 from kohaku_delta.provenance import bundles, stage_record, statement
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.provenance.stage_record import Record
-from kohaku_delta.verify.findings import FAIL, SKIP, Check, Finding, Skip, check, format_some
+from kohaku_delta.verify.findings import FAIL, SKIP, Check, Finding, Skip, check
 
 CONFINED = "audit hook"  # how the sandbox begins to describe itself
 COMPUTING = ("train", "preview", "milestones")  # stages that enforce the numerics contract

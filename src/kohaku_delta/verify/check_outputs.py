@@ -21,13 +21,14 @@ from kohaku_delta.dataset import captions, dataset_statistics, selection, tag_co
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import hashing, parquet, safetensors_io
 from kohaku_delta.mappings import differing_keys
+from kohaku_delta.printing import format_some
 from kohaku_delta.provenance.artifact import Artifact, read_inputs
 from kohaku_delta.regular_files import read_regular
 from kohaku_delta.sdxl.tokenizer import ClipTokenizer
 from kohaku_delta.training import journal as journals
 from kohaku_delta.training.journal import Journal
 from kohaku_delta.verify.check_chain import ID, read_columns, require_journal, require_output
-from kohaku_delta.verify.findings import Check, Skip, check, format_some
+from kohaku_delta.verify.findings import Check, Skip, check
 
 TABLES = ("selection", "posts", "dropped", "captions")
 MAX_TEXT = 256 << 20  # bytes of a text that is compared
@@ -162,7 +163,7 @@ def check_final(rebuild: Artifact) -> Check:
     from kohaku_delta.weights import bake
 
     with bake.plan_bake(base, lokr, rebuild.recipe.bake, rebuild.recipe.model.side) as plan:
-        expected = safetensors_io.expect(plan.specs, plan.produce, plan.metadata, bake.CONTENT_HASH)
+        expected = safetensors_io.expected_file(plan.specs, plan.produce, plan.metadata, bake.CONTENT_HASH)
     found = {name: tensor.sha256 for name, tensor in rebuild.tensors[paths.FINAL].tensors.items()}
     if differing := differing_keys(expected.tensors, found):
         yield f"{paths.FINAL} is not base + LoKr: {len(differing):,} tensors differ, {format_some(differing)}"
@@ -196,7 +197,7 @@ def check_diffusers(rebuild: Artifact) -> Check:
         for name, content in plan.files.items():
             expected[name] = hashlib.sha256(content).hexdigest()
         for name, (specs, produce) in plan.weights.items():
-            expected[name] = safetensors_io.expect(specs, produce, export_diffusers.METADATA).sha256 or ""
+            expected[name] = safetensors_io.expected_file(specs, produce, export_diffusers.METADATA).sha256 or ""
     for name in sorted(expected.keys() | found.keys()):
         if name not in expected:
             yield f"{paths.DIFFUSERS}/{name} is no file that export writes"

@@ -13,10 +13,11 @@ from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
 from kohaku_delta.formats.hashing import hash_file
 from kohaku_delta.params import PublishedDataset, PublishedFile, Recipe
+from kohaku_delta.printing import format_some
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.verify import compare_tensors
 from kohaku_delta.verify.check_chain import require_output
-from kohaku_delta.verify.findings import SKIP, Check, Finding, Skip, check, format_some
+from kohaku_delta.verify.findings import SKIP, Check, Finding, Skip, check
 
 OUTS = {"base": paths.BASE, "lokr": paths.LOKR, "final": paths.FINAL}
 UNORDERED = "the release summed its gradients in no fixed order on several GPUs, so nobody can compute its bits again"

@@ -244,7 +244,7 @@ def _check_losses(rebuild: Artifact, own: Path, count: int, seed: int, differing
         raise Skip(f"{reason}; and there is no milestone's LoKr file to compute losses from")
     milestone = milestones[replay_training.sample_steps(len(milestones), 1, seed)[0]]
     try:
-        step, pairs = replay_training.losses(recipe, _files(rebuild, own), milestone, "cpu", count, seed)
+        step, pairs = replay_training.compare_losses(recipe, _files(rebuild, own), milestone, "cpu", count, seed)
     except UserError as error:
         raise Skip(f"could not be computed: {error.message}") from None
     distance = replay_training.rms_relative_error(pairs)

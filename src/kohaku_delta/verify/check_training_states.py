@@ -16,11 +16,12 @@ from kohaku_delta.errors import UserError
 from kohaku_delta.formats import safetensors_io
 from kohaku_delta.mappings import differing_keys
 from kohaku_delta.params import NETWORK_WEIGHTS
+from kohaku_delta.printing import format_some
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.training import journal
 from kohaku_delta.training.journal import Journal
 from kohaku_delta.verify.check_chain import require_journal
-from kohaku_delta.verify.findings import Check, Skip, check, format_some
+from kohaku_delta.verify.findings import Check, Skip, check
 
 INPUTS = {"base": paths.BASE, "posts": paths.POSTS, "captions": paths.CAPTIONS, "schedule": paths.SCHEDULE}
 

@@ -20,13 +20,13 @@ from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
 from kohaku_delta.mappings import differing_keys
 from kohaku_delta.params import NETWORK_WEIGHTS
+from kohaku_delta.printing import format_some
 from kohaku_delta.provenance import dvc_yaml
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.provenance.stage_record import Record
 from kohaku_delta.training import journal as journals
 from kohaku_delta.training.schedule import SCHEMA as SCHEDULE
 from kohaku_delta.verify import check_chain, check_lock, known_code, replay_training
-from kohaku_delta.verify.findings import format_some
 
 MAX_TEXT = 160  # characters shown of a value
 Line = tuple[str, str]  # kind, sentence; what is before “|” is the first rebuild's

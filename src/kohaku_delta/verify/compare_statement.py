@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kohaku_delta.mappings import differing_keys
+from kohaku_delta.printing import format_some
 from kohaku_delta.provenance import signature
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.provenance.signed_statement import SignedStatement, parse_statement
 from kohaku_delta.verify.compare_rebuilds import Line, parameter_differences
-from kohaku_delta.verify.findings import format_some
 
 
 def read_signed(path: Path, key: Path) -> SignedStatement:

@@ -1,8 +1,8 @@
 """Training computed again from a saved state and compared with the journal.
 
 A state serves if the journal continues its rows, which the chain shows; it does not matter whose work folder it is
-from. `losses` needs no state and no GPU: from a milestone's LoKr file it computes, forward only and in float32, the
-losses of some micro-batches of the step that follows.
+from. `compare_losses` needs no state and no GPU: from a milestone's LoKr file it computes, forward only and in
+float32, the losses of some micro-batches of the step that follows.
 
 torch is imported inside functions, after numerics.enforce() has fixed the environment.
 """
@@ -19,10 +19,10 @@ from kohaku_delta.errors import UserError
 from kohaku_delta.formats import safetensors_io
 from kohaku_delta.mappings import differing_keys
 from kohaku_delta.params import NETWORK_WEIGHTS, Recipe
+from kohaku_delta.printing import format_some
 from kohaku_delta.training import journal as journals
 from kohaku_delta.training import run_inputs
 from kohaku_delta.training.journal import Journal
-from kohaku_delta.verify.findings import format_some
 
 if TYPE_CHECKING:
     from kohaku_delta.training.lokr import LokrAdapter
@@ -196,7 +196,9 @@ def confidence(sampled: int, steps: int) -> str:
     )
 
 
-def losses(recipe: Recipe, files: Files, lokr: Path, device: str, sample: int, seed: int) -> tuple[int, list[LossPair]]:
+def compare_losses(
+    recipe: Recipe, files: Files, lokr: Path, device: str, sample: int, seed: int
+) -> tuple[int, list[LossPair]]:
     """(step, losses) of `sample` micro-batches, drawn by `seed`, of the step that follows a milestone's LoKr file."""
     numerics.enforce(device)
     import torch

@@ -9,7 +9,7 @@ os.environ["NPY_DISABLE_CPU_FEATURES"] = "X86_V4 AVX512_ICL AVX512_SPR"
 
 
 def _one_line_for_ctrl_c(kind, error, trace) -> None:
-    """Ctrl-C while modules are imported, before a command runs, is one sentence too. Everything else keeps Python's own
+    """Ctrl-C prints one sentence also while modules are imported, before a command runs. Other errors keep Python's own
     report.
     """
     if kind is KeyboardInterrupt:

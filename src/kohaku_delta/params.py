@@ -317,7 +317,7 @@ class Bake(StrictModel):
         try:
             datetime.fromisoformat(date or "2000-01-01")
         except ValueError:
-            raise ValueError(f"{date!r:.40} is no date in ISO 8601, as 2024-03-05 is") from None
+            raise ValueError(f"{date!r:.40} is not an ISO 8601 date such as 2024-03-05") from None
         return date
 
 

@@ -98,7 +98,7 @@ def test_the_releases_own_host_with_the_lock_is_green():
         (replace(GOOD, bitsandbytes="its native library did not load"), "bitsandbytes", "did not load", "driver"),
         (
             replace(GOOD, network_weights="lyco.safetensors is not a LoKr of this recipe:\n  missing: x"),
-            "LoKr to begin with",
+            "LoKr to start from",
             "of this recipe: missing: x",
             "download.inputs",
         ),
@@ -576,7 +576,7 @@ def test_the_pilots_plan_is_under_thirty_gigabytes_to_fetch_and_twenty_steps(rel
     assert rows["steps"].figure == "20" and rows["steps"].source == "schedule.max_steps"
     assert rows["training"].figure == "34 min 10 s"  # 20 × 51.25 s × 2 cards of the release
     assert rows["a power cut costs"].figure == "up to 0.3 h"  # ten steps, to the milestone
-    assert rows["states kept for good"].figure == "2"
+    assert rows["states never deleted"].figure == "2"
     assert not [each for each in host_checks.run_checks(host, PILOT) if not each.ok]
 
 

@@ -139,8 +139,8 @@ def _require_main_tars(recipe: Recipe, folder: Path) -> None:
         absent = [name for name in names if (match := tars.NAME.fullmatch(name)) and int(match[1]) in tars.MAIN]
         if absent:
             raise UserError(
-                f"{pin_list} does not list {format_some(absent, 8)}, which {span.url} names: that revision does not have it, and its "
-                "posts would be lost. Choose another revision, or name other tars (download.inputs.tars)."
+                f"{pin_list} does not list {format_some(absent, 8)}, which {span.url} names: that revision does not "
+                "have it, and its posts would be lost. Choose another revision, or name other tars (download.inputs.tars)."
             )
 
 

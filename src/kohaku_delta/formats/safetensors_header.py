@@ -67,7 +67,7 @@ def _parse(descriptor: int, size: int) -> tuple[dict[str, TensorSpec], dict[str,
     try:
         "".join((*header, *metadata, *metadata.values())).encode()
     except UnicodeEncodeError:
-        raise _Malformed("its header holds half of a surrogate pair, which is no character") from None
+        raise _Malformed("its header holds half of a surrogate pair, which is not a character") from None
     specs, offsets, spans = {}, {}, []
     for name in sorted(header):
         entry = header[name]

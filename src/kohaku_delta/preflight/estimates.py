@@ -123,7 +123,7 @@ def journal_row_bytes(recipe: Recipe, model: ParameterCounts) -> int:
 
 
 def milestones(recipe: Recipe) -> list[int]:
-    """The steps whose states and LoKr files are kept for good."""
+    """The steps whose states and LoKr files are never deleted."""
     every = recipe.train.milestone_every
     return list(range(every, (steps(recipe) or 0) + 1, every))
 

@@ -135,7 +135,7 @@ def check_driver(host: Host, recipe: Recipe) -> CheckResult | None:
     major = host.driver.split(".")[0]
     remedy = f"install NVIDIA's driver {lowest} or later on the host: CUDA {cuda} needs it"
     if not host.driver:
-        remedy += ". If nvidia-smi worked in this container before, create the container anew"
+        remedy += ". If nvidia-smi worked in this container before, create the container again"
     ok = major.isdigit() and int(major) >= lowest
     return CheckResult("driver", ok, host.driver or "none answers (nvidia-smi)", remedy)
 
@@ -220,7 +220,7 @@ def check_network_weights(host: Host, recipe: Recipe) -> CheckResult | None:
     if host.network_weights is None:
         return None
     what = " ".join(host.network_weights.split()) or "has the modules and shapes of this recipe, all values finite"
-    return CheckResult("LoKr to begin with", not host.network_weights, what, "name another file: download.inputs")
+    return CheckResult("LoKr to start from", not host.network_weights, what, "name another file: download.inputs")
 
 
 def check_disks(host: Host, recipe: Recipe) -> list[CheckResult]:

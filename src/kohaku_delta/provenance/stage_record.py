@@ -1,6 +1,6 @@
 """Records of runs: what one run of a stage read (before and after it), wrote, was configured with and ran on.
 
-`build/records/<stage>-<key>.json` is written only if the run ended well. It lies beside the outputs and is none of
+`build/records/<stage>-<key>.json` is written only if the run ended well. It is beside the outputs but is not one of
 them, so DVC neither deletes nor restores it. <key> is the digest of what dvc.lock says about the stage's command,
 inputs and parameters: a stage that DVC restored from its cache and that never ran here has no record of that key, and
 one that ran here finds its own again.

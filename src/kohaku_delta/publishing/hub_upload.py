@@ -25,7 +25,7 @@ def list_files(folder: Path) -> dict[str, int]:
         raise UserError(f"{folder} does not exist. Run `kohaku-delta release` in the recipe's folder first.")
     files = release_folder.list_files(folder)
     if release_folder.CARD not in files:
-        raise UserError(f"{folder} has no README.md, so it is no release. Run `kohaku-delta release` again.")
+        raise UserError(f"{folder} has no README.md, so it is not a release. Run `kohaku-delta release` again.")
     return files
 
 

@@ -191,7 +191,7 @@ def require_architecture(path, shapes: Mapping[str, tuple[int, ...]], model: Mod
         raise UserError(f"{path}: {refusal.lines[0]}", *refusal.lines[1:]) from None
     if faults:
         extra = checkpoint_checks.outside(shapes)
-        remedy = ["The merge stage leaves out what is no part of SDXL (merge.extra_tensors: drop)."] if extra else []
+        remedy = ["The merge stage leaves out what is not part of SDXL (merge.extra_tensors: drop)."] if extra else []
         raise UserError(f"{path} is not the SDXL checkpoint that its shapes suggest:", *first_lines(faults), *remedy)
     return configs
 

@@ -80,7 +80,7 @@ def tar_paths(files: dict[str, Path]) -> dict[int, Path]:
 
 
 def network_weights(files: dict[str, Path]) -> Path | None:
-    """The LoKr file that the training begins with, given by hand or of the verified inputs; None: it begins anew."""
+    """The LoKr file that the training starts from (--network-weights, or of the inputs); None: from scratch."""
     by_hand = files.get("network_weights")
     if by_hand or not files["inputs"].is_file():
         return by_hand
@@ -92,4 +92,4 @@ def describe_start(start: Path, base: Path) -> str:
     with safetensors_io.open_file(start) as file:
         known = lokr_format.base_digest(file)
     unknown = f" It does not say on which base it was trained: it is taken for that of {base}."
-    return f"the LoKr begins with {start}, the optimizer and the learning rates anew.{'' if known else unknown}"
+    return f"the LoKr starts from {start}, with a new optimizer state and warm-up.{'' if known else unknown}"

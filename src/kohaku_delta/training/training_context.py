@@ -75,7 +75,7 @@ def build_context(
 ) -> TrainingContext:
     """Model, adapter, batch builder, schedule and the journal's header, from declared files, on a device.
 
-    Raises UserError if there are no tars, and for a LoKr to begin with that is not of this recipe and this base.
+    Raises UserError if there are no tars, and for a LoKr to start from that is not of this recipe and this base.
     """
     if not tars:
         raise UserError(f"{files['tars']} holds no tar (data-0000.tar …). Name the folder of the tars with --tars.")

@@ -31,7 +31,7 @@ def check_bundle(rebuild: Artifact, bundle: Bundle) -> Check:
     places = (*rebuild.writers, paths.RECORDS)
     for path in sorted(present):
         if path.startswith(f"{paths.BUILD}/") and not any(f"{path}/".startswith(f"{place}/") for place in places):
-            yield f"{path} is no output of a stage"
+            yield f"{path} is not an output of any stage"
     common = sorted(present & bundle.files.keys())
     digests = hashing.digest_paths((rebuild.folder / path for path in common), md5=False)
     for path, digest in zip(common, digests, strict=True):

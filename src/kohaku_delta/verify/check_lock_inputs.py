@@ -258,13 +258,13 @@ def _entry_faults(entry: dict[str, Any], pin: Pin, known: str) -> Iterator[str]:
 
 @check("lock/data")
 def check_data(rebuild: Artifact, hashed: bool) -> Check:
-    """The inputs lie where inputs.json says, with the right sizes; with `hashed` their content is compared too."""
+    """The inputs are where inputs.json says, with the right sizes; with `hashed` their content is compared too."""
     if rebuild.bundle:
         raise Skip("a bundle holds no inputs")
     files = [Path(posixpath.normpath(rebuild.folder / paths.BUILD / entry["path"])) for entry in rebuild.inputs]
     present = [(path, entry) for path, entry in zip(files, rebuild.inputs, strict=True) if path.is_file()]
     if not present:
-        raise Skip("the inputs are not on this machine" if files else f"no {paths.INPUTS} says where the inputs lie")
+        raise Skip("the inputs are not on this machine" if files else f"no {paths.INPUTS} says where the inputs are")
     for path in files:
         if not path.is_file():
             yield f"{path} does not exist"

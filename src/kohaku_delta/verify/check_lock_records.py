@@ -79,7 +79,7 @@ def check_unrecorded(rebuild: Artifact) -> str:
         others = [name for name in missing if name in left]
         raise Skip(
             f"no record of {', '.join(missing)}: restored from DVC's cache, or run elsewhere"
-            + (f"; the records of {', '.join(others)} that lie there are of other runs" if others else "")
+            + (f"; the records of {', '.join(others)} in that folder are of other runs" if others else "")
         )
     return "every stage has a record"
 
@@ -150,7 +150,7 @@ def check_signature(rebuild: Artifact, key: Path | None) -> Check:
     """The signature of the public key `key` holds, and the signed statement is that of the files at hand."""
     if key is None:
         signed = (rebuild.folder / bundles.PROVENANCE).is_file()
-        raise Skip("signed, but without --key nothing in it is believed" if signed else "not signed")
+        raise Skip("signed, but without --key nothing in it is trusted" if signed else "not signed")
     if difference := statement.signed_difference(rebuild, key):
         yield f"{bundles.PROVENANCE}: {difference} was signed with another value than the files here give"
     return f"signed by the key of {key}, {len(rebuild.records)} stages, and every file here is as it was signed"

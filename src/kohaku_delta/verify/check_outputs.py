@@ -41,7 +41,7 @@ def find_inputs(rebuild: Artifact, own: Path | None, name: str) -> list[Path]:
     """
     folder = own or (None if rebuild.bundle else rebuild.folder)
     if folder is None:
-        raise Skip(f"a bundle holds no inputs ({name}): name a recipe's folder of yours by --own")
+        raise Skip(f"a bundle holds no inputs ({name}): name your own recipe folder with --own")
     listed = [entry for entry in rebuild.inputs if entry["name"] == name]
     found = {entry["sha256"]: entry for entry in read_inputs(folder / paths.INPUTS)}
     files = []
@@ -200,7 +200,7 @@ def check_diffusers(rebuild: Artifact) -> Check:
             expected[name] = safetensors_io.expected_file(specs, produce, export_diffusers.METADATA).sha256 or ""
     for name in sorted(expected.keys() | found.keys()):
         if name not in expected:
-            yield f"{paths.DIFFUSERS}/{name} is no file that export writes"
+            yield f"{paths.DIFFUSERS}/{name} is not a file that export writes"
         elif name not in found:
             yield f"{paths.DIFFUSERS}/{name} does not exist"
         elif found[name] != expected[name]:

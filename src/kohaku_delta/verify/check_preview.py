@@ -47,7 +47,7 @@ def check_samples(rebuild: Artifact) -> Check:
     }
     found = {file.name for file in folder.iterdir()}
     for name in sorted(found ^ expected.keys()):
-        yield f"{paths.SAMPLES}/{name} {'is no picture of the preview' if name in found else 'does not exist'}"
+        yield f"{paths.SAMPLES}/{name} {'is not a picture of the preview' if name in found else 'does not exist'}"
     hashes = {model: rebuild.sha256(out) for model, out in MODELS.items()}
     for name in sorted(found & expected.keys()):
         number, model, index = expected[name]

@@ -37,7 +37,7 @@ def check_saved_states(rebuild: Artifact, own_journal: Journal | None) -> Check:
         raise Skip("a bundle holds no states")
     work = rebuild.work
     if work is None:
-        raise Skip("execution.work lies outside the recipe's folder: the states there are not read")
+        raise Skip("execution.work is outside the recipe's folder: the states there are not read")
     own_journal = require_journal(own_journal)
     from kohaku_delta.training import checkpointing, run_folders
 
@@ -123,7 +123,8 @@ def check_milestones(rebuild: Artifact, own_journal: Journal | None) -> Check:
     steps = {paths.milestone_name(step): step for step in range(every, last + 1, every)}
     found = {file.name for file in folder.iterdir()}
     for name in sorted(found ^ steps.keys()):
-        yield f"{paths.MILESTONES}/{name} {'is no milestone of this training' if name in found else 'does not exist'}"
+        fault = "is not a milestone of this training" if name in found else "does not exist"
+        yield f"{paths.MILESTONES}/{name} {fault}"
     if not steps:
         raise Skip(f"none was due: train.milestone_every is {every:,}, the journal has {last:,} steps")
     unproved = []

@@ -18,7 +18,7 @@ from kohaku_delta.verify.compare_rebuilds import Line, parameter_differences
 
 def read_signed(path: Path, key: Path) -> SignedStatement:
     """The signed statement in a file. Raises UserError if the owner of the public key `key` did not sign it."""
-    return parse_statement(str(path), signature.verify_signature(path, key), "Nothing in it is believed.")
+    return parse_statement(str(path), signature.verify_signature(path, key), "Nothing in it is trusted.")
 
 
 def differing_outputs(rebuild: Artifact, signed: SignedStatement) -> dict[str, list[str]]:

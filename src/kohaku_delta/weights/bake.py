@@ -121,7 +121,7 @@ def plan_bake(
         embeddings = lokr_format.embeddings(trained)
         if embeddings and not drop_extra:
             raise UserError(
-                f"{lokr_file} bundles embeddings, which are no part of a model: "
+                f"{lokr_file} bundles embeddings, which are not part of a model: "
                 f"{checkpoint_checks.list_names(embeddings)}. --drop-extra leaves them out."
             )
         updates, left_out = plan_updates(model, trained, force)

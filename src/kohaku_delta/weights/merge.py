@@ -218,7 +218,7 @@ def _check(
         _raise_mismatch(file.path, sorted(set(parameters) - set(own)), sorted(set(own) - set(parameters)), other)
     unknown = [name for name in recipe.donor_embeddings if name not in parameters]
     if unknown:
-        raise UserError(f"merge.donor_embeddings names {_join(unknown)}, which is no tensor of {base.path}.")
+        raise UserError(f"merge.donor_embeddings names {_join(unknown)}, which is not a tensor of {base.path}.")
     return kept[base], notes
 
 

@@ -140,7 +140,8 @@ def _require_main_tars(recipe: Recipe, folder: Path) -> None:
         if absent:
             raise UserError(
                 f"{pin_list} does not list {format_some(absent, 8)}, which {span.url} names: that revision does not "
-                "have it, and its posts would be lost. Choose another revision, or name other tars (download.inputs.tars)."
+                "have it, and its posts would be lost. Choose another revision, or name other tars "
+                "(download.inputs.tars)."
             )
 
 

@@ -47,8 +47,8 @@ def require_epsilon(file: SafetensorsFile) -> None:
     if signs:
         raise UserError(
             f"{file.path} is not an epsilon-prediction model: it has {', '.join(signs[:3])}. Everything here "
-            "(training, pictures, the headers that are written) is for epsilon; such a model would become a file that draws "
-            "noise. Name an epsilon model, or, if that mark is wrong, remove it from the file."
+            "(training, pictures, the headers that are written) is for epsilon; such a model would become a file that "
+            "draws noise. Name an epsilon model, or, if that mark is wrong, remove it from the file."
         )
 
 

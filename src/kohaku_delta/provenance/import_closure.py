@@ -212,8 +212,8 @@ def verified_code(script: Path) -> StageCode | None:
     described, current = load(path), file_digests(script)
     if differing := differing_keys(described.files, current):
         raise UserError(
-            f"{path} does not describe the code that runs now: {format_some(differing)} differ. Run `dvc repro`, which "
-            "describes the code first."
+            f"{path} does not describe the code that runs now, which differs in {format_some(differing)}. Run "
+            "`dvc repro`, which describes the code first."
         )
     return described
 

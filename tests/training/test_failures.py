@@ -29,9 +29,9 @@ from kohaku_delta.errors import UserError
 from kohaku_delta.params import load
 from kohaku_delta.training import (
     batch_builder,
-    checkpointing,
     gradient_reduction,
     rank_processes,
+    run_folders,
     run_inputs,
     trainer,
     training_context,
@@ -484,7 +484,7 @@ def test_a_file_system_without_locks_is_refused_by_the_name_of_the_folder(tmp_pa
 
         monkeypatch.setattr(fcntl, "flock", refuse)
         with pytest.raises(UserError, match=f"{tmp_path}/work is on a file system that cannot lock.*--work"):
-            checkpointing.locked(tmp_path / "work").__enter__()
+            run_folders.locked(tmp_path / "work").__enter__()
 
 
 RANKS = """

@@ -10,13 +10,11 @@ import platform
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
-from kohaku_delta import strict_model
 from kohaku_delta.danbooru import posts_json, schema
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import fetch_inputs
@@ -26,10 +24,9 @@ from kohaku_delta.params import Pin, Recipe
 from kohaku_delta.preflight import estimates
 from kohaku_delta.preflight.parameter_counts import ParameterCounts
 from kohaku_delta.provenance import environment, import_closure
-from kohaku_delta.strict_model import PartialModel
+from kohaku_delta.training import run_folders
 
 PROBE_TIMEOUT = 300  # seconds; importing torch and diffusers from a cold disk is slow
-MAX_DEPENDS = 1 << 20  # bytes of a run's depends.json; the release's has 20 kB
 
 
 @dataclass(frozen=True)
@@ -179,23 +176,9 @@ def _disk_folder(path: Path, parts: list[Path] | None = None) -> DiskFolder:
     return DiskFolder(str(path), existing.stat().st_dev, shutil.disk_usage(existing).free, present)
 
 
-class _Dependencies(PartialModel):
-    """What is read of a run's depends.json."""
-
-    steps: int
-
-
 def _unfinished_runs(work: Path) -> list[Path]:
     """The folders of the runs that are neither finished nor set aside: training may go on with one of them."""
-    runs = []
-    for path in sorted(work.glob(f"{'[0-9a-f]' * 16}/depends.json")):
-        if not path.is_file():
-            continue
-        with suppress(UserError, OSError):
-            steps = strict_model.read_json(path, _Dependencies, MAX_DEPENDS).steps
-            if not (path.parent / f"step-{steps:08d}").is_dir():
-                runs.append(path.parent)
-    return runs
+    return [run.folder for run in run_folders.unfinished_runs(work) if run.inputs]
 
 
 def _missing_inputs(recipe: Recipe, folder: Path) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 
 from kohaku_delta.errors import UserError
 from kohaku_delta.mappings import differing_keys
-from kohaku_delta.training import checkpointing, gradient_reduction, journal
+from kohaku_delta.training import checkpointing, gradient_reduction, journal, run_folders
 from kohaku_delta.training.checkpointing import TrainingState
 from kohaku_delta.training.journal import Journal
 
@@ -71,7 +71,7 @@ def load_newest_state(folder: Path, header: dict, ranks: int, device: str) -> tu
     """
     faults: dict[int, str] = {}  # of this rank
     while True:
-        own = (step for step in checkpointing.saved_steps(folder) if step not in faults)
+        own = (step for step in run_folders.saved_steps(folder) if step not in faults)
         steps = all_gather_int(max(own, default=0), ranks, device)
         done = max(steps)
         if not done:

@@ -47,7 +47,7 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
     numerics.enforce(device)
     import torch.distributed as dist
 
-    from kohaku_delta.training import checkpointing, gradient_reduction, rank_processes, run_folders, training_context
+    from kohaku_delta.training import gradient_reduction, rank_processes, run_folders, training_context
     from kohaku_delta.training.training_loop import TrainingLoop
 
     gradient_reduction.lanes_of_rank(recipe.schedule.lanes, rank, ranks)
@@ -59,7 +59,7 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
     depends = run_inputs.run_dependencies(recipe, files, tokenizer_files, list(tars.values()))
     steps = int(parquet.read(files["schedule"], ["step"])["step"][-1].as_py()) + 1
     folder = run_folders.run_folder(work, depends, steps, rank)
-    with nullcontext() if rank else checkpointing.locked(folder), readable_errors(work, rank):
+    with nullcontext() if rank else run_folders.locked(folder), readable_errors(work, rank):
         if rank == 0:
             atomic_files.clear_left_overs(folder)
             if start := run_inputs.network_weights(files):

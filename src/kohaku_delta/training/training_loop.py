@@ -31,6 +31,7 @@ from kohaku_delta.training import (
     gradient_reduction,
     optimizer,
     rank_processes,
+    run_folders,
     tensor_fingerprints,
 )
 from kohaku_delta.training import journal as journals
@@ -117,7 +118,7 @@ class TrainingLoop:
         for step in range(every, self.steps + 1, every):
             path = self.folder / paths.milestone_name(step)
             if not _is_milestone(path, base, step):
-                if not checkpointing.state_path(self.folder, step).is_dir():
+                if not run_folders.state_path(self.folder, step).is_dir():
                     raise UserError(
                         f"{path} is missing or damaged, and there is no saved state after {step} steps to write it "
                         "from. The training itself is finished and saved: put file or state back (from the machine of "
@@ -306,7 +307,7 @@ class TrainingLoop:
 
     def save_finished_step(self, done: int) -> None:
         """After a failure, save the state after `done` steps, unless it is saved, or changed by an update."""
-        if self.rank or not done or done in checkpointing.saved_steps(self.folder):
+        if self.rank or not done or done in run_folders.saved_steps(self.folder):
             return
         if len(self.journal.rows) == done and not checkpointing.fingerprint_mismatch(
             self.state_tensors(), self.journal

@@ -39,27 +39,27 @@ def check_saved_states(rebuild: Artifact, own_journal: Journal | None) -> Check:
     if work is None:
         raise Skip("execution.work is outside the recipe's folder: the states there are not read")
     own_journal = require_journal(own_journal)
-    from kohaku_delta.training import checkpointing, run_folders
+    from kohaku_delta.training import run_folders
 
     foreign, count = [], 0
-    for depends in sorted(work.glob(f"*/{checkpointing.DEPENDS}")):
+    for depends in sorted(work.glob(f"*/{run_folders.DEPENDS}")):
         folder = depends.parent
         try:
             digests = run_folders.read_dependencies(folder).depends
         except (UserError, OSError):
-            yield f"{folder.name}: its {checkpointing.DEPENDS} cannot be read"
+            yield f"{folder.name}: its {run_folders.DEPENDS} cannot be read"
             continue
         differing = _differing_inputs(rebuild, digests)
         if run_folders.run_key(digests) != folder.name.removesuffix(run_folders.SET_ASIDE):
             yield (
-                f"{folder.name}: its name does not follow from its {checkpointing.DEPENDS}: "
+                f"{folder.name}: its name does not follow from its {run_folders.DEPENDS}: "
                 "it is of another run, or was edited"
             )
         elif differing:
             verb = "differ" if len(differing) > 1 else "differs"
             foreign.append((len(differing), f"{folder.name} ({format_some(differing)} {verb})"))
         else:
-            for step in checkpointing.saved_steps(folder):
+            for step in run_folders.saved_steps(folder):
                 count += 1
                 yield from _state_faults(rebuild, folder, step, own_journal)
     others = format_some(text for _, text in sorted(foreign))  # the fewest differences first
@@ -179,10 +179,10 @@ def _compare_weights(rebuild: Artifact, own_journal: Journal, path: Path, step: 
 
 def _saved_state(rebuild: Artifact, own_journal: Journal, step: int) -> Path | None:
     """The folder of the state of this journal after `step` steps."""
-    from kohaku_delta.training import checkpointing
+    from kohaku_delta.training import checkpointing, run_folders
 
     for folder in sorted(rebuild.work.glob("*") if rebuild.work else []):
-        state = checkpointing.state_path(folder, step)
+        state = run_folders.state_path(folder, step)
         try:
             rows = journal.read_journal(state / checkpointing.JOURNAL).rows
         except UserError:

@@ -120,17 +120,14 @@ def nearest_state(work: Path, journal: Journal, first: int) -> tuple[Path, int]:
     """(folder, steps) of the latest state that this journal continues and that is not after step `first`; (work, 0) if
     there is none.
     """
-    from kohaku_delta.training import checkpointing
+    from kohaku_delta.training import checkpointing, run_folders
 
     states = [
-        (step, folder)
-        for folder in sorted(work.glob("*"))
-        for step in checkpointing.saved_steps(folder)
-        if step <= first
+        (step, folder) for folder in sorted(work.glob("*")) for step in run_folders.saved_steps(folder) if step <= first
     ]
     for step, folder in sorted(states, reverse=True):
         try:
-            rows = journals.read_journal(checkpointing.state_path(folder, step) / checkpointing.JOURNAL).rows
+            rows = journals.read_journal(run_folders.state_path(folder, step) / checkpointing.JOURNAL).rows
         except UserError:
             continue
         if rows and rows[-1]["chain"] == journal.rows[step - 1]["chain"]:

@@ -94,7 +94,7 @@ def run_key(depends: dict[str, str]) -> str:
 
 
 def run_folder(work: Path, depends: dict[str, str], steps: int, rank: int) -> Path:
-    """The folder of the run that depends on these named values; rank 0 makes it, or renames it back if it was set aside.
+    """The folder of the run that depends on these named values; rank 0 makes it, or renames one that was set aside.
 
     Raises UserError if it is new and `work` holds another run that is unfinished.
     """

@@ -25,9 +25,9 @@ from kohaku_delta.params import Download, Recipe
 from kohaku_delta.printing import format_some
 
 
-def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> dict:
+def fetch_inputs(recipe: Recipe, folder: Path, other_mirrors: Sequence[Path] = ()) -> dict:
     """Downloads and verifies the inputs of a recipe; returns the entries of inputs.json. folder: that of params.yaml.
-    others: mirrors that are only read.
+    other_mirrors: only read.
     """
     download = recipe.download
     unread = pins.unread_inputs(recipe)
@@ -35,7 +35,7 @@ def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> d
     _require_user_files(recipe, folder)
     _require_main_tars(recipe, folder)
     if download.images == "all":
-        entries = mirror.resolve_inputs(download, folder, unread, others)
+        entries = mirror.resolve_inputs(download, folder, unread, other_mirrors)
         entries |= _converted_posts(entries, folder, download)
         return entries | _linked_tars(entries, folder, download)
     source = "posts" if "posts" in download.inputs else "database"
@@ -51,7 +51,7 @@ def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> d
             "download.images is selected, but not all of download.inputs.tars are hf://…@revision/…. "
             "Pin them (`kohaku-delta pin`), or set images to all."
         )
-    entries = mirror.resolve_inputs(download, folder, unread | {"tars"}, others)
+    entries = mirror.resolve_inputs(download, folder, unread | {"tars"}, other_mirrors)
     entries |= _converted_posts(entries, folder, download)
     indexes = _indexes_by_name(entries["index"], folder)
     numbers = {int(match[1]) for pin in pinned if (match := tars.NAME.fullmatch(pin.url.rpartition("/")[2]))}

@@ -174,7 +174,7 @@ def candidate_paths(mirror: Path, pin: Pin) -> list[Path]:
     file = pins.hub_file(pin)
     cached = Path(f"{file.kind}s--{file.repo.replace('/', '--')}", "snapshots", file.revision or "", file.file)
     known = [mirror / file.path, mirror / cached, mirror / "hub" / cached]
-    # the other names say nothing of repository and revision: the hash decides
+    # these names do not tell repository and revision, so only the hash can decide
     return known + (list(dict.fromkeys([mirror / file.file, mirror / Path(file.file).name])) if pin.sha256 else [])
 
 

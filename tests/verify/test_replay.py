@@ -72,6 +72,14 @@ def test_an_honest_stretch_is_equal_from_a_state_and_from_the_start(trained):
     )
 
 
+@pytest.mark.ci
+def test_the_journal_of_a_saved_state_is_replayed_too(trained):
+    saved = next(trained.glob("work/*/step-00000003")) / "journal.parquet"
+    done = replay(trained, "--journal", saved, "--from", 2, "--to", 2)
+    assert done.returncode == 0 and "equal: 1 steps, 2 to 2" in done.stdout, done.stdout + done.stderr
+    assert "1 of 3 steps" in done.stdout
+
+
 @pytest.mark.slow
 def test_a_changed_caption_is_found_at_its_step_lane_and_posts(trained, tmp_path):
     folder = copied(trained, tmp_path)

@@ -9,8 +9,8 @@ from kohaku_delta import numerics, paths
 from kohaku_delta import params as recipes
 from kohaku_delta.cli.exit_codes import DIFFERENT, EQUAL, ComparisonCommand
 from kohaku_delta.cli.stage_command import FILE
-from kohaku_delta.formats import parquet
 from kohaku_delta.printing import print_line
+from kohaku_delta.training.journal import read_journal
 from kohaku_delta.verify import replay_training
 
 
@@ -69,7 +69,7 @@ def replay(
                 raise SystemExit(DIFFERENT)
     count = last - first + 1
     print_line(f"equal: {count} steps, {first} to {last}, bit for bit")
-    print_line(replay_training.confidence(count, parquet.read(files["journal"], ["step"]).num_rows))
+    print_line(replay_training.confidence(count, len(read_journal(files["journal"]).rows)))
 
 
 def _compare_losses(recipe, files: dict, lokr: Path, device: str, sample: int, seed: int) -> bool:

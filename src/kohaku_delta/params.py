@@ -1,5 +1,5 @@
 """The recipe: params.yaml as a model with an attribute per key. No unknown key, no wrong type, no default: the file
-shows every value.
+shows every value. docs/recipe.md explains each key.
 """
 
 import math

@@ -31,6 +31,8 @@ PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 @dataclass(frozen=True)
 class TensorSpec:
+    """A tensor as a header describes it. dtype: safetensors' name, as in dtypes.NUMPY."""
+
     dtype: str
     shape: tuple[int, ...]
 

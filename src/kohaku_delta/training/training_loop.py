@@ -77,6 +77,7 @@ class TrainingLoop:
         return done
 
     def load_state(self, step: int, state: TrainingState) -> None:
+        """Go on from a state after `step` steps. The loss scale and the warm-up follow from its journal."""
         self.journal = state.journal
         norms = [row["gradient_norm"] for row in state.journal.rows]
         self.updates, self.scaler = sum(map(isfinite, norms)), optimizer.LossScaler(self.scaler.enabled)

@@ -48,10 +48,11 @@ from kohaku_delta import params
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import Recipe
 from kohaku_delta.provenance import environment
-from kohaku_delta.training import gradient_reduction, schedule, tensor_fingerprints, trainer
+from kohaku_delta.training import gradient_reduction, run_inputs, schedule, tensor_fingerprints, trainer
 from kohaku_delta.training.batch_builder import Batch
 from kohaku_delta.training.sdxl_model import ConditioningForm
-from kohaku_delta.training.training_loop import TrainingContext, TrainingLoop
+from kohaku_delta.training.training_context import TrainingContext
+from kohaku_delta.training.training_loop import TrainingLoop
 from kohaku_delta.units import format_size
 
 GIB = 2**30
@@ -166,7 +167,7 @@ def drawn_context(recipe: Recipe, configs: dict[str, dict], device: str, form: s
     model.set_form(ConditioningForm.of(recipe.train))
     step_timing.use_bypass_form(adapter, form)
     steps = drawn_schedule(recipe, MOST_OVERFLOWS + 2)
-    header = {"base": "drawn", "parameters": trainer.result_parameters(recipe)}
+    header = {"base": "drawn", "parameters": run_inputs.result_parameters(recipe)}
     return TrainingContext(model, adapter.to(device), None, steps, header)  # type: ignore[arg-type]
 
 

@@ -27,7 +27,8 @@ from kohaku_delta.training import gradient_reduction, optimizer
 from kohaku_delta.training.batch_builder import Batch
 from kohaku_delta.training.lokr import LokrAdapter
 from kohaku_delta.training.sdxl_model import Sdxl
-from kohaku_delta.training.training_loop import TrainingContext, TrainingLoop
+from kohaku_delta.training.training_context import TrainingContext
+from kohaku_delta.training.training_loop import TrainingLoop
 
 CHUNK = 75  # tokens
 

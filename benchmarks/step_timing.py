@@ -12,7 +12,8 @@ from kohaku_delta.params import Recipe
 from kohaku_delta.training import journal, tensor_fingerprints
 from kohaku_delta.training.batch_builder import Batch
 from kohaku_delta.training.lokr import LokrAdapter
-from kohaku_delta.training.training_loop import TrainingContext, TrainingLoop
+from kohaku_delta.training.training_context import TrainingContext
+from kohaku_delta.training.training_loop import TrainingLoop
 
 FORMS = ("factors", "delta", "bypass")  # ours, LyCORIS's default, LyCORIS's bypass form
 

@@ -28,8 +28,9 @@ import torch
 from kohaku_delta import params
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
-from kohaku_delta.training import batch_builder, trainer
-from kohaku_delta.training.training_loop import TrainingContext, TrainingLoop
+from kohaku_delta.training import batch_builder, run_inputs, training_context
+from kohaku_delta.training.training_context import TrainingContext
+from kohaku_delta.training.training_loop import TrainingLoop
 from step_timing import (
     FORMS,
     alternate_rounds,
@@ -56,8 +57,10 @@ def miniature(recipe, folder: Path, form: str) -> TrainingContext:
     }
     if not files["schedule"].is_file():
         raise UserError(f"{files['schedule']} is not there. Run `make repro` first: this measures with the miniature.")
-    _, texts = trainer.load_tokenizers(files)
-    made = trainer.build_context(with_lokr_form(recipe, form), files, texts, trainer.tar_paths(files), "cpu")
+    _, tokenizers = run_inputs.load_tokenizers(files)
+    made = training_context.build_context(
+        with_lokr_form(recipe, form), files, tokenizers, run_inputs.tar_paths(files), "cpu"
+    )
     use_bypass_form(made.adapter, form)
     return made
 

@@ -34,7 +34,7 @@ from kohaku_delta.preflight import estimates, parameter_counts
 from kohaku_delta.provenance import dvc_yaml
 from kohaku_delta.sdxl.tensor_names import PREFIX
 from kohaku_delta.training import journal
-from kohaku_delta.training.checkpointing import state_path
+from kohaku_delta.training.run_folders import state_path
 from kohaku_delta.units import format_size
 
 GB = 10**9

@@ -22,16 +22,16 @@ from kohaku_delta.hub import inputs_manifest
 @click.option("--params", type=FILE, default="params.yaml", help="The recipe.")
 @click.option(
     "--mirror",
-    "others",
+    "other_mirrors",
     type=FILE,
     multiple=True,
     help="Another mirror, only read: files are looked for there before they are downloaded. May be repeated.",
 )
 @click.option("--out", type=FILE, default=paths.INPUTS, help="The list of verified inputs.")
-def main(params: Path, others: tuple[Path, ...], out: Path) -> None:
+def main(params: Path, other_mirrors: tuple[Path, ...], out: Path) -> None:
     """Download and verify every pinned input."""
     recipe = recipes.load(params)
-    entries = fetch_inputs.fetch_inputs(recipe, params.parent, others)
+    entries = fetch_inputs.fetch_inputs(recipe, params.parent, other_mirrors)
     inputs_manifest.write(entries, params.parent, recipe.merge.start, out)
     files = [file for entry in entries.values() for file in (entry if isinstance(entry, list) else [entry])]
     size, counts = sum(file["bytes"] for file in files), format_counts(inputs_manifest.pin_counts(files))

@@ -49,7 +49,7 @@ def main(params: Path, ranks: int | None, work: Path | None, **files) -> None:
     ranks = ranks or recipe.execution.ranks
     numerics.prepare()
     # these import torch, which must find the numerics fixed
-    from kohaku_delta.training import gradient_reduction, trainer
+    from kohaku_delta.training import gradient_reduction, run_inputs, trainer
 
     if not rank_processes.is_rank():
         gradient_reduction.lanes_of_rank(recipe.schedule.lanes, 0, ranks)
@@ -60,9 +60,9 @@ def main(params: Path, ranks: int | None, work: Path | None, **files) -> None:
                     f"--{name}."
                 )
         # an input that must be hashed again is hashed once, here, and not by every rank
-        trainer.load_tokenizers(files)
-        trainer.tar_paths(files)
-        trainer.network_weights(files)
+        run_inputs.load_tokenizers(files)
+        run_inputs.tar_paths(files)
+        run_inputs.network_weights(files)
         if ranks > 1:
             rank_processes.launch_ranks(ranks, sys.argv[1:])
             return

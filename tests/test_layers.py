@@ -17,6 +17,7 @@ LAYERS = [  # top to bottom
     {"sdxl", "formats", "provenance", "sandbox"},
     {
         "errors",
+        "mappings",
         "params",
         "numerics",
         "paths",

@@ -1,4 +1,4 @@
-"""The recipe that rebuilds Kohaku XL Delta: one room a folder, data flows from `hub` to `checkpoint`."""
+"""The recipe that rebuilds Kohaku XL Delta. docs/architecture.md says what each folder holds and how data flows."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ os.environ["NPY_DISABLE_CPU_FEATURES"] = "X86_V4 AVX512_ICL AVX512_SPR"
 
 
 def _one_line_for_ctrl_c(kind, error, trace) -> None:
-    """Ctrl-C while modules are imported, before a command runs, is one sentence too. Everything else keeps Python's own
+    """Ctrl-C prints one sentence also while modules are imported, before a command runs. Other errors keep Python's own
     report.
     """
     if kind is KeyboardInterrupt:

@@ -32,8 +32,3 @@ def first_lines(lines: Sequence[str], limit: int = 20) -> list[str]:
     """The first lines of a list, indented to stand under a message, and how many more there are."""
     rest = [f"… and {len(lines) - limit} more"] if len(lines) > limit else []
     return [f"  {line}" for line in [*lines[:limit], *rest]]
-
-
-def version_option(command: click.Command) -> None:
-    """Give a command the option --version, which names the version of the installed package."""
-    click.version_option(package_name="kohaku-delta", prog_name="kohaku-delta", message="%(prog)s %(version)s")(command)

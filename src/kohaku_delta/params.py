@@ -1,5 +1,5 @@
 """The recipe: params.yaml as a model with an attribute per key. No unknown key, no wrong type, no default: the file
-shows every value.
+shows every value. docs/recipe.md explains each key.
 """
 
 import math
@@ -19,14 +19,14 @@ Pixels = Annotated[int, Field(gt=0, le=8192, multiple_of=8)]  # SDXL's VAE makes
 Seed = Annotated[int, Field(ge=0, lt=1 << 53)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Place = Annotated[int, Field(gt=0, lt=1 << 15)]  # schedule.parquet has it as int16
+PositiveInt16 = Annotated[int, Field(gt=0, lt=1 << 15)]  # what schedule.parquet counts in int16
 Dtype = Literal["float32", "float16", "bfloat16"]
 Text = Annotated[str, Field(min_length=1)]
 # optional in download.inputs, by kohya's name: the LoKr that the training begins with
 NETWORK_WEIGHTS = "network_weights"
 
 
-def _numbers(mapping: Any) -> Any:
+def _with_integer_keys(mapping: Any) -> Any:
     """The mapping with its keys as whole numbers. In the file they are strings, because `dvc params diff` fails for a
     file with numbers as keys.
     """
@@ -49,6 +49,11 @@ class Pin(StrictModel):
     bytes: Positive | None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")] | None
 
+    @property
+    def local_path(self) -> str | None:
+        """The path of a file:// url, relative to the folder of params.yaml or absolute; None for an hf:// url."""
+        return self.url.removeprefix("file://") if self.url.startswith("file://") else None
+
 
 def _pin_tag(value) -> str:
     return "Pins" if isinstance(value, list) else "Pin"
@@ -60,6 +65,16 @@ class Download(StrictModel):
     inputs: dict[
         str, Annotated[Annotated[Pin, Tag("Pin")] | Annotated[list[Pin], Tag("Pins")], Discriminator(_pin_tag)]
     ]
+
+    def pins(self, name: str) -> list[Pin]:
+        """The pins of the input `name`, in their order; empty if the recipe does not have it."""
+        pinned = self.inputs.get(name, [])
+        return pinned if isinstance(pinned, list) else [pinned]
+
+    @property
+    def all_pins(self) -> list[tuple[str, Pin]]:
+        """(name of its input, pin) of every pin."""
+        return [(name, pin) for name in self.inputs for pin in self.pins(name)]
 
     @model_validator(mode="after")
     def _one_source_of_posts(self):
@@ -145,18 +160,18 @@ class Caption(StrictModel):
     dropped_meta: list[str]
     dropped_artists: list[str]
     underscores_kept_up_to: Count
-    years: Annotated[dict[int, str], BeforeValidator(_numbers)]
+    years: Annotated[dict[int, str], BeforeValidator(_with_integer_keys)]
     first_year: int
     before_first_year: str | None
-    ratings: Annotated[dict[Annotated[int, Field(ge=0, le=99)], list[str]], BeforeValidator(_numbers)]
+    ratings: Annotated[dict[Annotated[int, Field(ge=0, le=99)], list[str]], BeforeValidator(_with_integer_keys)]
     quality: Annotated[list[str], Field(min_length=1)]
     quality_above: Annotated[
-        Annotated[dict[int, list[int]], BeforeValidator(_numbers), Tag("numbers")]
+        Annotated[dict[int, list[int]], BeforeValidator(_with_integer_keys), Tag("numbers")]
         | Annotated[Percentiles, Tag("Percentiles")],
         Discriminator(_thresholds_tag),
     ]
     no_quality_above_id: int | None
-    separator: Annotated[str, Field(min_length=1)]
+    separator: Text
 
     @field_validator("separator")
     @classmethod
@@ -215,8 +230,8 @@ class Schedule(StrictModel):
     epochs: Annotated[int, Field(gt=0, le=10_000)]
     max_steps: Positive | None
     batch_size: Positive
-    micro_batches: Place
-    lanes: Place
+    micro_batches: PositiveInt16
+    lanes: PositiveInt16
     area: Positive
     min_side: Pixels
     max_side: Pixels
@@ -323,7 +338,7 @@ class Bake(StrictModel):
         try:
             datetime.fromisoformat(date or "2000-01-01")
         except ValueError:
-            raise ValueError(f"{date!r:.40} is no date in ISO 8601, as 2024-03-05 is") from None
+            raise ValueError(f"{date!r:.40} is not an ISO 8601 date such as 2024-03-05") from None
         return date
 
 
@@ -385,13 +400,13 @@ class Published(StrictModel):
     base: PublishedFile
     final: PublishedFile
     lokr: PublishedFile
-    milestones: Annotated[dict[int, PublishedFile], BeforeValidator(_numbers)]  # the LoKr after so many steps
+    milestones: Annotated[dict[int, PublishedFile], BeforeValidator(_with_integer_keys)]  # the LoKr after so many steps
 
 
 class Recipe(StrictModel):
     root: str
     requirements: Literal["cpu", "cuda"]
-    supplied: Annotated[str, Field(min_length=1)]
+    supplied: Text
     download: Download
     selection: Selection
     filter: Filter

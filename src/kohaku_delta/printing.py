@@ -6,6 +6,7 @@ right-to-left marks) are printed as Python writes them in a string, and long lin
 
 import json
 import unicodedata
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -33,6 +34,12 @@ def printable_page(text: str) -> str:
 
 def _escape(letter: str) -> str:
     return letter if letter.isprintable() else ascii(letter)[1:-1]
+
+
+def format_some(names: Iterable[str], shown: int = 3) -> str:
+    """The first few names as a phrase, and how many more there are: "a, b, c and 4 more"."""
+    names = list(names)
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown:,} more" if len(names) > shown else "")
 
 
 def print_line(text: str = "", *, style: str = "", err: bool = False) -> None:

@@ -273,7 +273,7 @@ def test_an_odd_id_in_a_pair_gives_no_post_a_tag_that_sqlites_join_does_not(tmp_
     source, ids, names = Database(path), np.array(sorted(posts)), np.array(sorted(tags))
     assert [
         (post, tag)
-        for chunk in post_tags.chunks(source, ids, names, lambda chunk: chunk)
+        for chunk in post_tags.map_chunks(source, ids, names, lambda chunk: chunk)
         for post, tag in sorted(
             zip(ids[chunk.post].tolist(), names[chunk.tag].tolist(), strict=True), key=lambda pair: pair[0]
         )

@@ -134,7 +134,7 @@ HOSTILE = {
     "a negative size": (header("1.webp", -1024), 4096, "is truncated"),
     "an extension of a negative size": (header("x", -1024, tarfile.XHDTYPE), 4096, "is truncated"),
     "a negative size in digits": (signed_header(b"-0000002000\0"), 4096, "negative size"),
-    "a size that is no number": (signed_header(b"0000000008x\0"), 4096, "is not a tar"),
+    "a size that is not a number": (signed_header(b"0000000008x\0"), 4096, "is not a tar"),
     "a record of length 0": (header("x", 8, tarfile.XHDTYPE) + b"0 path=a".ljust(512, b"\0"), 4096, "cannot be read"),
     "a record that ends nowhere": (header("x", 8, tarfile.XHDTYPE) + b"9999999999".ljust(512), 4096, "cannot be read"),
     "a thousand extensions": (
@@ -322,8 +322,8 @@ def pax(kind, **records):
         (pax(b"g", path="9.webp") + header("1.webp", 0), "one name .in a global header"),
         (pax(b"g", size="0") + header("1.webp", 512) + bytes(512), "one size .in a global header"),
         (pax(b"g", comment="x") + header("1.webp", 0), None),
-        (pax(b"x", size="five") + header("1.webp", 0), "a size that is no number"),
-        (pax(b"x", size="-512") + header("1.webp", 0), "a size that is no number"),
+        (pax(b"x", size="five") + header("1.webp", 0), "a size that is not a number"),
+        (pax(b"x", size="-512") + header("1.webp", 0), "a size that is not a number"),
     ],
 )
 def test_what_an_extension_header_says_is_obeyed_or_refused(tmp_path, data, message):

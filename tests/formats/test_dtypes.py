@@ -27,7 +27,7 @@ def test_every_16_bit_number_is_read_exactly_and_written_back(dtype, kind):
     number = ~np.isnan(theirs)
     assert np.array_equal(dtypes.from_float32(ours, dtype).view(np.uint16)[number], bits[number])
     assert np.array_equal(
-        [dtypes.finite(stored[i : i + 1], dtype) for i in range(0, 1 << 16, 7)], np.isfinite(theirs[::7])
+        [dtypes.all_finite(stored[i : i + 1], dtype) for i in range(0, 1 << 16, 7)], np.isfinite(theirs[::7])
     )
 
 

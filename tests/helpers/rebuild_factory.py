@@ -29,7 +29,7 @@ from kohaku_delta.preview.measurement_files import Measurement
 from kohaku_delta.provenance import import_closure
 from kohaku_delta.report import dataset_files
 from kohaku_delta.sdxl.tokenizer import ClipTokenizer
-from kohaku_delta.training import checkpointing, journal, run_folders, schedule, tensor_fingerprints, trainer
+from kohaku_delta.training import checkpointing, journal, run_folders, run_inputs, schedule, tensor_fingerprints
 from kohaku_delta.weights import bake, export_diffusers, lokr_format
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,8 +213,8 @@ def _train(folder: Path, recipe, rows: pa.Table, base: str, start: str | None = 
     ] + ["lora_unet_out_2.lokr_w1", "lora_unet_out_2.lokr_w2"]
     weights = {name: torch.zeros(SHAPES.get(name, (4, 4))) for name in names}
     honest, depends = (
-        journal.Journal({"base": base, "parameters": trainer.result_parameters(recipe)} | began),
-        {name: str(value) for name, value in trainer.result_parameters(recipe).items()} | began,
+        journal.Journal({"base": base, "parameters": run_inputs.result_parameters(recipe)} | began),
+        {name: str(value) for name, value in run_inputs.result_parameters(recipe).items()} | began,
     )
     depends |= {f"code of {file}": digest for file, digest in json.loads(CODE["train"])["files"].items()}
     depends |= {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from kohaku_delta.training import checkpointing, journal, tensor_fingerprints
+from kohaku_delta.training import checkpointing, journal, run_folders, tensor_fingerprints
 
 HEADER = {"base": "b", "parameters": {"train.seed": 1}}
 
@@ -47,7 +47,7 @@ def save(folder: Path, steps: int, rows: journal.Journal | None = None, mileston
 
 def damage(folder: Path, steps: int) -> None:
     """Flip a bit in the middle of the state after `steps` steps."""
-    file = checkpointing.state_path(folder, steps) / checkpointing.STATE
+    file = run_folders.state_path(folder, steps) / checkpointing.STATE
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)

@@ -177,7 +177,7 @@ def test_an_endpoint_without_a_scheme_is_refused_at_once(hub, monkeypatch, tmp_p
 def test_a_mirror_that_sends_on_elsewhere_is_named_with_where_to_at_once(hub, tmp_path, status):
     hub.elsewhere = (status, "https://hub.example/somewhere?signature=secret")
     with pytest.raises(
-        UserError, match=r"is no hub: it sends on to 'https://hub.example'. Set HF_ENDPOINT to"
+        UserError, match=r"is not a hub: it redirects to 'https://hub.example'. Set HF_ENDPOINT to"
     ) as raised:
         gather(tmp_path, tars=[pin()])
     assert "secret" not in raised.value.message and len(hub.asked) == 1
@@ -192,7 +192,7 @@ def test_a_mirror_of_another_revision_is_told_at_once(hub, tmp_path):
 
 def test_a_hub_that_wants_a_token_of_somebody_who_has_none_asks_for_one(hub, tmp_path):
     hub.elsewhere = (401, "")
-    with pytest.raises(UserError, match="wants a token .401.. Set HF_TOKEN|not for nobody without a token"):
+    with pytest.raises(UserError, match="requires a token .401.. Set HF_TOKEN|not for nobody without a token"):
         gather(tmp_path, tars=[pin()])
 
 
@@ -222,7 +222,9 @@ def test_pin_tells_a_page_instead_of_a_hub_at_once(hub, tmp_path, body):
 @pytest.mark.parametrize("status", [400, 404, 405, 410])
 def test_a_mirror_that_knows_no_hub_is_told_at_once(hub, tmp_path, status):
     hub.elsewhere = (status, "")
-    with pytest.raises(UserError, match=rf"is no hub, or not one with owner/name: it answered {status} and no reason"):
+    with pytest.raises(
+        UserError, match=rf"is not a hub, or not one with owner/name: it answered {status} and no reason"
+    ):
         gather(tmp_path, tars=[pin()])
     assert len(hub.asked) == 1
 

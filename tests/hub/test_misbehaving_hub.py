@@ -62,8 +62,10 @@ def pin(data=DATA, name=NAME, **changes):
     )
 
 
-def gather(folder, *others, **pinned):
-    return mirror.resolve_inputs(Download(mirror="mirror", images="all", inputs=pinned), folder, others=others)
+def gather(folder, *other_mirrors, **pinned):
+    return mirror.resolve_inputs(
+        Download(mirror="mirror", images="all", inputs=pinned), folder, other_mirrors=other_mirrors
+    )
 
 
 def without_stamps(entries):

@@ -146,9 +146,9 @@ def test_parents_share_the_donors_autoencoder_and_have_other_embeddings():
 def test_the_generators_convolution_has_torchs_values_and_derivatives(size, stride, padding):
     import torch
 
-    from make_miniature import products
+    from make_miniature import portable_products
 
-    _, convolution, _ = products.functions()
+    _, convolution, _ = portable_products.functions()
     numbers = torch.Generator().manual_seed(0)
     x, weight = (
         torch.randn(shape, generator=numbers, dtype=torch.float64, requires_grad=True)
@@ -164,9 +164,9 @@ def test_the_generators_convolution_has_torchs_values_and_derivatives(size, stri
 def test_the_generators_attention_has_torchs_values_and_derivatives():
     import torch
 
-    from make_miniature import products
+    from make_miniature import portable_products
 
-    _, _, attention = products.functions()
+    _, _, attention = portable_products.functions()
     numbers = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn((1, 2, length, 3), generator=numbers, dtype=torch.float64, requires_grad=True)
@@ -201,7 +201,7 @@ def test_the_generators_sinusoids_are_diffusers(flip, shift):
     import torch
     from diffusers.models.embeddings import get_timestep_embedding
 
-    from make_miniature.roots import root, spread, timestep_embedding
+    from make_miniature.portable_math import square_root, standard_deviation, timestep_embedding
 
     times = torch.tensor([0, 1, 57, 500, 999])
     assert torch.allclose(
@@ -209,9 +209,9 @@ def test_the_generators_sinusoids_are_diffusers(flip, shift):
     )
     values = torch.rand((4, 3, 5), generator=torch.Generator().manual_seed(0))
     assert (
-        torch.allclose(root(values), values.sqrt())
-        and torch.allclose(spread(values), values.std())
-        and torch.allclose(spread(values, (0, 2)), values.std(dim=(0, 2)))
+        torch.allclose(square_root(values), values.sqrt())
+        and torch.allclose(standard_deviation(values), values.std())
+        and torch.allclose(standard_deviation(values, (0, 2)), values.std(dim=(0, 2)))
     )
 
 

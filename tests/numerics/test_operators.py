@@ -18,7 +18,7 @@ from kohaku_delta import numerics
 from kohaku_delta.numerics import operators
 from kohaku_delta.params import load
 from kohaku_delta.preview import sampler
-from kohaku_delta.training import batch_builder, trainer
+from kohaku_delta.training import batch_builder, run_inputs, training_context
 from kohaku_delta.training.sdxl_model import SDXL
 from kohaku_delta.training.training_loop import TrainingLoop
 
@@ -79,15 +79,15 @@ def test_every_operator_of_a_step_of_the_vae_and_of_the_sampler_is_known(variant
         "tokenizer_2": None,
         "tars": None,
     }
-    _, texts = trainer.load_tokenizers(files)
+    _, tokenizers = run_inputs.load_tokenizers(files)
     with UnknownOperators() as unknown:
-        context = trainer.build_context(recipe, files, texts, trainer.tar_paths(files), "cpu")
+        context = training_context.build_context(recipe, files, tokenizers, run_inputs.tar_paths(files), "cpu")
         loop = TrainingLoop(recipe, context, folder / "work")
         loop.step(0, batch_builder.load_batches(context.builder, loop.schedule, loop.rows(0), 0))
         if recipe.train.precision == "float32":
-            model = trainer.load_sdxl(recipe, files["base"], texts, "cpu", torch.float32, SDXL)
+            model = training_context.load_sdxl(recipe, files["base"], tokenizers, "cpu", torch.float32, SDXL)
             sampler.sample_images(
-                model, texts, recipe.preview.model_copy(update={"steps": 2, "prompts": ["circle"]}), 8, 75
+                model, tokenizers, recipe.preview.model_copy(update={"steps": 2, "prompts": ["circle"]}), 8, 75
             )
     assert unknown.count > 10_000 and unknown.found == set(), (
         "make them exact (numpy's square root, a table), or measure them: operators.MEASURED"

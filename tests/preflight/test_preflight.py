@@ -98,7 +98,7 @@ def test_the_releases_own_host_with_the_lock_is_green():
         (replace(GOOD, bitsandbytes="its native library did not load"), "bitsandbytes", "did not load", "driver"),
         (
             replace(GOOD, network_weights="lyco.safetensors is not a LoKr of this recipe:\n  missing: x"),
-            "LoKr to begin with",
+            "LoKr to start from",
             "of this recipe: missing: x",
             "download.inputs",
         ),
@@ -184,9 +184,8 @@ def test_a_host_without_git_is_green_for_dvc_does_without(monkeypatch):
 
 
 def test_what_preflight_repeats_is_what_training_says():
-    from kohaku_delta.training import batch_builder, optimizer
+    from kohaku_delta.training import batch_builder
 
-    assert estimates.BITSANDBYTES_BROKEN == optimizer.BROKEN
     assert estimates.MICRO_BATCHES_AHEAD == batch_builder.AHEAD + 1
 
 
@@ -275,10 +274,6 @@ def test_what_is_fetched_and_kept_adds_up(release):
         14 * (each + 769_290_720) + 3 * each
         < estimates.total(estimates.state_sizes(RELEASE, release))
         < 14 * (each + 769_290_720) + 3 * each + 17 * 28_638 * 4096
-    )
-    assert (
-        estimates.days(28_638, 51.25) == pytest.approx(28_638 * 51.25 / 86_400, rel=1e-6)
-        and 16.9 < estimates.days(28_638, 51.0) < estimates.days(28_638, 51.5) < 18
     )
     picture, noise = 4 * 3 * 1024 * 1024, 2 * 4 * 4 * 128 * 128 * 4
     assert estimates.shared_memory(RELEASE) == 2 * 4 * 5 * (picture + noise) + GB
@@ -376,7 +371,7 @@ def test_the_miniatures_sizes_are_those_of_its_files():
     adapter = LokrAdapter(models, MINIATURE.lokr, torch.float32)
     trained = adapter.trained()
     lion = optimizer.Lion(trained, MINIATURE.train)
-    lion.step(0, torch.zeros(sum(weight.numel() for _, weight in trained)), optimizer.Scaler(False))
+    lion.step(0, torch.zeros(sum(weight.numel() for _, weight in trained)), optimizer.LossScaler(False))
     tensors = adapter.tensors()
     assert (numbers.entries, numbers.trained) == (len(tensors), sum(weight.numel() for _, weight in trained))
     assert estimates.state_bytes(MINIATURE, numbers) == sum(
@@ -546,7 +541,6 @@ def test_epsilons_steps_and_days_are_the_published_ones(release):
     assert rows["steps"].figure == "20,354" and "20,353 to 20,354 follow" in rows["steps"].source
     assert rows["time per step"].figure == "49.5 s" and "12 to 13 days" in rows["time per step"].source
     assert rows["training"].figure == "11.7 days"
-    assert 11.5 < estimates.days(20_354, 49) < estimates.days(20_354, 50) < 11.8
     assert rows["database"].figure == "not known"
     assert not [each for each in host_checks.run_checks(host, EPSILON) if not each.ok]
     other = build_plan.parse_host("2x RTX 3090", LOCKED, release)
@@ -582,7 +576,7 @@ def test_the_pilots_plan_is_under_thirty_gigabytes_to_fetch_and_twenty_steps(rel
     assert rows["steps"].figure == "20" and rows["steps"].source == "schedule.max_steps"
     assert rows["training"].figure == "34 min 10 s"  # 20 × 51.25 s × 2 cards of the release
     assert rows["a power cut costs"].figure == "up to 0.3 h"  # ten steps, to the milestone
-    assert rows["states kept for good"].figure == "2"
+    assert rows["states never deleted"].figure == "2"
     assert not [each for each in host_checks.run_checks(host, PILOT) if not each.ok]
 
 

@@ -170,9 +170,9 @@ def test_a_wrong_key_is_refused_and_an_unnamed_one_believes_nothing(bundle, keys
     assert (
         code == 1
         and "no signature of" in failed(found)["lock/provenance"]
-        and "Nothing in it is believed" in failed(found)["lock/provenance"]
+        and "Nothing in it is trusted" in failed(found)["lock/provenance"]
     )
-    assert audit(bundle)[1]["lock/provenance"] == ("SKIP", "signed, but without --key nothing in it is believed")
+    assert audit(bundle)[1]["lock/provenance"] == ("SKIP", "signed, but without --key nothing in it is trusted")
     code, message = ask("provenance", bundle, "--verify", keys / "ours.pub")
     assert code == 0 and "verified: 13 of 13 stages" in message
     assert ask("provenance", bundle, "--verify", keys / "ours")[0] == 2, "a private key is no public one"

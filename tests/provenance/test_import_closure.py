@@ -220,9 +220,7 @@ def test_a_stage_is_refused_with_code_that_was_changed_since_it_was_described(tm
             )
         )
     )
-    with pytest.raises(
-        UserError, match=r"other code than that at hand: src/kohaku_delta/formats/parquet.py differs. Run `dvc repro`"
-    ):
+    with pytest.raises(UserError, match=r"which differs in src/kohaku_delta/formats/parquet.py. Run `dvc repro`"):
         import_closure.verified_code(ROOT / "stages" / "caption.py")
     path.write_text("{}")
     with pytest.raises(UserError, match="the key stage is missing"):

@@ -243,7 +243,7 @@ def test_a_release_without_a_key_passes_and_nothing_signed_is_believed(recipe, u
     assert code == 0 and found["folder/build"][0] == "PASS" and found["folder/provenance"][0] == "SKIP"
     assert "without --key" in found["folder/provenance"][1]
     code, found = audit(unsigned)
-    assert code == 0 and found["folder/build"] == ("SKIP", "no build lies beside the folder")
+    assert code == 0 and found["folder/build"] == ("SKIP", "there is no build beside the folder")
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from kohaku_delta.errors import UserError
-from kohaku_delta.training import checkpointing, journal
+from kohaku_delta.training import checkpointing, journal, run_folders
 from tiny_states import HEADER, damage, save
 
 
 def journal_file(folder: Path, steps: int, first: int) -> Path:
     """The file of the rows from step `first` on, in the journal of the state after `steps` steps."""
-    return checkpointing.state_path(folder, steps) / checkpointing.JOURNAL / f"{first:08d}.parquet"
+    return run_folders.state_path(folder, steps) / checkpointing.JOURNAL / f"{first:08d}.parquet"
 
 
 def take_from_another_training(folder: Path) -> None:
@@ -26,15 +26,15 @@ def take_from_another_training(folder: Path) -> None:
 
 DAMAGES = {
     "a flipped bit": lambda folder: damage(folder, 3),
-    "no state": lambda folder: (checkpointing.state_path(folder, 3) / checkpointing.STATE).unlink(),
-    "no journal": lambda folder: shutil.rmtree(checkpointing.state_path(folder, 3) / checkpointing.JOURNAL),
+    "no state": lambda folder: (run_folders.state_path(folder, 3) / checkpointing.STATE).unlink(),
+    "no journal": lambda folder: shutil.rmtree(run_folders.state_path(folder, 3) / checkpointing.JOURNAL),
     "an empty journal": lambda folder: journal_file(folder, 3, 0).write_bytes(b""),
     "a part of the journal missing": lambda folder: journal_file(folder, 3, 0).unlink(),
     "the journal's end missing": lambda folder: journal_file(folder, 3, 2).unlink(),
     "a file too many": lambda folder: shutil.copy(journal_file(folder, 3, 2), journal_file(folder, 3, 3)),
     "a part of another journal": take_from_another_training,
-    "the state of another step": lambda folder: checkpointing.state_path(folder, 2).rename(folder / "step-00000004"),
-    "a cut state": lambda folder: (checkpointing.state_path(folder, 3) / checkpointing.STATE).write_bytes(b"\0" * 7),
+    "the state of another step": lambda folder: run_folders.state_path(folder, 2).rename(folder / "step-00000004"),
+    "a cut state": lambda folder: (run_folders.state_path(folder, 3) / checkpointing.STATE).write_bytes(b"\0" * 7),
 }
 
 
@@ -42,13 +42,13 @@ DAMAGES = {
 def test_a_damaged_newest_state_is_said_and_kept_and_the_one_before_is_used(tmp_path, capsys, how):
     kept = {steps: save(tmp_path, steps, milestone=2) for steps in (1, 2, 3)}
     DAMAGES[how](tmp_path)
-    *_, newest = checkpointing.saved_steps(tmp_path)
+    *_, newest = run_folders.saved_steps(tmp_path)
     done, state = checkpointing.load_newest_state(tmp_path, HEADER)
     assert done == (2 if newest == 3 else 3) and state.journal.rows[-1]["step"] == done - 1
     assert all(torch.equal(state.tensors[name], tensor) for name, tensor in kept[done].items())
     said = capsys.readouterr().err
     assert f"{tmp_path}/step-0000000{newest}" in said and "an older state is used instead" in said
-    assert (tmp_path / f"step-0000000{newest}.damaged").is_dir() and newest not in checkpointing.saved_steps(tmp_path)
+    assert (tmp_path / f"step-0000000{newest}.damaged").is_dir() and newest not in run_folders.saved_steps(tmp_path)
 
 
 def test_a_step_that_is_damaged_twice_is_kept_twice(tmp_path):
@@ -71,7 +71,7 @@ def test_if_no_state_is_sound_training_does_not_begin_at_step_0_by_itself(tmp_pa
     for _ in range(2):
         with pytest.raises(UserError, match=r"No saved state in .* can be used: .*step-00000002.*--work"):
             checkpointing.load_newest_state(tmp_path, HEADER)
-    assert checkpointing.saved_steps(tmp_path) == [1, 2], "nothing was renamed"
+    assert run_folders.saved_steps(tmp_path) == [1, 2], "nothing was renamed"
 
 
 def test_without_a_state_training_begins_at_step_0(tmp_path):
@@ -82,7 +82,7 @@ def test_the_states_between_two_milestones_share_the_rows_before_them_and_each_i
     rows = journal.Journal(HEADER)
     for steps in range(1, 10):
         save(tmp_path, steps, rows, milestone=4)
-        folder = checkpointing.state_path(tmp_path, steps) / checkpointing.JOURNAL
+        folder = run_folders.state_path(tmp_path, steps) / checkpointing.JOURNAL
         assert (
             journal.read_journal(folder).rows == rows.rows == pq.read_table(folder, schema=journal.SCHEMA).to_pylist()
         )
@@ -109,7 +109,7 @@ def test_the_files_of_a_state_do_not_depend_on_how_it_was_reached(tmp_path, monk
         shutil.copytree(folder, tmp_path / "copy")
         folder = tmp_path / "copy"
     if how == "milestone deleted":
-        shutil.rmtree(checkpointing.state_path(folder, 4))
+        shutil.rmtree(run_folders.state_path(folder, 4))
     if how == "without links":
         monkeypatch.setattr(os, "link", _refuse_links)
     done, state = checkpointing.load_newest_state(folder, HEADER)
@@ -128,4 +128,4 @@ def test_damage_to_the_shared_rows_costs_the_steps_since_the_milestone(tmp_path)
         file.seek(100)
         file.write(b"damage")
     assert checkpointing.load_newest_state(tmp_path, HEADER)[0] == 4
-    assert checkpointing.saved_steps(tmp_path) == [4]
+    assert run_folders.saved_steps(tmp_path) == [4]

@@ -17,7 +17,7 @@ from kohaku_delta.errors import UserError
 from kohaku_delta.params import load
 from kohaku_delta.preview import held_out_loss
 from kohaku_delta.sdxl import model_loading
-from kohaku_delta.training import trainer
+from kohaku_delta.training import training_context
 from kohaku_delta.training.sdxl_model import SDXL, ConditioningForm, Sdxl
 
 RELEASE = ConditioningForm(timestep_freq_shift=1, text_projection="transposed")
@@ -97,9 +97,9 @@ def test_a_model_computes_in_the_form_that_its_recipe_trains_in_unless_another_i
         update={"model": tiny_sdxl.MODEL, "train": recipe.train.model_copy(update={"precision": "float32"})}
     )
     tokens = type("Tokens", (), {"eos_token_id": 999, "__len__": lambda self: 1000})()
-    model = trainer.load_sdxl(recipe, path, (tokens, tokens), "cpu", torch.float32)
+    model = training_context.load_sdxl(recipe, path, (tokens, tokens), "cpu", torch.float32)
     assert model.form == RELEASE and model.models["unet"].time_proj.downscale_freq_shift == 1
-    model = trainer.load_sdxl(recipe, path, (tokens, tokens), "cpu", torch.float32, SDXL)
+    model = training_context.load_sdxl(recipe, path, (tokens, tokens), "cpu", torch.float32, SDXL)
     assert model.form == SDXL and model.models["unet"].time_proj.downscale_freq_shift == 0
 
 

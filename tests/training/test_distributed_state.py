@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from kohaku_delta.training import checkpointing, tensor_fingerprints
+from kohaku_delta.training import run_folders, tensor_fingerprints
 from tiny_states import HEADER, damage, save
 
 RANK = """
@@ -99,7 +99,7 @@ def test_if_every_state_is_damaged_all_ranks_stop_and_nothing_is_renamed(tmp_pat
     first, second = load_on_both(tmp_path)
     assert first == "refused: No saved state of any machine can be used; rank 1 says why."
     assert second.startswith(f"refused: No saved state in {tmp_path / '1'} can be used: ")
-    assert checkpointing.saved_steps(tmp_path / "1") == [3]
+    assert run_folders.saved_steps(tmp_path / "1") == [3]
 
 
 def test_a_rank_with_other_inputs_names_them(tmp_path):

@@ -88,7 +88,7 @@ def test_three_losses_in_consecutive_steps_are_too_many_and_a_good_step_forgives
 
 
 def test_the_scale_does_not_fall_below_one():
-    scaler = optimizer.Scaler(True)
+    scaler = optimizer.LossScaler(True)
     for _ in range(16):
         scaler.update(False)
     assert scaler.scale == 1
@@ -98,7 +98,7 @@ def test_the_scale_does_not_fall_below_one():
 
 
 def test_twenty_overflows_in_a_row_are_too_many_whatever_the_scale():
-    scaler = optimizer.Scaler(True)
+    scaler = optimizer.LossScaler(True)
     scaler.scale = 2.0**40
     for _ in range(19):
         scaler.update(False)
@@ -113,7 +113,7 @@ def test_a_collapsed_scale_changes_no_weight():
     weight = torch.nn.Parameter(torch.ones(8))
     parameters = tiny_training.params.load("params.yaml").train
     lion = optimizer.Lion([("lora_unet_a.lokr_w1", weight)], parameters)
-    scaler = optimizer.Scaler(True)
+    scaler = optimizer.LossScaler(True)
     scaler.scale = 1.0
     with pytest.raises(UserError, match="loss scale collapsed"):
         lion.step(100, torch.full((8,), math.inf), scaler)
@@ -122,11 +122,11 @@ def test_a_collapsed_scale_changes_no_weight():
 
 def test_a_resumed_scaler_is_the_one_that_its_journal_describes(tmp_path):
     """No state holds it: overflows, growth after 2,000 good steps, and the overflows in a row follow from the norms."""
-    whole, norms = optimizer.Scaler(True), [NAN, *[1.0] * 2003, math.inf, NAN, NAN]
+    whole, norms = optimizer.LossScaler(True), [NAN, *[1.0] * 2003, math.inf, NAN, NAN]
     for norm in norms:
         whole.update(math.isfinite(norm))
     loop = training_loop.TrainingLoop.__new__(training_loop.TrainingLoop)
-    loop.scaler, loop.adapter, loop.optimizer = optimizer.Scaler(True), Nothing(), Nothing()
+    loop.scaler, loop.adapter, loop.optimizer = optimizer.LossScaler(True), Nothing(), Nothing()
     rows = [{"gradient_norm": norm} for norm in norms]
     loop.load_state(len(rows), checkpointing.TrainingState({}, journal.Journal({}, rows)))
     assert vars(loop.scaler) == vars(whole) and whole.scale == 65536 / 2 * 2 / 8 and whole.overflows == 3

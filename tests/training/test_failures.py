@@ -27,7 +27,15 @@ import tiny_training
 from kohaku_delta import numerics
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import load
-from kohaku_delta.training import batch_builder, checkpointing, gradient_reduction, rank_processes, trainer
+from kohaku_delta.training import (
+    batch_builder,
+    gradient_reduction,
+    rank_processes,
+    run_folders,
+    run_inputs,
+    trainer,
+    training_context,
+)
 from kohaku_delta.training.training_loop import TrainingLoop
 
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # linux/prctl.h, linux/capability.h
@@ -444,9 +452,11 @@ def test_what_a_failed_step_held_is_freed_before_the_last_step_is_saved(trained,
     files |= {"inputs": build / "inputs.json", "base": build / "delta-base.safetensors"}
     files |= dict.fromkeys(("tokenizer", "tokenizer_2", "tars"))
     numerics.enforce()
-    _, texts = trainer.load_tokenizers(files)
+    _, tokenizers = run_inputs.load_tokenizers(files)
     loop = TrainingLoop(
-        recipe, trainer.build_context(recipe, files, texts, trainer.tar_paths(files), "cpu"), tmp_path / "work"
+        recipe,
+        training_context.build_context(recipe, files, tokenizers, run_inputs.tar_paths(files), "cpu"),
+        tmp_path / "work",
     )
     held, losses, calls = [], loop.model.losses, itertools.count()
 
@@ -475,7 +485,7 @@ def test_a_file_system_without_locks_is_refused_by_the_name_of_the_folder(tmp_pa
 
         monkeypatch.setattr(fcntl, "flock", refuse)
         with pytest.raises(UserError, match=f"{tmp_path}/work is on a file system that cannot lock.*--work"):
-            checkpointing.locked(tmp_path / "work").__enter__()
+            run_folders.locked(tmp_path / "work").__enter__()
 
 
 RANKS = """

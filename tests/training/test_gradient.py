@@ -13,7 +13,7 @@ import tiny_training
 from kohaku_delta import numerics
 from kohaku_delta.params import load
 from kohaku_delta.sdxl import model_loading
-from kohaku_delta.training import batch_builder, schedule, training_loop
+from kohaku_delta.training import batch_builder, schedule, training_context, training_loop
 from kohaku_delta.training.sdxl_model import Sdxl
 
 MINIATURE = load("miniature/params.yaml")
@@ -80,7 +80,7 @@ def make_loop(tmp_path, order, **train):
     recipe = RECIPE.model_copy(update={"train": RECIPE.train.model_copy(update=train), "execution": execution})
     adapter = Adapter()
     return training_loop.TrainingLoop(
-        recipe, training_loop.TrainingContext(Model(adapter), adapter, Builder(), order, {}), tmp_path
+        recipe, training_context.TrainingContext(Model(adapter), adapter, Builder(), order, {}), tmp_path
     ), adapter
 
 
@@ -274,7 +274,7 @@ def test_the_unet_gets_noisy_latents_and_six_sinusoids_and_the_loss_is_min_snr(s
 
 def test_the_journals_losses_and_norm_are_those_of_one_graph(tmp_path):
     """The first step as one expression: Σ of the micro-batches' mean losses / 4, differentiated at once."""
-    from kohaku_delta.training import trainer
+    from kohaku_delta.training import run_inputs
     from kohaku_delta.training.lokr import LokrAdapter
 
     folder = tiny_training.write(tmp_path / "training", 8)
@@ -282,15 +282,15 @@ def test_the_journals_losses_and_norm_are_those_of_one_graph(tmp_path):
     recipe, build = load(folder / "params.yaml"), folder / "build"
     numerics.enforce()
     files = {"inputs": build / "inputs.json", "tokenizer": None, "tokenizer_2": None, "tars": None}
-    _, texts = trainer.load_tokenizers(files)
-    model = trainer.load_sdxl(recipe, build / "delta-base.safetensors", texts, "cpu", torch.float32)
+    _, tokenizers = run_inputs.load_tokenizers(files)
+    model = training_context.load_sdxl(recipe, build / "delta-base.safetensors", tokenizers, "cpu", torch.float32)
     adapter = LokrAdapter(model.models, recipe.lokr, torch.float32)
     posts, captions = (tiny_training.parquet.read(build / f"{name}.parquet") for name in ("posts", "captions"))
     source = batch_builder.BatchBuilder(
         posts,
         captions,
-        next(iter(trainer.tar_paths(files).values())).parent,
-        texts,
+        next(iter(run_inputs.tar_paths(files).values())).parent,
+        tokenizers,
         recipe.train,
         recipe.caption.separator,
         8,

@@ -93,7 +93,7 @@ def test_rates_and_weight_decay_reach_exactly_the_trained_weights_norms_included
     before = {name: weight.clone() for name, weight in adapter.tensors().items()}
     trained = adapter.trained()
     optimizer.Lion(trained, parameters).step(
-        0, torch.zeros(sum(weight.numel() for _, weight in trained)), optimizer.Scaler(False)
+        0, torch.zeros(sum(weight.numel() for _, weight in trained)), optimizer.LossScaler(False)
     )
     for name, weight in adapter.tensors().items():
         factor = 1.0 if name.startswith(LAST) else 0.95 if name.startswith("lora_unet_") else 0.975

@@ -46,7 +46,7 @@ def first(tmp_path_factory):
 def trained_on(first, tmp_path_factory):
     folder = again(tmp_path_factory.mktemp("trained-on"), first)
     done = tiny_training.run(folder)
-    assert done.returncode == 0 and "the LoKr begins with" in done.stderr, done.stderr
+    assert done.returncode == 0 and "the LoKr starts from" in done.stderr, done.stderr
     return folder
 
 

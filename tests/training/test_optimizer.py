@@ -26,7 +26,7 @@ def make_optimizer(elements):
 
 def test_small_tensors_follow_lion_exactly_in_both_groups():
     lion, trained, generator = make_optimizer(100)
-    scaler, momentum = optimizer.Scaler(False), torch.zeros(2, 100)
+    scaler, momentum = optimizer.LossScaler(False), torch.zeros(2, 100)
     expected = torch.stack([weight.detach().clone() for _, weight in trained])
     rate = torch.tensor([[0.001], [0.01]])
     for step in range(5):
@@ -40,7 +40,7 @@ def test_small_tensors_follow_lion_exactly_in_both_groups():
 
 def test_large_tensors_keep_their_momentum_in_8_bits():
     lion, trained, generator = make_optimizer(8192)
-    lion.step(0, torch.randn(16384, generator=generator), optimizer.Scaler(False))
+    lion.step(0, torch.randn(16384, generator=generator), optimizer.LossScaler(False))
     assert {tensor.dtype for name, tensor in lion.tensors().items() if name.endswith("state1")} == {torch.uint8}
 
 
@@ -57,7 +57,7 @@ def test_large_tensors_follow_lion_with_a_momentum_rounded_to_8_bits_a_block_of_
     code, momentum = functional.create_dynamic_map(signed=True), [torch.zeros(8192), torch.zeros(8192)]
     for step in range(4):
         gradient = torch.randn(16384, generator=generator)
-        lion.step(step, gradient.clone(), optimizer.Scaler(False))
+        lion.step(step, gradient.clone(), optimizer.LossScaler(False))
         for index, (rate, (_, weight)) in enumerate(zip((0.001, 0.01), trained, strict=True)):
             g = gradient[8192 * index : 8192 * (index + 1)].to(dtype).float()
             moved = expected[index] * (1 - rate * 0.1) - rate * torch.sign(0.9 * momentum[index] + 0.1 * g)
@@ -73,7 +73,7 @@ def test_large_tensors_follow_lion_with_a_momentum_rounded_to_8_bits_a_block_of_
 def test_a_zero_gradient_leaves_weight_decay_alone_at_each_groups_rate():
     lion, trained, _ = make_optimizer(100)
     before = [weight.detach().clone() for _, weight in trained]
-    lion.step(0, torch.zeros(200), optimizer.Scaler(False))
+    lion.step(0, torch.zeros(200), optimizer.LossScaler(False))
     for rate, weight, (_, after) in zip((0.001, 0.01), before, trained, strict=True):
         assert torch.allclose(after, weight * (1 - rate * 0.1), rtol=1e-6, atol=0)
 
@@ -82,14 +82,14 @@ def test_a_loaded_state_continues_to_the_same_bits():
     gradients = [torch.randn(16384, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     lion, trained, _ = make_optimizer(8192)
     for step, gradient in enumerate(gradients[:2]):
-        lion.step(step, gradient.clone(), optimizer.Scaler(False))
+        lion.step(step, gradient.clone(), optimizer.LossScaler(False))
     other, copied, _ = make_optimizer(8192)
     for (_, to), (_, weight) in zip(copied, trained, strict=True):
         to.data.copy_(weight.data)
     other.load({name: tensor.clone() for name, tensor in lion.tensors().items()}, 2)
     for step, gradient in enumerate(gradients[2:], 2):
-        lion.step(step, gradient.clone(), optimizer.Scaler(False))
-        other.step(step, gradient.clone(), optimizer.Scaler(False))
+        lion.step(step, gradient.clone(), optimizer.LossScaler(False))
+        other.step(step, gradient.clone(), optimizer.LossScaler(False))
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(trained, copied, strict=True))
 
 
@@ -97,7 +97,7 @@ def test_the_gradient_is_clipped_to_norm_one():
     lion, _, _ = make_optimizer(100)
     lion.parameters = PARAMETERS.model_copy(update={"clip_norm": 1.0})
     gradient = torch.full((200,), 3.0)
-    norm, *_ = lion.step(0, gradient, optimizer.Scaler(False))
+    norm, *_ = lion.step(0, gradient, optimizer.LossScaler(False))
     assert norm == pytest.approx(3 * 200**0.5) and gradient.norm().item() == pytest.approx(1.0, abs=1e-5)
 
 
@@ -141,7 +141,7 @@ def test_clipping_is_that_of_torch():
         lion, _, _ = make_optimizer(100)
         lion.parameters = PARAMETERS.model_copy(update={"clip_norm": 1.0})
         ours = gradient.clone()
-        assert lion.step(0, ours, optimizer.Scaler(False))[0] == pytest.approx(norm.item(), rel=1e-6)
+        assert lion.step(0, ours, optimizer.LossScaler(False))[0] == pytest.approx(norm.item(), rel=1e-6)
         assert torch.allclose(ours, theirs.grad, rtol=1e-6)
 
 
@@ -158,7 +158,7 @@ def test_the_norm_is_that_of_the_whole_gradient_however_it_is_cut(monkeypatch):
 
 def test_the_scale_is_taken_off_before_the_norm_and_moves_as_torchs_scaler_moves_it():
     lion, _, _ = make_optimizer(100)
-    scaler, theirs = optimizer.Scaler(True), torch.amp.GradScaler("cpu")
+    scaler, theirs = optimizer.LossScaler(True), torch.amp.GradScaler("cpu")
     weight = torch.nn.Parameter(torch.zeros(200))
     reference = torch.optim.SGD([weight], lr=0.0)
     generator = torch.Generator().manual_seed(9)
@@ -177,26 +177,26 @@ def test_the_scale_is_taken_off_before_the_norm_and_moves_as_torchs_scaler_moves
 def test_a_state_without_an_update_is_loaded():
     """Every step so far overflowed: nothing was initialized, nothing was saved."""
     lion, trained, _ = make_optimizer(8192)
-    lion.step(0, torch.full((16384,), float("nan")), optimizer.Scaler(True))
+    lion.step(0, torch.full((16384,), float("nan")), optimizer.LossScaler(True))
     assert lion.tensors() == {}
     other, copied, generator = make_optimizer(8192)
     other.load({}, 1)
     gradient = torch.randn(16384, generator=generator)
     for each in (lion, other):
-        each.step(1, gradient.clone(), optimizer.Scaler(False))
+        each.step(1, gradient.clone(), optimizer.LossScaler(False))
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(trained, copied, strict=True))
 
 
 def test_an_overflow_halves_the_scale_and_skips_the_update():
     lion, trained, _ = make_optimizer(100)
     before = [weight.detach().clone() for _, weight in trained]
-    scaler = optimizer.Scaler(True)
+    scaler = optimizer.LossScaler(True)
     lion.step(0, torch.full((200,), float("inf")), scaler)
     assert scaler.scale == 32768 and all(torch.equal(a, b) for a, (_, b) in zip(before, trained, strict=True))
 
 
 def test_the_scale_doubles_after_2000_good_steps():
-    scaler = optimizer.Scaler(True)
+    scaler = optimizer.LossScaler(True)
     for _ in range(1999):
         scaler.update(True)
     assert scaler.scale == 65536

@@ -34,7 +34,7 @@ def no_experiment(monkeypatch):
 def make_run(work, depends, done, steps=58):
     """A run's folder with the (empty) state after `done` steps."""
     folder = run_folders.run_folder(work, depends, steps, 0)
-    checkpointing.state_path(folder, done).mkdir()
+    run_folders.state_path(folder, done).mkdir()
     return folder
 
 
@@ -45,7 +45,7 @@ def names(work):
 def test_a_finished_run_stays_in_its_folder_and_blocks_nothing(tmp_path):
     finished = make_run(tmp_path, OLD, 58)
     new = run_folders.run_folder(tmp_path, NEW, 58, 0)
-    assert new != finished and checkpointing.saved_steps(finished) == [58]
+    assert new != finished and run_folders.saved_steps(finished) == [58]
 
 
 def test_an_unfinished_run_is_taken_up_whatever_else_is_unfinished(tmp_path, monkeypatch):
@@ -78,7 +78,7 @@ def test_an_unfinished_run_with_other_inputs_is_refused_by_what_differs_and_the_
     assert run_folders.run_folder(tmp_path / "work", OLD, 58, 1) == run_folders.set_aside_path(folder)
     assert run_folders.run_folder(tmp_path / "work", OLD, 58, 0) == folder, "it takes itself up again"
     assert "12 of 58 steps are done" in capsys.readouterr().err
-    assert checkpointing.saved_steps(folder) == [12]
+    assert run_folders.saved_steps(folder) == [12]
 
 
 def test_a_run_without_a_saved_step_blocks_nothing(tmp_path):
@@ -100,7 +100,7 @@ def test_experiments_and_ci_begin_beside_an_unfinished_run_and_say_that_it_is_ke
     assert run_folders.run_folder(tmp_path, NEW, 58, 0) != folder
     said = capsys.readouterr().err
     assert f"{folder} holds an unfinished training, 12 of 58 steps" in said and "train.seed: 1337 → 1338" in said
-    assert "It is kept there" in said and checkpointing.saved_steps(folder) == [12]
+    assert "It is kept there" in said and run_folders.saved_steps(folder) == [12]
 
 
 def test_ci_switched_off_is_no_ci(tmp_path, monkeypatch):
@@ -165,7 +165,7 @@ HOSTILE = {
 @pytest.mark.parametrize("how", HOSTILE)
 def test_a_run_whose_inputs_cannot_be_read_is_kept_and_said_in_a_printable_sentence(tmp_path, how):
     folder = make_run(tmp_path, OLD, 12)
-    HOSTILE[how](folder / checkpointing.DEPENDS)
+    HOSTILE[how](folder / run_folders.DEPENDS)
     with pytest.raises(UserError) as refused:
         run_folders.run_folder(tmp_path, NEW, 58, 0)
     message = refused.value.message
@@ -178,10 +178,10 @@ def test_a_run_whose_inputs_cannot_be_read_is_kept_and_said_in_a_printable_sente
 @pytest.mark.parametrize("how", [how for how in HOSTILE if how not in ("a folder", "a pipe")])
 def test_a_damaged_depends_json_of_the_own_run_is_written_again(tmp_path, how):
     folder = make_run(tmp_path, OLD, 12)
-    content = (folder / checkpointing.DEPENDS).read_bytes()
-    HOSTILE[how](folder / checkpointing.DEPENDS)
+    content = (folder / run_folders.DEPENDS).read_bytes()
+    HOSTILE[how](folder / run_folders.DEPENDS)
     assert run_folders.run_folder(tmp_path, OLD, 58, 0) == folder
-    assert (folder / checkpointing.DEPENDS).read_bytes() == content and checkpointing.saved_steps(folder) == [12]
+    assert (folder / run_folders.DEPENDS).read_bytes() == content and run_folders.saved_steps(folder) == [12]
 
 
 def test_folders_that_are_no_runs_are_left_alone(tmp_path):
@@ -219,8 +219,8 @@ def test_an_interrupted_training_goes_on_after_being_set_aside_damaged_and_kille
     process.send_signal(signal.SIGKILL)
     process.wait()
     [run] = folder.glob("work/*")
-    for step in checkpointing.saved_steps(run)[2:]:
-        shutil.rmtree(checkpointing.state_path(run, step))
+    for step in run_folders.saved_steps(run)[2:]:
+        shutil.rmtree(run_folders.state_path(run, step))
     (run / ".step-00000009.0.aside").mkdir()
     (run / ".step-00000009.0.aside" / "state.safetensors").write_text("half")
     params = (folder / "params.yaml").read_text()
@@ -230,13 +230,13 @@ def test_an_interrupted_training_goes_on_after_being_set_aside_damaged_and_kille
     assert done.returncode == 1 and "train.seed: 1337 → 1338" in done.stderr and done.stderr.count("\n") == 1
     assert CliRunner().invoke(main, ["set-aside", str(folder)]).exit_code == 0
     (folder / "params.yaml").write_text(params)
-    newest = max(checkpointing.saved_steps(run.with_name(f"{run.name}.set-aside")))
+    newest = max(run_folders.saved_steps(run.with_name(f"{run.name}.set-aside")))
     state = run.with_name(f"{run.name}.set-aside") / f"step-{newest:08d}" / checkpointing.STATE
     state.write_bytes(state.read_bytes()[:-1] + b"\1")
 
     resumed = tiny_training.run(folder)
     assert resumed.returncode == 0, resumed.stderr
-    assert f"is taken up again as work/{run.name}: {newest} of 4 steps are done" in resumed.stderr
+    assert f"is resumed as work/{run.name}: {newest} of 4 steps are done" in resumed.stderr
     assert f"It is kept as work/{run.name}/step-{newest:08d}.damaged" in resumed.stderr
     assert not list(run.glob(".*")), "what the killed save left was cleared"
     again = tiny_training.write(tmp_path / "again", 16)

@@ -137,7 +137,7 @@ ATTACKS = {
     "another merge in diffusers/":
         (replaced("diffusers/tokenizer/merges.txt", "\n", "\nq q\n"), "chain/diffusers",
          "merges.txt is not the input tokenizer_merges"),
-    "a file added to diffusers/": (added, "chain/diffusers", "pytorch_model.bin is no file that export writes"),
+    "a file added to diffusers/": (added, "chain/diffusers", "pytorch_model.bin is not a file that export writes"),
     "the final model changed by an ulp":
         (ulp("kohaku-xl-delta.safetensors"), "chain/final", "is not base + LoKr: 1"),
     "the final model's header":

@@ -75,7 +75,7 @@ def test_what_the_key_did_not_sign_is_not_believed(own, signed, keys, tmp_path, 
     forged = tmp_path / "forged.json"
     forged.write_text(change(signed[1].read_text()))
     code, output = ask("compare", own, forged, "--key", keys[1])
-    assert code == 2 and "Nothing in it is believed." in output
+    assert code == 2 and "Nothing in it is trusted." in output
 
 
 def test_another_key_and_a_missing_one_are_refused(own, signed, keys, tmp_path):

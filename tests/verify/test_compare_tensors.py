@@ -300,7 +300,7 @@ def test_published_files_are_known_by_their_hash(checkpoint, tmp_path):
     assert (
         code == 1
         and sha256 in message
-        and "is none of published.base, published.final, published.lokr, published.milestones.24000, "
+        and "is not one of published.base, published.final, published.lokr, published.milestones.24000, "
         "download.inputs.database"
         in message
     )

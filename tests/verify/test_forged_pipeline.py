@@ -444,7 +444,7 @@ BUNDLES = {
     "weights of another size":
         (left_out("delta-base.safetensors", 5), "lock/outs", "delta-base.safetensors (of merge) has another size in"),
     "weights of no stage": (left_out("other.safetensors", 5), "lock/outs", "leaves out build/other.safetensors"),
-    "a file of no stage": (file_of_no_stage, "lock/bundle", "build/kohaku-xl-delta.json is no output of a stage"),
+    "a file of no stage": (file_of_no_stage, "lock/bundle", "build/kohaku-xl-delta.json is not an output of any stage"),
 }  # fmt: skip
 
 

@@ -194,21 +194,21 @@ REFUSED = {  # what → (change, words of the sentence)
     "the folder itself as an output": (renamed_out("."), "outside the recipe's folder"),
     "a stage named ../x":
         (lambda folder: locked(folder, lambda stages: stages.update({"../x": stages.pop("preview")})),
-         "is no name of a stage"),
-    "an output that is a pipe": (replaced("build/preview.png", pipe), "is no regular file"),
-    "an output that is a device": (replaced("build/preview.png", device), "is no regular file"),
-    "an output that is a socket": (replaced("build/preview.png", unix_socket), "is no regular file"),
-    "a pipe in a folder of outputs": (replaced("build/samples/base-00.png", pipe), "is no regular file"),
+         "is not a name of a stage"),
+    "an output that is a pipe": (replaced("build/preview.png", pipe), "is not a regular file"),
+    "an output that is a device": (replaced("build/preview.png", device), "is not a regular file"),
+    "an output that is a socket": (replaced("build/preview.png", unix_socket), "is not a regular file"),
+    "a pipe in a folder of outputs": (replaced("build/samples/base-00.png", pipe), "is not a regular file"),
     "an output that is a link to a secret": (replaced("build/preview.png", outside), "leads out of the recipe's"),
     "a link to a secret in a folder": (replaced("build/diffusers/model_index.json", outside), "leads out of"),
     "a folder that is a link": (replaced("build/code", lambda path, folder: path.symlink_to("/etc")), "leads out of"),
-    "dvc.lock is a pipe": (replaced("dvc.lock", pipe), "is no regular file"),
+    "dvc.lock is a pipe": (replaced("dvc.lock", pipe), "is not a regular file"),
     "dvc.lock is a secret": (replaced("dvc.lock", outside), "leads out of the recipe's folder"),
-    "params.yaml is a device": (replaced("params.yaml", device), "is no regular file"),
+    "params.yaml is a device": (replaced("params.yaml", device), "is not a regular file"),
     "a state that is a pipe":
-        (lambda folder: os.mkfifo(folder / "work" / "pipe"), "is no regular file"),
+        (lambda folder: os.mkfifo(folder / "work" / "pipe"), "is not a regular file"),
     "code said to lie elsewhere":
-        (params(lambda content: content.update(root="/etc")), "is no repository around this recipe's folder"),
+        (params(lambda content: content.update(root="/etc")), "is not a repository around this recipe's folder"),
     "sides that no memory holds":
         (params(lambda content: content["schedule"].update(max_side=1 << 40)), "schedule.max_side"),
     "epochs without end": (params(lambda content: content["schedule"].update(epochs=1 << 40)), "schedule.epochs"),
@@ -352,5 +352,5 @@ def test_the_states_of_a_work_folder_elsewhere_are_not_read(copy):
     rebuild_factory.dump(copy / "params.yaml", content)
     assert audit(copy)[1]["lock/work"] == (
         "SKIP",
-        "execution.work lies outside the recipe's folder: the states there are not read",
+        "execution.work is outside the recipe's folder: the states there are not read",
     )

@@ -109,7 +109,7 @@ def test_files_without_numbers_cannot_be_compared(tmp_path, tensors):
 
 def test_a_loss_that_is_not_a_number_is_no_equal_one(copy, monkeypatch):
     pair = replay_training.LossPair(0, 0.5, float("nan"))
-    monkeypatch.setattr(replay_training, "losses", lambda *arguments: (4, [pair]))
+    monkeypatch.setattr(replay_training, "compare_losses", lambda *arguments: (4, [pair]))
     shutil.copyfile(
         copy / "build" / "milestones" / "delta-lokr-step00000004.safetensors",
         next((copy / "work").glob("*")) / "delta-lokr-step00000004.safetensors",

@@ -82,7 +82,7 @@ ATTACKS = {
         (lambda folder: (folder / "build" / MILESTONE).unlink(), True, "chain/milestones", "does not exist"),
     "the base changed by an ulp, everything hashed anew":
         (ulp("delta-base.safetensors"), True, "chain/base", "the journal begins with the base"),
-    "a LoKr to begin with that the training did not begin with, everything hashed anew":
+    "a LoKr to start from that the training did not begin with, everything hashed anew":
         (start_added, True, "chain/base", "begins with a new LoKr; build/inputs.json names the LoKr "),
     "a step cut out of the journal":
         (journaled(truncate_journal, False), True, "chain/journal", "the chain breaks at row 3"),

@@ -88,7 +88,7 @@ def every_reader(checkpoint, base, lokr, out):
 def test_what_says_that_it_predicts_v_is_refused_by_every_stage(base, lokr, tmp_path, tensors, metadata, sign):
     checkpoint = changed(base, tmp_path / "v.safetensors", tensors, metadata)
     for stage, read in every_reader(checkpoint, base, lokr, tmp_path / "out").items():
-        with pytest.raises(UserError, match="no epsilon-prediction model") as refusal:
+        with pytest.raises(UserError, match="not an epsilon-prediction model") as refusal:
             read()
         assert sign in refusal.value.message, stage
     assert [path.name for path in tmp_path.iterdir()] == ["v.safetensors"]
@@ -96,7 +96,7 @@ def test_what_says_that_it_predicts_v_is_refused_by_every_stage(base, lokr, tmp_
 
 def test_a_lokr_of_a_v_prediction_training_is_refused(base, lokr, tmp_path):
     save_file(load_file(lokr), tmp_path / "v.safetensors", {"ss_v_parameterization": "True"})
-    with pytest.raises(UserError, match="no epsilon-prediction model"):
+    with pytest.raises(UserError, match="not an epsilon-prediction model"):
         bake.bake(base, tmp_path / "v.safetensors", ONE, 128, tmp_path / "out.safetensors", force=True)
 
 
@@ -140,7 +140,7 @@ def test_what_is_no_part_of_sdxl_is_named_with_its_remedy_and_left_out_by_it(bas
     checkpoint = changed(base, tmp_path / "more.safetensors", EXTRA)
     phrase = "model_ema.* (10)"
     for parents in ((base, checkpoint), (checkpoint, base)):
-        with pytest.raises(UserError, match="no part of SDXL: .*alphas_cumprod.*merge.extra_tensors: drop") as refusal:
+        with pytest.raises(UserError, match="not part of SDXL: .*alphas_cumprod.*merge.extra_tensors: drop") as refusal:
             merge.merge(parents[0], {"gamma": parents[1], "beta": base}, MERGE, tmp_path / "out.safetensors")
         assert phrase in refusal.value.message
         merged = merge.merge(parents[0], {"gamma": parents[1], "beta": base}, DROP, tmp_path / "out.safetensors")

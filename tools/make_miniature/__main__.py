@@ -14,9 +14,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:1] = [str(HERE.parent), str(HERE.parents[1] / "src")]
 
-from make_miniature import products
+from make_miniature import portable_products
 
-products.hold()
+portable_products.fix_openblas()
 
 import click
 
@@ -58,7 +58,7 @@ def main(out: Path, parts: tuple[str, ...], params: Path):
         if part == "checkpoints" and part in parts:
             from make_miniature import checkpoints
 
-            products.take_over()
+            portable_products.replace_torch_functions()
             checkpoints.write(out)
         if part == "references" and part in parts:
             from kohaku_delta.params import load

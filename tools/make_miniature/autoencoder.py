@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 
 from make_miniature.lessons import picture
 from make_miniature.muon import Muon
-from make_miniature.roots import spread as spread_of
+from make_miniature.portable_math import standard_deviation
 from make_miniature.words import draws
 
 CONFIG = {
@@ -77,7 +77,9 @@ def train(steps: int = STEPS, say=print) -> AutoencoderKL:
     others = [value for name, value in vae.named_parameters() if value.ndim == 1 or name in edges]
     optimizer = Muon(matrices, others)
     sample = colours(floats(pictures[:512]))
-    middle, spread = (each[:, None, None] for each in (sample.mean(dim=(0, 2, 3)), spread_of(sample, (0, 2, 3))))
+    middle, spread = (
+        each[:, None, None] for each in (sample.mean(dim=(0, 2, 3)), standard_deviation(sample, (0, 2, 3)))
+    )
     noise = torch.Generator().manual_seed(1)
     for step in range(steps):
         rng = draws(9, step)
@@ -105,7 +107,7 @@ def settle(vae: AutoencoderKL, pictures: np.ndarray) -> None:
     """Folds the latents' mean and spread into the convolutions around them, and narrows the posterior."""
     vae.quant_conv.bias[4:] = 0.0
     latents = torch.cat([vae.encode(floats(part)).latent_dist.mean for part in np.split(pictures, 16)])
-    mean, spread = latents.mean(dim=(0, 2, 3)), spread_of(latents, (0, 2, 3))
+    mean, spread = latents.mean(dim=(0, 2, 3)), standard_deviation(latents, (0, 2, 3))
     unit = vae.config.scaling_factor
     factor = 1.0 / (spread * unit)
     vae.post_quant_conv.bias += (vae.post_quant_conv.weight[:, :, 0, 0] * mean).sum(dim=1)

@@ -14,8 +14,8 @@ import torch
 from kohaku_delta.formats import safetensors_io
 from kohaku_delta.sdxl import model_loading
 from kohaku_delta.sdxl.tokenizer import ClipTokenizer
-from make_miniature import autoencoder, lessons, painter, reader
-from make_miniature.roots import spread
+from make_miniature import autoencoder, lessons, text_encoder_training, unet_training
+from make_miniature.portable_math import standard_deviation
 
 COURSES = {  # lessons, steps, rate of matrices, rate of the rest
     "sdxl": (4096, 3200, 0.007, 3e-3),
@@ -25,7 +25,7 @@ COURSES = {  # lessons, steps, rate of matrices, rate of the rest
 WORLD = 2048
 READING = {"steps": 600, "rate": 0.02, "rate_of_others": 3e-3}
 EMBEDDINGS = ("token_embedding.weight", "position_embedding.weight")
-MOVED = 0.5  # of the embeddings' own spread
+MOVED = 0.5  # of the embeddings' own standard deviation
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def move_embeddings(models: dict, seed: int) -> None:
     for part in ("te1", "te2"):
         for name, value in models[part].named_parameters():
             if name.endswith(EMBEDDINGS):
-                value += MOVED * spread(value) * torch.randn(value.shape, generator=generator)
+                value += MOVED * standard_deviation(value) * torch.randn(value.shape, generator=generator)
 
 
 def save(models: dict, path: Path) -> None:
@@ -62,18 +62,20 @@ def write(out: Path, say=print) -> None:
 
     tokens = ClipTokenizer(out / "tokenizer" / "vocab.json", out / "tokenizer" / "merges.txt")
     vae = autoencoder.train(say=note)
-    world = painter.Course([lessons.world_lesson(number) for number in range(WORLD)], vae, tokens)
+    world = unet_training.Course([lessons.world_lesson(number) for number in range(WORLD)], vae, tokens)
     note(f"{WORLD} lessons of the whole world drawn and encoded")
     donor = None
     for seed, (name, (count, steps, rate, rate_of_others)) in enumerate(COURSES.items(), 1):
-        course = painter.Course([lessons.lesson(name, number) for number in range(count)], vae, tokens)
+        course = unet_training.Course([lessons.lesson(name, number) for number in range(count)], vae, tokens)
         note(f"{name}: {count} lessons drawn and encoded")
         if donor is None:
-            models = donor = painter.fresh()
-            reader.learn(models["te1"], models["te2"], course, **READING, say=note)
+            models = donor = unet_training.new_models()
+            text_encoder_training.train_text_encoders(models["te1"], models["te2"], course, **READING, say=note)
         else:
             models = copy.deepcopy(donor)
-        painter.learn(models, course, world, steps=steps, rate=rate, rate_of_others=rate_of_others, seed=seed, say=note)
+        unet_training.train_unet(
+            models, course, world, steps=steps, rate=rate, rate_of_others=rate_of_others, seed=seed, say=note
+        )
         if models is donor:
             halve(models)
         else:

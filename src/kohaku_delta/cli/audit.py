@@ -21,9 +21,7 @@ COLORS = {"PASS": "green", "FAIL": "red", "SKIP": "yellow"}
 @click.command(cls=ComparisonCommand)
 @click.argument("target", type=FILE, default=".")
 @click.option(
-    "--key",
-    type=FILE,
-    help="The signer's public key (PEM); without it the provenance is neither verified nor believed.",
+    "--key", type=FILE, help="The signer's public key (PEM); without it the provenance is neither verified nor trusted."
 )
 @click.option("--data", is_flag=True, help="Hash the inputs in the mirror too (the release's: 1.3 TB).")
 @click.option("--stages", is_flag=True, help="Compute every stage again but download and train.")
@@ -32,7 +30,7 @@ COLORS = {"PASS": "green", "FAIL": "red", "SKIP": "yellow"}
 @click.option(
     "--own",
     type=FILE,
-    help="A recipe's folder of yours with the inputs, base and states that --replay and --stages of a bundle need.",
+    help="Your own recipe folder, with the inputs, base and states that --replay and --stages of a bundle need.",
 )
 @click.option("--published", type=FILE, help="A folder with the release's published files, to compare tensors with.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -8,11 +8,10 @@ import click
 
 from kohaku_delta.cli.exit_codes import CANNOT_COMPARE, DIFFERENT, EQUAL, ComparisonCommand
 from kohaku_delta.cli.stage_command import FILE
-from kohaku_delta.printing import print_line
+from kohaku_delta.printing import format_some, print_line
 from kohaku_delta.provenance.artifact import open_artifact
 from kohaku_delta.verify import compare_rebuilds, compare_statement
 from kohaku_delta.verify.compare_rebuilds import OutputComparison
-from kohaku_delta.verify.findings import format_some
 
 
 @click.command(cls=ComparisonCommand)

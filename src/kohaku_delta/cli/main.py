@@ -7,7 +7,8 @@ import importlib
 
 import click
 
-from kohaku_delta.errors import Interrupted, version_option
+from kohaku_delta.cli.version_option import version_option
+from kohaku_delta.errors import Interrupted
 
 COMMANDS = [
     "audit",

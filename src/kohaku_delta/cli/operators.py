@@ -4,7 +4,7 @@ import click
 
 from kohaku_delta import numerics
 from kohaku_delta.cli.exit_codes import DIFFERENT, EQUAL
-from kohaku_delta.errors import version_option
+from kohaku_delta.cli.version_option import version_option
 from kohaku_delta.printing import print_json, print_line
 from kohaku_delta.provenance import environment
 

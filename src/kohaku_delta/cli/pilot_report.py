@@ -60,6 +60,6 @@ def _replay(folder: Path, step: int) -> str:
     done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, env=environment)
     if done.returncode not in (EQUAL, DIFFERENT):
         raise UserError(f"Step {step} could not be computed again. The line above says why.")
-    said = done.stdout.splitlines()[0] if done.stdout else "no word"
+    said = done.stdout.splitlines()[0] if done.stdout else "no output"
     print_line(f"replay: {said}")
     return "equal" if done.returncode == EQUAL else said.removeprefix("different: ")

@@ -20,7 +20,7 @@ def release(folder: Path, key: Path | None) -> None:
     """Lay out release/ in FOLDER, a recipe's folder with a finished build, as the published repository was.
 
     Outputs are hashed against dvc.lock first, and linked. Nothing is sent; `kohaku-delta upload` does that. With --key
-    provenance.json lies in the folder; `make proofs` also signs the folder as a whole.
+    the folder also holds provenance.json; `make proofs` also signs the folder as a whole.
     """
     with open_artifact(folder) as rebuild:
         files = release_folder.write_release(rebuild, print_line, key)

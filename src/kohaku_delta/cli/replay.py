@@ -74,7 +74,7 @@ def replay(
 
 def _compare_losses(recipe, files: dict, lokr: Path, device: str, sample: int, seed: int) -> bool:
     """Prints each loss and the verdict; True if they agree within the tolerance."""
-    step, losses = replay_training.losses(recipe, files, lokr, device, sample, seed)
+    step, losses = replay_training.compare_losses(recipe, files, lokr, device, sample, seed)
     for each in losses:
         error = each.ours / each.journal - 1
         print_line(f"step {step}, place {each.place}: loss {each.ours:.6f}, journal {each.journal:.6f} ({error:+.2e})")

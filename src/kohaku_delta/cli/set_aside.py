@@ -1,4 +1,4 @@
-"""kohaku-delta set-aside: makes room for another training; the unfinished one is kept, and taken up again later."""
+"""kohaku-delta set-aside: makes room for another training; the unfinished one is kept, and can be resumed later."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from kohaku_delta import params as recipes
 from kohaku_delta.cli.stage_command import FILE, StageCommand
 from kohaku_delta.printing import print_line
 from kohaku_delta.provenance import dvc_yaml
+from kohaku_delta.training import run_folders
 
 
 @click.command(cls=StageCommand)
@@ -19,8 +20,6 @@ def set_aside(folder: Path, work: Path | None) -> None:
     Nothing is lost: their folders are renamed, and a training with the inputs of one goes on with it.
     """
     work = work or folder / recipes.load(folder / dvc_yaml.PARAMS).execution.work
-    from kohaku_delta.training import run_folders  # imports torch
-
     runs = run_folders.set_aside(work)
     for run in runs:
         print_line(f"{run.folder} ({run.progress}) → {run_folders.set_aside_path(run.folder)}")

@@ -6,7 +6,8 @@ from pathlib import Path
 import click
 
 from kohaku_delta import sandbox
-from kohaku_delta.errors import Interrupted, UserError, version_option
+from kohaku_delta.cli.version_option import version_option
+from kohaku_delta.errors import Interrupted, UserError
 from kohaku_delta.hub import dvc_checkout
 from kohaku_delta.printing import print_line
 from kohaku_delta.provenance import stage_record

@@ -43,7 +43,7 @@ def _identify(path: Path, params: Path) -> bool:
         note = "" if len(file.sha256) == 64 else f", by the {len(file.sha256)} digits that are known"
         print_line(f"is {file.name} of {params}{note}")
     if not matches:
-        print_line(f"is none of {', '.join(file.name for file in files)} of {params}")
+        print_line(f"is not one of {', '.join(file.name for file in files)} of {params}")
         print_line(
             "The same tensors in another container have another sha256: "
             "kohaku-delta tensors A B compares with the published file itself."

@@ -35,9 +35,9 @@ PAIR = f"""CASE WHEN post_id BETWEEN {POST_IDS.start} AND {POST_IDS.stop - 1} AN
     AND tag_id BETWEEN {TAG_IDS.start} AND {TAG_IDS.stop - 1} AND tag_id = tag_id | 0
     THEN post_id << 32 | tag_id END"""
 
-BRING_IN = (
-    'Close the program that writes to it, and run `sqlite3 FILE "PRAGMA journal_mode = DELETE"` on it, which brings '
-    "them in."
+MERGE_CHANGES = (
+    'Close the program that writes to it, and run `sqlite3 FILE "PRAGMA journal_mode = DELETE"` on it, which writes '
+    "them into it."
 )
 # (part of SQLite's message, what we say); the first match is used
 CAUSES = (
@@ -51,8 +51,11 @@ CAUSES = (
         "disk I/O",
         "is damaged or truncated, or its disk cannot be read. Download it again and compare its sha256 with the pin.",
     ),
-    ("readonly database", f"is not complete: changes to it are in a file beside it (*-journal). {BRING_IN}"),
-    ("unable to open", f"cannot be opened by SQLite. If a file *-journal is beside it, there are changes. {BRING_IN}"),
+    ("readonly database", f"is not complete: changes to it are in a file beside it (*-journal). {MERGE_CHANGES}"),
+    (
+        "unable to open",
+        f"cannot be opened by SQLite. If a file *-journal is beside it, there are changes. {MERGE_CHANGES}",
+    ),
     (
         "Type mismatch",
         "has text in a column of whole numbers (an id or a type). Check that it is the whole danbooru2023.db.",
@@ -82,7 +85,7 @@ class Database:
         changes = self.path.with_name(f"{self.path.name}-wal")
         if changes.is_file() and changes.stat().st_size:
             raise UserError(
-                f"The database {self.path} is not complete: there are changes in {changes}. {BRING_IN} The "
+                f"The database {self.path} is not complete: there are changes in {changes}. {MERGE_CHANGES} The "
                 "sha256 is another one afterwards."
             )
         # SQLite would make *-wal and *-shm beside the file, which a folder that is only read does not allow

@@ -23,7 +23,8 @@ from kohaku_delta.danbooru import tar_index
 from kohaku_delta.danbooru.database import positions_of, unique_sorted
 from kohaku_delta.errors import UserError
 from kohaku_delta.hub import client, file_download, pins, progress, verified_files
-from kohaku_delta.hub.client import RemoteFile, TransientError
+from kohaku_delta.hub.client import RemoteFile
+from kohaku_delta.hub.hub_errors import TransientError
 from kohaku_delta.hub.pins import HubFile
 from kohaku_delta.hub.verified_files import Stamp
 from kohaku_delta.parallel import map_all, ordered_map

@@ -33,7 +33,7 @@ class Chunk:
     tag: np.ndarray
 
 
-def chunks(database: Database, ids: np.ndarray, tag_ids: np.ndarray, work: Callable, scratch=None) -> Iterator:
+def map_chunks(database: Database, ids: np.ndarray, tag_ids: np.ndarray, work: Callable, scratch=None) -> Iterator:
     """work(chunk) of the posts `ids` (int64, ascending, distinct), in order, every post in one chunk; `work` runs in
     threads.
 

@@ -6,7 +6,7 @@ number of different tags. A line that is not such a post is refused and named by
 lines, the last one counts.
 
 The database is kept in the mirror as converted/<sha256 of posts.json>/danbooru2023.db, with a note beside it of what
-wrote it and of its own sha256. It is written anew unless both are as noted. The same posts.json gives the same bytes
+wrote it and of its own sha256. It is written again unless both are as noted. The same posts.json gives the same bytes
 on every host, because the library that writes it (ADBC with its own SQLite) is locked.
 
 Order of tags: those of a line, class by class, as its tag_string_… list them; Danbooru writes them alphabetically.

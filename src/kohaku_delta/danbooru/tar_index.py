@@ -60,13 +60,13 @@ class TarMembers:
     sound: np.ndarray  # bool, false if the public index gives another sha256
 
 
-def index_tars(files: dict[int, Path], keep=None, stop: Event | None = None) -> dict[int, TarMembers]:
-    """The members of each tar, by its number. `keep` is the file that the index is kept in (None: it is not kept). Once
-    `stop` is set, no further tar is read.
+def index_tars(files: dict[int, Path], index_path: Path | None, stop: Event | None = None) -> dict[int, TarMembers]:
+    """The members of each tar, by its number. `index_path` is the file that the index is kept in (None: it is
+    not kept). Once `stop` is set, no further tar is read.
 
     Raises UserError, with its name, for a tar that is truncated, empty, damaged, or not the one of its public index.
     """
-    kept = _read_index(keep) if keep is not None else {}  # by tar's name: (state, members)
+    kept = _read_index(index_path) if index_path else {}  # by tar's name: (state, members)
     states = {number: f"{READER} {tar_state(path)}" for number, path in files.items()}
     found = {
         number: kept[path.name][1] for number, path in files.items() if kept.get(path.name, ("",))[0] == states[number]
@@ -81,9 +81,9 @@ def index_tars(files: dict[int, Path], keep=None, stop: Event | None = None) -> 
                     found[number] = members
                     bar.update(os.path.getsize(files[number]))
             finally:
-                if keep is not None:
+                if index_path:
                     new = {files[number].name: (states[number], members) for number, members in found.items()}
-                    _write_index(keep, kept | new)
+                    _write_index(index_path, kept | new)
     return found
 
 
@@ -205,10 +205,10 @@ def tar_state(path: Path) -> str:
     return " ".join(f"{status.st_size} {status.st_mtime_ns}" for status in there)
 
 
-def _read_index(keep) -> dict[str, tuple[str, TarMembers]]:
+def _read_index(path: Path) -> dict[str, tuple[str, TarMembers]]:
     """The kept index, by the tar's name: its state and members; empty if there is none that can be read."""
     try:
-        whole = parquet.read(keep, SCHEMA.names).combine_chunks()
+        whole = parquet.read(path, SCHEMA.names).combine_chunks()
     except (UserError, OSError, pa.ArrowException):
         return {}
     if not whole.num_rows:
@@ -227,17 +227,17 @@ def _columns(part: pa.Table) -> Iterator:
         yield column if name == "extension" else column.to_numpy(zero_copy_only=False)
 
 
-def _write_index(keep, found: dict[str, tuple[str, TarMembers]]) -> None:
+def _write_index(path: Path, found: dict[str, tuple[str, TarMembers]]) -> None:
     """Keeps the index, if its folder can be written to."""
     try:
-        with parquet.open_writer(keep, SCHEMA) as append:
+        with parquet.open_writer(path, SCHEMA) as append:
             for tar, (state, members) in sorted(found.items()):
                 count = len(members.id)
                 columns = (getattr(members, field.name) for field in fields(members))
                 append(pa.table([pa.repeat(tar, count), pa.repeat(state, count), *columns], schema=SCHEMA))
     except OSError as error:
         print_line(
-            f"The index of the tars cannot be kept at {keep} ({error.strerror}): they will be read again next time. "
+            f"The index of the tars cannot be kept at {path} ({error.strerror}): they will be read again next time. "
             "Choose another place with --index.",
             err=True,
         )

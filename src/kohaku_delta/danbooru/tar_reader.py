@@ -196,6 +196,6 @@ def _pax_records(data: bytes) -> dict:
         at += length
     if "size" in records:
         if not re.fullmatch(rb"[0-9]{1,19}", records["size"]):
-            raise TarError("is damaged: an extension header has a size that is no number")
+            raise TarError("is damaged: an extension header has a size that is not a number")
         records["size"] = int(records["size"])
     return records

@@ -203,7 +203,7 @@ def iter_captions(
     """
     metadata = post_metadata(database, ids, parameters)
     vocabulary = Vocabulary(database, parameters)
-    for written in post_tags.chunks(
+    for written in post_tags.map_chunks(
         database, ids, vocabulary.ids, lambda chunk: write_chunk(chunk, ids, metadata, vocabulary), scratch
     ):
         yield vocabulary, written

@@ -22,11 +22,12 @@ from kohaku_delta.dataset import selection
 from kohaku_delta.errors import UserError
 from kohaku_delta.hub import inputs_manifest, mirror, pins
 from kohaku_delta.params import Download, Recipe
+from kohaku_delta.printing import format_some
 
 
-def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> dict:
+def fetch_inputs(recipe: Recipe, folder: Path, other_mirrors: Sequence[Path] = ()) -> dict:
     """Downloads and verifies the inputs of a recipe; returns the entries of inputs.json. folder: that of params.yaml.
-    others: mirrors that are only read.
+    other_mirrors: only read.
     """
     download = recipe.download
     unread = pins.unread_inputs(recipe)
@@ -34,7 +35,7 @@ def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> d
     _require_user_files(recipe, folder)
     _require_main_tars(recipe, folder)
     if download.images == "all":
-        entries = mirror.resolve_inputs(download, folder, unread, others)
+        entries = mirror.resolve_inputs(download, folder, unread, other_mirrors)
         entries |= _converted_posts(entries, folder, download)
         return entries | _linked_tars(entries, folder, download)
     source = "posts" if "posts" in download.inputs else "database"
@@ -45,12 +46,12 @@ def fetch_inputs(recipe: Recipe, folder: Path, others: Sequence[Path] = ()) -> d
                 "Add it to params.yaml, or set download.images to all."
             )
     pinned = pins.expand_input("tars", download.inputs["tars"], folder)
-    if any(not pin.url.startswith("hf://") or pins.hub_file(pin).revision is None for pin in pinned):
+    if any(pin.local_path or pins.hub_file(pin).revision is None for pin in pinned):
         raise UserError(
             "download.images is selected, but not all of download.inputs.tars are hf://…@revision/…. "
             "Pin them (`kohaku-delta pin`), or set images to all."
         )
-    entries = mirror.resolve_inputs(download, folder, unread | {"tars"}, others)
+    entries = mirror.resolve_inputs(download, folder, unread | {"tars"}, other_mirrors)
     entries |= _converted_posts(entries, folder, download)
     indexes = _indexes_by_name(entries["index"], folder)
     numbers = {int(match[1]) for pin in pinned if (match := tars.NAME.fullmatch(pin.url.rpartition("/")[2]))}
@@ -109,11 +110,10 @@ def check_tars(recipe: Recipe, folder: Path) -> None:
     """
     kept = folder / recipe.download.mirror / ("selected" if recipe.download.images == "selected" else "")
     files = []
-    for pin in _as_list(recipe.download.inputs.get("tars", [])):
+    for pin in recipe.download.pins("tars"):
         for each in pins.expand_span(pin.model_copy(update={"sha256": None}), Path()):  # every file of the span
-            local = each.url.startswith("file://")
-            path = folder / each.url.removeprefix("file://") if local else kept / pins.hub_file(each).path
-            if local and not path.is_file():
+            path = folder / each.local_path if each.local_path else kept / pins.hub_file(each).path
+            if each.local_path and not path.is_file():
                 return
             files.append(Path(os.path.normpath(path)))
     tar_links.check_names(files)
@@ -122,27 +122,26 @@ def check_tars(recipe: Recipe, folder: Path) -> None:
 def _require_user_files(recipe: Recipe, folder: Path) -> None:
     """Raises UserError at once, naming the alternative, if a parent is missing that only the user can supply."""
     for name in ("gamma", "beta") if recipe.merge.start == "merge" else ():
-        for pin in _as_list(recipe.download.inputs.get(name, [])):
-            path = folder / pin.url.removeprefix("file://")
-            if pin.url.startswith("file://") and not path.is_file():
+        for pin in recipe.download.pins(name):
+            if pin.local_path and not (folder / pin.local_path).is_file():
                 raise UserError(
-                    f"{path} does not exist: {name} is supplied by you ({pins.pin_strength(pin)}). "
+                    f"{folder / pin.local_path} does not exist: {name} is supplied by you ({pins.pin_strength(pin)}). "
                     "Put it there, or start without it (merge.start: published)."
                 )
 
 
 def _require_main_tars(recipe: Recipe, folder: Path) -> None:
     """Raises UserError if a list of pins leaves out a main tar that params.yaml names: its posts would be lost."""
-    for place, span in enumerate(_as_list(recipe.download.inputs.get("tars", []))):
+    for place, span in enumerate(recipe.download.pins("tars")):
         pin_list = paths.pin_list_path(folder, "tars", place)
         listed = {pin.url for pin in pins.expand_span(span, pin_list)}
         names = [url.rpartition("/")[2] for url in pins.span_urls(span) if url not in listed]
         absent = [name for name in names if (match := tars.NAME.fullmatch(name)) and int(match[1]) in tars.MAIN]
         if absent:
             raise UserError(
-                f"{pin_list} does not list {', '.join(absent[:8])}"
-                f"{' …' if len(absent) > 8 else ''}, which {span.url} names: that revision does not have it, and its "
-                "posts would be lost. Choose another revision, or name other tars (download.inputs.tars)."
+                f"{pin_list} does not list {format_some(absent, 8)}, which {span.url} names: that revision does not "
+                "have it, and its posts would be lost. Choose another revision, or name other tars "
+                "(download.inputs.tars)."
             )
 
 

@@ -28,10 +28,11 @@ from kohaku_delta.danbooru import image, tar_index, tars
 from kohaku_delta.danbooru.database import Database, positions_of, unique_sorted
 from kohaku_delta.danbooru.tar_index import TarMembers
 from kohaku_delta.dataset import captions, image_decoding, image_sizes
-from kohaku_delta.dataset.post_metadata import REASONS, post_metadata
+from kohaku_delta.dataset.post_metadata import REASONS, PostMetadata, post_metadata
 from kohaku_delta.errors import UserError
 from kohaku_delta.parallel import ordered_map
 from kohaku_delta.params import Caption, Filter
+from kohaku_delta.printing import format_some
 
 NO_IMAGE, MISSING, IMPOSSIBLE, UNREADABLE, EXTREME = range(3, len(REASONS))
 KEPT = -1
@@ -69,29 +70,9 @@ def filter_posts(
     tars.
     """
     ids = unique_sorted(ids)
-    residues = set(np.unique(ids % len(tars.MAIN)).tolist())
-    if absent := sorted(residues.intersection(expected) - files.keys()):
-        names = ", ".join(f"data-{number:04d}.tar" for number in absent[:8]) + (" …" if len(absent) > 8 else "")
-        raise UserError(
-            f"{len(absent):,} main tars of selected posts do not exist: {names}. Download them into the tars folder, "
-            "set --tars to the right folder, or use only the tars that are there with --partial."
-        )
-    if not files:
-        raise UserError(
-            "There is no tar (data-0000.tar …) at all, so no post has an image. Download them, or set --tars."
-        )
-    any_post = {number for number in files if number == tars.ADD_ON or number >= tars.UPDATES}
-    relevant = {number: path for number, path in files.items() if number % 1000 in residues or number in any_post}
-    stop = Event()
-    with ThreadPoolExecutor(1) as pool:  # SQLite and the tars do not wait for each other
-        try:
-            index_path = index or tar_index.default_index_path(files)
-            indexing = pool.submit(tar_index.index_tars, relevant, index_path, stop)
-            metadata = post_metadata(database, ids, caption, parameters.images)
-            possible = captions.captionable(database, ids, caption, metadata)
-            members = indexing.result()
-        finally:
-            stop.set()
+    relevant = _relevant_tars(ids, files, expected)
+    index_path = index or tar_index.default_index_path(files)
+    metadata, possible, members = _read_metadata_and_tars(database, ids, relevant, parameters, caption, index_path)
     tar, row = find_in_tars(ids, members)
     offset, size = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
     width, height = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
@@ -134,6 +115,58 @@ def filter_posts(
         reason[kept[width[kept] == 0]] = UNREADABLE
     longer, shorter = np.maximum(width, height).astype(np.int64), np.minimum(width, height).astype(np.int64)
     reason[(reason == KEPT) & (longer > parameters.max_aspect_ratio * shorter)] = EXTREME
+    return _as_tables(ids, reason, metadata, files, tar, [offset, size, width, height], decoding(parameters))
+
+
+def _relevant_tars(ids: np.ndarray, files: dict[int, Path], expected: Collection[int]) -> dict[int, Path]:
+    """The tars that may hold one of these posts. Raises UserError as filter_posts does for missing tars."""
+    residues = set(np.unique(ids % len(tars.MAIN)).tolist())
+    if absent := sorted(residues.intersection(expected) - files.keys()):
+        names = format_some((f"data-{number:04d}.tar" for number in absent), 8)
+        raise UserError(
+            f"{len(absent):,} main tars of selected posts do not exist: {names}. Download them into the tars folder, "
+            "set --tars to the right folder, or use only the tars that are there with --partial."
+        )
+    if not files:
+        raise UserError(
+            "There is no tar (data-0000.tar …) at all, so no post has an image. Download them, or set --tars."
+        )
+    any_post = {number for number in files if number == tars.ADD_ON or number >= tars.UPDATES}
+    return {number: path for number, path in files.items() if number % 1000 in residues or number in any_post}
+
+
+def _read_metadata_and_tars(
+    database: Database,
+    ids: np.ndarray,
+    files: dict[int, Path],
+    parameters: Filter,
+    caption: Caption,
+    index_path: Path | None,
+) -> tuple[PostMetadata, np.ndarray, dict[int, TarMembers]]:
+    """The posts' metadata, whether each can have a caption (bool), and the members of each tar: the database and the
+    tars are read at the same time.
+    """
+    stop = Event()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            indexing = pool.submit(tar_index.index_tars, files, index_path, stop)
+            metadata = post_metadata(database, ids, caption, parameters.images)
+            possible = captions.captionable(database, ids, caption, metadata)
+            return metadata, possible, indexing.result()
+        finally:
+            stop.set()
+
+
+def _as_tables(
+    ids: np.ndarray,
+    reason: np.ndarray,
+    metadata: PostMetadata,
+    files: dict[int, Path],
+    tar: np.ndarray,
+    numbers: list[np.ndarray],
+    decoded_as: image.Decoding,
+) -> tuple[pa.Table, pa.Table]:
+    """(POSTS, DROPPED) from arrays with an entry per post; numbers: offset, size, width and height."""
     kept = np.flatnonzero(reason == KEPT)
     names = pa.array([files[number].name if number in files else None for number in range(max(files) + 1)], pa.string())
     words = pa.array(REASONS)
@@ -141,15 +174,12 @@ def filter_posts(
     columns = [
         ids[kept],
         names.take(pa.array(tar[kept])),
-        offset[kept],
-        size[kept],
-        width[kept],
-        height[kept],
+        *(values[kept] for values in numbers),
         words.take(pa.array(against, mask=against == KEPT)),
     ]
     dropped = np.flatnonzero(reason != KEPT)
     reasons = words.take(pa.array(reason[dropped]))
-    posts = pa.table(columns, schema=POSTS.with_metadata(decoding(parameters).metadata or None))
+    posts = pa.table(columns, schema=POSTS.with_metadata(decoded_as.metadata or None))
     return posts, pa.table([ids[dropped], reasons], schema=DROPPED)
 
 

@@ -16,6 +16,7 @@ from kohaku_delta.danbooru.created_at import years
 from kohaku_delta.danbooru.database import Database, positions_of
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import Caption, Percentiles
+from kohaku_delta.printing import format_some
 
 NONE = -1  # no such tag, or NULL in the database
 UNKNOWN = -2  # a rating that is not a whole number; ratings that are not in caption.ratings are unknown as well
@@ -164,9 +165,8 @@ def post_metadata(
             bar.update(count)
     if not found.all():
         missing = ids[~found]
-        examples = ", ".join(map(str, missing[:5])) + (" …" if len(missing) > 5 else "")
         raise UserError(
-            f"The database {database.path} has no post {examples} ({len(missing):,} of the {len(ids):,} posts asked "
-            "for). The list of posts belongs to another database."
+            f"The database {database.path} has no post {format_some(map(str, missing), 5)} ({len(missing):,} of the "
+            f"{len(ids):,} posts asked for). The list of posts belongs to another database."
         )
     return PostMetadata(year, date, rating, quality, possible, against, thresholds)

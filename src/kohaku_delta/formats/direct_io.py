@@ -80,6 +80,7 @@ class Writer:
         self._direct = size >= MIN_DIRECT and self._set_direct(True)
 
     def write(self, data: memoryview) -> None:
+        """Append bytes. Raises OSError, for example if the disk is full."""
         while data:
             count = min(len(data), STAGE - self._used)
             self._stage[self._used : self._used + count] = data[:count]

@@ -58,7 +58,7 @@ def to_float32(stored: np.ndarray, dtype: str) -> np.ndarray:
 
 def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
     """A new array of float32 `values` as `dtype` stores them. What is too large becomes infinite, as in IEEE 754; the
-    caller checks with `finite`. Raises ValueError for a dtype that is not in FLOATS.
+    caller checks with `all_finite`. Raises ValueError for a dtype that is not in FLOATS.
     """
     values = np.ascontiguousarray(values, np.float32)
     if dtype == "F16":
@@ -74,7 +74,7 @@ def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
     raise ValueError(f"{dtype} is not a floating-point dtype that can be computed with")
 
 
-def finite(stored: np.ndarray, dtype: str) -> bool:
+def all_finite(stored: np.ndarray, dtype: str) -> bool:
     """Whether an array as stored holds neither NaN nor infinity."""
     if dtype in ("F16", "BF16"):
         exponent = np.uint16(0x7C00 if dtype == "F16" else 0x7F80)

@@ -31,6 +31,8 @@ PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 @dataclass(frozen=True)
 class TensorSpec:
+    """A tensor as a header describes it. dtype: safetensors' name, as in dtypes.NUMPY."""
+
     dtype: str
     shape: tuple[int, ...]
 
@@ -67,7 +69,7 @@ def _parse(descriptor: int, size: int) -> tuple[dict[str, TensorSpec], dict[str,
     try:
         "".join((*header, *metadata, *metadata.values())).encode()
     except UnicodeEncodeError:
-        raise _Malformed("its header holds half of a surrogate pair, which is no character") from None
+        raise _Malformed("its header holds half of a surrogate pair, which is not a character") from None
     specs, offsets, spans = {}, {}, []
     for name in sorted(header):
         entry = header[name]

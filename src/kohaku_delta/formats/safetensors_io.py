@@ -156,7 +156,7 @@ def write(
     return WriteResult(total, sha256, content_digest(specs, _hexdigests(hashes)))
 
 
-def expect(
+def expected_file(
     specs: Mapping[str, TensorSpec],
     produce: Callable[[list[str]], Iterable[tuple[str, Buffer]]],
     metadata: Mapping[str, str] | None = None,

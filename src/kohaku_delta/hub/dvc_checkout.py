@@ -25,8 +25,7 @@ def link_inputs(params: Path, with_work: bool = False) -> None:
         return
     recipe = recipes.load(params)
     download, work = recipe.download, recipe.execution.work
-    pins = [pin for pinned in download.inputs.values() for pin in (pinned if isinstance(pinned, list) else [pinned])]
-    local = [pin.url.removeprefix("file://") for pin in pins if pin.url.startswith("file://")]
+    local = [pin.local_path for _, pin in download.all_pins if pin.local_path]
     for name in (download.mirror, *local, *([work] if with_work else [])):
         path = Path(os.path.normpath(params.resolve().parent / name))
         if not path.is_relative_to(checkout) or os.path.lexists(path):

@@ -17,8 +17,9 @@ from ruamel.yaml import YAML
 
 from kohaku_delta import paths
 from kohaku_delta.errors import UserError
-from kohaku_delta.hub import client, pins
+from kohaku_delta.hub import client, connection, pins
 from kohaku_delta.hub.client import RemoteFile
+from kohaku_delta.hub.hub_errors import Unreachable
 from kohaku_delta.params import Pin, Recipe
 
 Result = TypeVar("Result")
@@ -36,10 +37,8 @@ def fill_pins(params: Path, recipe: Recipe) -> PinEdit:
     """The edit of `params`, the file of `recipe`, that fills in its pins from the Hub. Writes nothing."""
     edit, filled = PinEdit(), {}
     for name, pinned in sorted(recipe.download.inputs.items()):
-        for number, pin in enumerate(pinned if isinstance(pinned, list) else [pinned]):
-            if pin.url.startswith("hf://") and (
-                pins.hub_file(pin).revision is None or pin.bytes is None or pin.sha256 is None
-            ):
+        for number, pin in enumerate(recipe.download.pins(name)):
+            if not pin.local_path and (pins.hub_file(pin).revision is None or pin.bytes is None or pin.sha256 is None):
                 key = (name, number) if isinstance(pinned, list) else (name,)
                 filled[key] = _filled_pin(name, pin, paths.pin_list_path(params.parent, name, number), edit)
             elif pins.pin_strength(pin) != "sha256":
@@ -126,13 +125,13 @@ def _ask(question: Callable[[], Result], pin: Pin) -> Result:
     def once() -> Result:
         try:
             return question()
-        except client.Unreachable as error:
+        except Unreachable as error:
             raise UserError(
                 f"{pin.url}: the hub {error}. `kohaku-delta pin` needs the network: run it where there is one, or fill "
                 "in the pin by hand."
             ) from None
 
-    client.require_online("`kohaku-delta pin` asks the hub")
+    connection.require_online("`kohaku-delta pin` asks the hub")
     return client.retry(once, pin.url, threading.Event())
 
 

@@ -34,7 +34,7 @@ class InputFile:
 
     @property
     def remote(self) -> bool:
-        return self.pin.url.startswith("hf://")
+        return self.pin.local_path is None
 
 
 def verify_file(path: Path, pin: Pin, advance: Callable[[int], object] = lambda count: None) -> VerifiedFile:
@@ -54,7 +54,7 @@ def verify_file(path: Path, pin: Pin, advance: Callable[[int], object] = lambda 
 
 
 def _remedy(pin: Pin) -> str:
-    if pin.url.startswith("hf://"):
+    if pin.local_path is None:
         return "It is damaged or another file."  # and is downloaded again
     return (
         "It is damaged or another file: put the pinned file back, "
@@ -63,22 +63,25 @@ def _remedy(pin: Pin) -> str:
 
 
 def resolve_inputs(
-    parameters: Download, folder: Path, skip: frozenset[str] | set[str] = frozenset(), others: Sequence[Path] = ()
+    parameters: Download,
+    folder: Path,
+    skip: frozenset[str] | set[str] = frozenset(),
+    other_mirrors: Sequence[Path] = (),
 ) -> dict:
     """Verifies every pinned input except those named in `skip`, and downloads missing ones; returns the entries of
     inputs.json, each with its "stamp".
 
-    folder: that of params.yaml; relative file:// urls and a relative mirror are relative to it. others: mirrors that
-    are only read.
+    folder: that of params.yaml; relative file:// urls and a relative mirror are relative to it. other_mirrors: only
+    read.
     """
     files = list_input_files(parameters, folder, skip)
-    verified = verify_local(files, others)
+    verified = verify_local(files, other_mirrors)
     missing = [file for file in files if file not in verified]
     if missing:
         verified |= download_missing(missing, folder / parameters.mirror)
     entries: dict = {}
     for file in files:
-        written = parameters.mirror if file.remote else file.pin.url.removeprefix("file://")
+        written = file.pin.local_path or parameters.mirror
         entry = {
             "path": manifest_path(file.path, folder, written),
             "bytes": verified[file].stamp.bytes,
@@ -108,8 +111,8 @@ def list_input_files(parameters: Download, folder: Path, skip: frozenset[str] | 
         if name in skip:
             continue
         for pin in pins.expand_input(name, pinned, folder):
-            if pin.url.startswith("file://"):
-                path = folder / pin.url.removeprefix("file://")
+            if pin.local_path:
+                path = folder / pin.local_path
             elif pins.hub_file(pin).revision is not None:
                 path = folder / parameters.mirror / pins.hub_file(pin).path
             else:
@@ -125,7 +128,7 @@ def list_input_files(parameters: Download, folder: Path, skip: frozenset[str] | 
     return files
 
 
-def verify_local(files: list[InputFile], others: Sequence[Path] = ()) -> dict[InputFile, VerifiedFile]:
+def verify_local(files: list[InputFile], other_mirrors: Sequence[Path] = ()) -> dict[InputFile, VerifiedFile]:
     """The sha256 and stamp of each file that exists and agrees with its pin; files of other mirrors are linked. Raises
     UserError for a file:// input that is missing or wrong.
     """
@@ -135,11 +138,13 @@ def verify_local(files: list[InputFile], others: Sequence[Path] = ()) -> dict[In
         if not file.remote:
             candidates[file] = [file.path]
             continue
-        copies = {other: [path for path in places_in(other, file.pin) if path.is_file()] for other in others}
-        used |= {other for other in others if copies[other]}
+        copies = {
+            other: [path for path in candidate_paths(other, file.pin) if path.is_file()] for other in other_mirrors
+        }
+        used |= {other for other in other_mirrors if copies[other]}
         if existing := [file.path] * file.path.is_file() + [path for paths in copies.values() for path in paths]:
             candidates[file] = existing
-    for other in others:
+    for other in other_mirrors:
         _report_mirror(other, is_used=other in used or not any(file.remote for file in files))
     total = sum(paths[0].stat().st_size for paths in candidates.values() if paths[0].is_file())
     with progress.progress_bar("verify", total) as advance:
@@ -164,22 +169,22 @@ def verify_local(files: list[InputFile], others: Sequence[Path] = ()) -> dict[In
         return {file: found for file, found in results if found is not None}
 
 
-def places_in(other: Path, pin: Pin) -> list[Path]:
+def candidate_paths(mirror: Path, pin: Pin) -> list[Path]:
     """Where another mirror may have the file of an hf:// pin."""
     file = pins.hub_file(pin)
     cached = Path(f"{file.kind}s--{file.repo.replace('/', '--')}", "snapshots", file.revision or "", file.file)
-    known = [other / file.path, other / cached, other / "hub" / cached]
-    # the names of other places say nothing of repository and revision: the hash decides
-    return known + (list(dict.fromkeys([other / file.file, other / Path(file.file).name])) if pin.sha256 else [])
+    known = [mirror / file.path, mirror / cached, mirror / "hub" / cached]
+    # these names do not tell repository and revision, so only the hash can decide
+    return known + (list(dict.fromkeys([mirror / file.file, mirror / Path(file.file).name])) if pin.sha256 else [])
 
 
-def _report_mirror(other: Path, is_used: bool) -> None:
+def _report_mirror(mirror: Path, is_used: bool) -> None:
     """Raises UserError if another mirror is no folder; says so if it has none of the files."""
-    if not other.is_dir():
-        raise UserError(f"--mirror {other} is not a folder that exists.")
+    if not mirror.is_dir():
+        raise UserError(f"--mirror {mirror} is not a folder that exists.")
     if not is_used:
         progress.log_above_bar(
-            f"--mirror {other} has none of the inputs, neither as a mirror (kind/owner/name/revision/file), nor as a "
+            f"--mirror {mirror} has none of the inputs, neither as a mirror (kind/owner/name/revision/file), nor as a "
             "Hugging Face cache (models--owner--name/snapshots/…), nor, for inputs with a sha256, as a folder of files."
         )
 

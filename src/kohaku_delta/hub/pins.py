@@ -96,7 +96,7 @@ def expand_span(pin: Pin, pin_list: Path) -> list[Pin]:
     listed = {folder + file: entry for file, entry in read_pin_list(pin_list, pin).items()}
     if unknown := sorted(listed.keys() - set(urls)):
         raise UserError(
-            f"{pin_list} names {unknown[0].removeprefix(folder)}, which is no file of {pin.url}. "
+            f"{pin_list} names {unknown[0].removeprefix(folder)}, which is not a file of {pin.url}. "
             "Run `kohaku-delta pin` again, or correct the url."
         )
     return [Pin(url=url, bytes=listed[url][0], sha256=listed[url][1]) for url in urls if url in listed]

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from kohaku_delta.printing import printable
+
 
 @contextmanager
 def progress_bar(description: str, total: int, initial: int = 0) -> Iterator[Callable[[int], None]]:
@@ -24,5 +26,5 @@ def progress_bar(description: str, total: int, initial: int = 0) -> Iterator[Cal
 
 
 def log_above_bar(sentence: str) -> None:
-    """Prints a sentence above the bar."""
-    tqdm.write(sentence, file=sys.stderr)
+    """Prints a sentence to stderr above the bar, escaped as printing.print_line does."""
+    tqdm.write(printable(sentence), file=sys.stderr)

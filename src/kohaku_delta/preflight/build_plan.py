@@ -141,7 +141,7 @@ def _time_rows(recipe: Recipe, gpus: tuple[Gpu, ...], seconds: float | None) -> 
     rows = [PlanRow("steps", f"{steps:,}", "schedule.max_steps" if steps == recipe.schedule.max_steps else source)]
     if kept := estimates.milestones(recipe):
         source = f"steps {kept[0]:,} to {kept[-1]:,}, each with its LoKr file"
-        rows.append(PlanRow("states kept for good", f"{len(kept)}", source))
+        rows.append(PlanRow("states never deleted", f"{len(kept)}", source))
         source = f"the stage milestones draws and measures with {len(kept) + 2} models, the preview with 2"
         rows.append(PlanRow("time of the measurements", "not measured", source))
     used = f"{ranks} of {len(gpus)} GPUs"

@@ -26,7 +26,6 @@ KNOWN_GPUS = {
     "A100 80GB": (80, "8.0", 108),
     "H100": (80, "9.0", 132),
 }
-BITSANDBYTES_BROKEN = ((0, 36, 0), (0, 41, 0))  # model card: the 8-bit optimizers of these versions are wrong
 DRIVERS = {12: 525, 13: 580}  # CUDA major → lowest driver: NVIDIA's table of minor version compatibility
 POST_BYTES = 700  # per post in posts and captions: 35 tags (0.25 billion tags of 7 million posts) of 20 bytes each
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -61,12 +60,7 @@ def total(estimates: list[SizeEstimate]) -> int:
 def needed_pins(recipe: Recipe) -> list[tuple[str, Pin]]:
     """(name, pin) of the inputs that the recipe reads. A pin with a span in its url stands for many files."""
     unread = pins.unread_inputs(recipe)
-    return [
-        (name, pin)
-        for name, pinned in recipe.download.inputs.items()
-        if name not in unread
-        for pin in (pinned if isinstance(pinned, list) else [pinned])
-    ]
+    return [(name, pin) for name, pin in recipe.download.all_pins if name not in unread]
 
 
 def steps(recipe: Recipe) -> int | None:
@@ -129,7 +123,7 @@ def journal_row_bytes(recipe: Recipe, model: ParameterCounts) -> int:
 
 
 def milestones(recipe: Recipe) -> list[int]:
-    """The steps whose states and LoKr files are kept for good."""
+    """The steps whose states and LoKr files are never deleted."""
     every = recipe.train.milestone_every
     return list(range(every, (steps(recipe) or 0) + 1, every))
 
@@ -138,7 +132,7 @@ def download_sizes(recipe: Recipe, model: ParameterCounts | None) -> list[SizeEs
     """What is downloaded into the mirror. model: None if its size is not known."""
     pins_by_name: dict[str, list[Pin]] = {}
     for name, pin in needed_pins(recipe):
-        if pin.url.startswith("hf://"):
+        if not pin.local_path:
             pins_by_name.setdefault(name, []).append(pin)
     estimates = []
     for name, own in pins_by_name.items():
@@ -262,8 +256,3 @@ def shared_memory(recipe: Recipe) -> int:
     per_process = MICRO_BATCHES_AHEAD * recipe.schedule.batch_size * (images + noise)
     nccl = NCCL_SHARED if recipe.train.device == "cuda" else 0
     return recipe.execution.ranks * recipe.execution.workers * per_process + nccl
-
-
-def days(count: int, seconds: float) -> float:
-    """Of `count` steps of `seconds` each."""
-    return count * seconds / 86400

@@ -19,6 +19,9 @@ from kohaku_delta.preflight import parameter_counts
 
 
 def probe(recipe: Recipe, folder: Path) -> dict:
+    """The facts of host_facts.Host that need torch, as JSON: numerics, bitsandbytes, network_weights ("" or None if
+    there is nothing to say), gpus (a Gpu each, memory in bytes), architectures, cuda, nccl, model (ParameterCounts).
+    """
     found: dict = {"numerics": "", "gpus": [], "architectures": [], "cuda": "", "nccl": ""}
     found |= {"model": None, "network_weights": None}
     try:

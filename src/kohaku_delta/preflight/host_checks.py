@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from kohaku_delta.params import Recipe
 from kohaku_delta.preflight import estimates
 from kohaku_delta.preflight.host_facts import Host
+from kohaku_delta.training import bitsandbytes_versions
 from kohaku_delta.units import format_size
 
 
@@ -63,12 +64,10 @@ def check_bitsandbytes(host: Host, recipe: Recipe) -> CheckResult | None:
     if host.libraries is None or host.bitsandbytes is None:
         return None
     installed, locked = host.libraries.get("bitsandbytes", ""), host.locked.get("bitsandbytes")
-    version = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
-    first, last = estimates.BITSANDBYTES_BROKEN
     fault = ""
     if not installed:
         fault = "not installed"
-    elif first <= version <= last:
+    elif bitsandbytes_versions.is_broken(installed):
         fault = f"{installed}: the 8-bit optimizers of 0.36.0 to 0.41.0 are broken (model card)"
     elif installed != locked:
         fault = f"{installed}: the lock has {locked}, and another version rounds differently"
@@ -136,7 +135,7 @@ def check_driver(host: Host, recipe: Recipe) -> CheckResult | None:
     major = host.driver.split(".")[0]
     remedy = f"install NVIDIA's driver {lowest} or later on the host: CUDA {cuda} needs it"
     if not host.driver:
-        remedy += ". If nvidia-smi worked in this container before, create the container anew"
+        remedy += ". If nvidia-smi worked in this container before, create the container again"
     ok = major.isdigit() and int(major) >= lowest
     return CheckResult("driver", ok, host.driver or "none answers (nvidia-smi)", remedy)
 
@@ -221,7 +220,7 @@ def check_network_weights(host: Host, recipe: Recipe) -> CheckResult | None:
     if host.network_weights is None:
         return None
     what = " ".join(host.network_weights.split()) or "has the modules and shapes of this recipe, all values finite"
-    return CheckResult("LoKr to begin with", not host.network_weights, what, "name another file: download.inputs")
+    return CheckResult("LoKr to start from", not host.network_weights, what, "name another file: download.inputs")
 
 
 def check_disks(host: Host, recipe: Recipe) -> list[CheckResult]:

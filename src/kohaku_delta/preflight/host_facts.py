@@ -10,13 +10,11 @@ import platform
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
-from kohaku_delta import strict_model
 from kohaku_delta.danbooru import posts_json, schema
 from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import fetch_inputs
@@ -26,10 +24,9 @@ from kohaku_delta.params import Pin, Recipe
 from kohaku_delta.preflight import estimates
 from kohaku_delta.preflight.parameter_counts import ParameterCounts
 from kohaku_delta.provenance import environment, import_closure
-from kohaku_delta.strict_model import PartialModel
+from kohaku_delta.training import run_folders
 
 PROBE_TIMEOUT = 300  # seconds; importing torch and diffusers from a cold disk is slow
-MAX_DEPENDS = 1 << 20  # bytes of a run's depends.json; the release's has 20 kB
 
 
 @dataclass(frozen=True)
@@ -179,36 +176,17 @@ def _disk_folder(path: Path, parts: list[Path] | None = None) -> DiskFolder:
     return DiskFolder(str(path), existing.stat().st_dev, shutil.disk_usage(existing).free, present)
 
 
-class _Dependencies(PartialModel):
-    """What is read of a run's depends.json."""
-
-    steps: int
-
-
 def _unfinished_runs(work: Path) -> list[Path]:
     """The folders of the runs that are neither finished nor set aside: training may go on with one of them."""
-    runs = []
-    for path in sorted(work.glob(f"{'[0-9a-f]' * 16}/depends.json")):
-        if not path.is_file():
-            continue
-        with suppress(UserError, OSError):
-            steps = strict_model.read_json(path, _Dependencies, MAX_DEPENDS).steps
-            if not (path.parent / f"step-{steps:08d}").is_dir():
-                runs.append(path.parent)
-    return runs
-
-
-def _local_path(pin: Pin, folder: Path) -> Path | None:
-    """The file of a file:// pin."""
-    return folder / pin.url.removeprefix("file://") if pin.url.startswith("file://") else None
+    return [run.folder for run in run_folders.unfinished_runs(work) if run.inputs]
 
 
 def _missing_inputs(recipe: Recipe, folder: Path) -> tuple[str, ...]:
     return tuple(
-        each.url.removeprefix("file://")
+        each.local_path
         for name in dict.fromkeys(name for name, _ in estimates.needed_pins(recipe))
         for each in pins.expand_input(name, recipe.download.inputs[name], folder)
-        if (path := _local_path(each, folder)) and not path.is_file()
+        if each.local_path and not (folder / each.local_path).is_file()
     )
 
 
@@ -227,7 +205,7 @@ def database_error(recipe: Recipe, folder: Path) -> str | None:
     """
     is_posts = "posts" in recipe.download.inputs
     pin = recipe.download.inputs.get("posts" if is_posts else "database")
-    path = _local_path(pin, folder) if isinstance(pin, Pin) else None
+    path = folder / pin.local_path if isinstance(pin, Pin) and pin.local_path else None
     if not path or not path.is_file():
         return None
     try:

@@ -182,18 +182,18 @@ def architecture_pins(recipe: Recipe) -> dict[str, Pin]:
 
 def _pinned_file(recipe: Recipe, folder: Path, pin: Pin) -> Path:
     """Where the file of a pin is, or will be."""
-    if pin.url.startswith("file://"):
-        return folder / pin.url.removeprefix("file://")
+    if pin.local_path:
+        return folder / pin.local_path
     return folder / recipe.download.mirror / pins.hub_file(pin).path
 
 
 def _local_checkpoint(recipe: Recipe, folder: Path) -> Path | None:
-    local = [pin for pin in architecture_pins(recipe).values() if pin.url.startswith("file://")]
+    local = [pin for pin in architecture_pins(recipe).values() if pin.local_path]
     return next((path for pin in local if (path := _pinned_file(recipe, folder, pin)).is_file()), None)
 
 
 def _mirrored_checkpoint(recipe: Recipe, folder: Path) -> Path | None:
-    remote = [pin for pin in architecture_pins(recipe).values() if pin.url.startswith("hf://")]
+    remote = [pin for pin in architecture_pins(recipe).values() if not pin.local_path]
     return next((path for pin in remote if (path := _pinned_file(recipe, folder, pin)).is_file()), None)
 
 

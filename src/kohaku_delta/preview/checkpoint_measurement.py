@@ -20,7 +20,7 @@ from kohaku_delta.hub import inputs_manifest
 from kohaku_delta.params import Recipe
 from kohaku_delta.preview import held_out_loss, sampler
 from kohaku_delta.preview.measurement_files import Measurement
-from kohaku_delta.training import buckets, trainer
+from kohaku_delta.training import buckets, run_inputs, training_context
 from kohaku_delta.training.batch_builder import BatchBuilder
 from kohaku_delta.training.sdxl_model import SDXL, ConditioningForm
 
@@ -29,7 +29,7 @@ from kohaku_delta.training.sdxl_model import SDXL, ConditioningForm
 class HeldOutData:
     """What every checkpoint is measured on. `reason`: why there is no held-out post."""
 
-    tokenizers: trainer.Tokenizers
+    tokenizers: run_inputs.Tokenizers
     tars: dict[int, Path]
     posts: pa.Table
     captions: pa.Table
@@ -40,8 +40,8 @@ class HeldOutData:
 def read_held_out_data(recipe: Recipe, files: dict[str, Path]) -> HeldOutData:
     """Draws the held-out posts. files: inputs and selection; database, tars and tokenizers if given by hand."""
     database = Database(files["database"] or inputs_manifest.path(files["inputs"], "database"))
-    tar_files = trainer.tar_paths(files)
-    _, tokenizers = trainer.load_tokenizers(files)
+    tar_files = run_inputs.tar_paths(files)
+    _, tokenizers = run_inputs.load_tokenizers(files)
     selected = parquet.read(files["selection"], ["post_id"])["post_id"].to_numpy()
     posts, reason = held_out_posts(recipe, database, tar_files, selected)
     sizes = buckets.all_buckets(recipe.schedule)
@@ -77,10 +77,10 @@ def measure_checkpoint(recipe: Recipe, data: HeldOutData, checkpoint: Path) -> M
     """Draws the prompts and measures the loss with a checkpoint, on train.device."""
     train = recipe.train.model_copy(update={"shuffle_caption": False, "tag_dropout": 0.0, "seed": recipe.preview.seed})
     dtype = getattr(torch, train.precision)
-    model = trainer.load_sdxl(recipe, checkpoint, data.tokenizers, train.device, dtype, SDXL)
+    model = training_context.load_sdxl(recipe, checkpoint, data.tokenizers, train.device, dtype, SDXL)
     model.gamma = float("inf")  # the plain loss: min(SNR, ∞) / SNR = 1
-    latent_step = trainer.latent_step(model)
-    pictures = sampler.sample_images(model, data.tokenizers, recipe.preview, latent_step, train.max_token_length)
+    pixels_per_latent = training_context.pixels_per_latent(model)
+    pictures = sampler.sample_images(model, data.tokenizers, recipe.preview, pixels_per_latent, train.max_token_length)
     if not data.posts.num_rows:
         return Measurement(pictures, None)
     batches = BatchBuilder(
@@ -90,7 +90,7 @@ def measure_checkpoint(recipe: Recipe, data: HeldOutData, checkpoint: Path) -> M
         data.tokenizers,
         train,
         recipe.caption.separator,
-        latent_step,
+        pixels_per_latent,
     )
     form = ConditioningForm.of(recipe.train)
     losses = held_out_loss.losses_by_form(model, form, batches, data.posts, data.bucket_of, recipe.schedule.batch_size)

@@ -18,15 +18,15 @@ from kohaku_delta.training.sdxl_model import Sdxl
 
 @torch.no_grad()
 def sample_images(
-    model: Sdxl, tokenizers: tuple, parameters: Preview, latent_step: int, max_tokens: int
+    model: Sdxl, tokenizers: tuple, parameters: Preview, pixels_per_latent: int, max_tokens: int
 ) -> list[np.ndarray]:
-    """One picture per prompt, uint8 (height, width, 3). latent_step: pixels per latent; max_tokens: 75, 150 or 225."""
+    """One picture per prompt, uint8 (height, width, 3). pixels_per_latent: 8 for SDXL; max_tokens: 75, 150 or 225."""
     count, size = len(parameters.prompts), (parameters.height, parameters.width)
     texts = parameters.prompts + [parameters.negative] * count
     ids1, ids2 = conditioning.token_ids(tokenizers, texts, max_tokens)
     context, pooled = model.conditions(ids1.to(model.device), ids2.to(model.device))
     time_ids = torch.tensor([[*size, 0.0, 0.0, *size]] * len(texts), device=model.device)
-    shape = (LATENT_CHANNELS, size[0] // latent_step, size[1] // latent_step)
+    shape = (LATENT_CHANNELS, size[0] // pixels_per_latent, size[1] // pixels_per_latent)
     noises = [sample_rng.normal_for(shape, parameters.seed, index, sample_rng.NOISE) for index in range(count)]
     x = torch.stack([torch.from_numpy(noise) for noise in noises]).to(model.device, model.precision)
     times = [TIME_STEPS - 1 - index * TIME_STEPS // parameters.steps for index in range(parameters.steps)]

@@ -24,7 +24,7 @@ from kohaku_delta.params import Recipe
 from kohaku_delta.preview import checkpoint_measurement, measurement_files, milestones
 from kohaku_delta.preview.measurement_files import Measurement
 from kohaku_delta.strict_model import StrictModel
-from kohaku_delta.training import checkpointing, run_folders
+from kohaku_delta.training import run_folders
 from kohaku_delta.weights import lokr_format
 
 MILESTONE = re.compile(re.escape(paths.milestone_name(0)).replace("0" * 8, r"(\d{8})"))
@@ -53,9 +53,9 @@ def find_runs(work: Path) -> list[Run]:
     none.
     """
     runs = []
-    for depends in work.glob(f"*/{checkpointing.DEPENDS}"):
+    for depends in work.glob(f"*/{run_folders.DEPENDS}"):
         steps = run_folders.read_dependencies(depends.parent).steps
-        done = max(checkpointing.saved_steps(depends.parent), default=0)
+        done = max(run_folders.saved_steps(depends.parent), default=0)
         times = [path.stat().st_mtime for path in (depends, depends.parent / "log.csv") if path.exists()]
         runs.append(Run(depends.parent, done, steps, max(times)))
     if not runs:
@@ -74,7 +74,7 @@ def watch(recipe: Recipe, files: dict[str, Path], run: Path) -> tuple[dict[int, 
     milestones.png into run/watch. Returns all measurements by step, and the steps that were measured now.
     """
     lokrs, folder = find_milestones(run), run / FOLDER
-    with checkpointing.locked(folder, "`kohaku-delta watch`"):
+    with run_folders.locked(folder, "`kohaku-delta watch`"):
         settings = recipe.model_dump(mode="json", include=SECTIONS) | {"scale": recipe.bake.scale}
         measured, new, data = {}, [], None
         for step, lokr in tqdm([(0, None), *lokrs.items()], desc="watch", unit="model", disable=None):

@@ -1,7 +1,7 @@
 """A rebuild as the checks see it: recipe, pipeline, lock, records and the outputs that exist, of a recipe's folder or
 of a bundle of one.
 
-A bundle holds a recipe's folder without weights, work folder, code and mirror. Beside it lie `bundle.json` (its files,
+A bundle holds a recipe's folder without weights, work folder, code and mirror. It adds `bundle.json` (its files,
 and the outputs that were left out), `requirements/` (the lock files of the libraries) and `tensors.json` (the digest
 of each tensor of the weights that were left out).
 """
@@ -46,7 +46,7 @@ class Artifact:
 
     @cached_property
     def work(self) -> Path | None:
-        """The folder of the saved states; None for a bundle, and for one that lies outside the recipe's folder."""
+        """The folder of the saved states; None for a bundle, and for one that is outside the recipe's folder."""
         inside = not self.bundle and target_paths.is_inside(self.recipe.execution.work)
         return self.folder / self.recipe.execution.work if inside else None
 
@@ -89,7 +89,7 @@ class Artifact:
 
     @cached_property
     def start(self) -> str | None:
-        """The sha256 of the LoKr that the training begins with, according to inputs.json; None: it begins anew."""
+        """The sha256 of the LoKr that the training starts from, by inputs.json; None: it starts from scratch."""
         return next((entry["sha256"] for entry in self.inputs if entry["name"] == params.NETWORK_WEIGHTS), None)
 
     @cached_property
@@ -156,7 +156,7 @@ RECIPE = (dvc_yaml.PARAMS, dvc_yaml.PIPELINE, dvc_yaml.LOCK, bundles.MANIFEST, b
 
 
 def _read(name: str, folder: Path) -> Artifact:
-    """Nothing is opened before it was looked at whether it lies in the folder."""
+    """Nothing is opened before it is known to be inside the folder."""
     own = _is_own(folder)
     lists = (path.name for path in folder.glob("pins-*.csv"))
     target_paths.check_files(folder, [*RECIPE, paths.BUILD, *lists], [paths.BUILD] if own else [])
@@ -191,10 +191,10 @@ def _is_own(folder: Path) -> bool:
 
 
 def _check_root(rebuild: Artifact) -> None:
-    """Raises UserError if the code of a recipe's folder is said to lie neither around it nor where this code lies."""
+    """Raises UserError if `root` in params.yaml is neither a folder around the recipe's nor this code's repository."""
     root = (rebuild.folder / rebuild.recipe.root).resolve()
     if root not in (REPOSITORY, rebuild.folder.resolve(), *rebuild.folder.resolve().parents):
         raise UserError(
-            f"{rebuild.folder / dvc_yaml.PARAMS}: root is {rebuild.recipe.root}, which is no repository around this "
+            f"{rebuild.folder / dvc_yaml.PARAMS}: root is {rebuild.recipe.root}, which is not a repository around this "
             "recipe's folder. Audit the folder where it was built, or its bundle."
         )

@@ -64,7 +64,7 @@ class Tensor(StrictModel):
     @classmethod
     def _possible(cls, shape: list[int]) -> list[int]:
         if safetensors_header.is_too_large(shape):
-            raise ValueError(f"{shape!r:.80} is no shape of a tensor")
+            raise ValueError(f"{shape!r:.80} is not a shape of a tensor")
         return shape
 
 

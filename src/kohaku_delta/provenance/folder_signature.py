@@ -23,7 +23,7 @@ FILE = "model.sig"
 GIT_FILES = (".git", ".gitattributes", ".github", ".gitignore")  # the tool leaves these out, as its default
 CURVES = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}  # the tool's; with the hash of each
 MAX_BYTES = 4 << 20  # of 60 files it has 15 kB
-FOREIGN = "`make proofs` did not write it, and nothing in it is believed."
+FOREIGN = "`make proofs` did not write it, and nothing in it is trusted."
 
 
 class _Signature(StrictModel):
@@ -92,7 +92,7 @@ def signed_files(path: Path, key: Path) -> dict[str, str]:
 
     public = signature.read_public_key(key)
     if not isinstance(public, ec.EllipticCurvePublicKey) or public.curve.name not in CURVES:
-        raise UserError(f"{key} is no elliptic-curve key (P-256, P-384 or P-521), as model signing uses them.")
+        raise UserError(f"{key} is not an elliptic-curve key (P-256, P-384 or P-521), as model signing uses them.")
     content = strict_model.parse_json(path.name, _SigstoreBundle, read_regular(path, MAX_BYTES), FOREIGN)
     form, encoding = serialization.PublicFormat.SubjectPublicKeyInfo, serialization.Encoding.PEM
     hint = hashlib.sha256(public.public_bytes(encoding, form)).hexdigest()
@@ -105,7 +105,7 @@ def signed_files(path: Path, key: Path) -> dict[str, str]:
     try:
         public.verify(_decode(path, signed), encoded, ec.ECDSA(getattr(hashes, CURVES[public.curve.name])()))
     except InvalidSignature:
-        raise UserError(f"{path.name}: its signature by {key} is not valid. Nothing in it is believed.") from None
+        raise UserError(f"{path.name}: its signature by {key} is not valid. Nothing in it is trusted.") from None
     resources = strict_model.parse_json(path.name, _Statement, payload, FOREIGN).predicate.resources
     files = {resource.name: resource.digest for resource in resources}
     if len(files) < len(resources):
@@ -119,5 +119,5 @@ def _decode(path: Path, text: str) -> bytes:
     except ValueError:
         decoded = b""
     if base64.b64encode(decoded).decode() != text:
-        raise UserError(f"{path.name}: a part of it is no base64. {FOREIGN}")
+        raise UserError(f"{path.name}: a part of it is not base64. {FOREIGN}")
     return decoded

@@ -21,6 +21,8 @@ from packaging.utils import canonicalize_name
 
 from kohaku_delta import paths, strict_model
 from kohaku_delta.errors import UserError
+from kohaku_delta.mappings import differing_keys
+from kohaku_delta.printing import format_some
 from kohaku_delta.regular_files import read_regular
 from kohaku_delta.strict_model import StrictModel
 
@@ -208,14 +210,10 @@ def verified_code(script: Path) -> StageCode | None:
     if not path.is_file():
         return None
     described, current = load(path), file_digests(script)
-    differing = sorted(
-        name for name in described.files.keys() | current.keys() if described.files.get(name) != current.get(name)
-    )
-    if differing:
-        names = ", ".join(differing[:3]) + (" …" if len(differing) > 3 else "")
+    if differing := differing_keys(described.files, current):
         raise UserError(
-            f"{path} describes other code than that at hand: {names} differs. Run `dvc repro`, which describes the "
-            "code first."
+            f"{path} does not describe the code that runs now, which differs in {format_some(differing)}. Run "
+            "`dvc repro`, which describes the code first."
         )
     return described
 

@@ -1,6 +1,6 @@
 """Signatures of the provenance: DSSE envelopes with an ed25519, ECDSA or RSA key, by securesystemslib, offline.
 
-Nothing in an envelope is believed before a signature by the given key over all of it was verified. Keys are the user's
+Nothing in an envelope is trusted before a signature by the given key over all of it was verified. Keys are the user's
 PEM files; this project has none.
 """
 
@@ -82,7 +82,7 @@ def verify_signature(path: Path, key: Path) -> bytes:
         public = SSlibKey.from_crypto(read_public_key(key))
     except ValueError:  # a kind of key that signs nothing
         raise UserError(f"{key} {NOT_PUBLIC}") from None
-    name, remedy = path.name, "Nothing in it is believed."
+    name, remedy = path.name, "Nothing in it is trusted."
     if not path.is_file():
         raise UserError(f"{name} does not exist: this rebuild was not signed.")
     text = read_regular(path, MAX_BYTES)
@@ -108,7 +108,7 @@ def verify_signature(path: Path, key: Path) -> bytes:
 
 
 def unverified_payload(path: Path) -> bytes:
-    """The payload of an envelope that nobody verified: to find what contradicts it, never to believe it."""
+    """The payload of an envelope that nobody verified: to find what contradicts it, never to trust it."""
     try:
         return base64.b64decode(json.loads(read_regular(path, MAX_BYTES))["payload"], validate=True)
     except (ValueError, KeyError, TypeError, RecursionError):

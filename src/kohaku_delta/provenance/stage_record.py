@@ -1,6 +1,6 @@
 """Records of runs: what one run of a stage read (before and after it), wrote, was configured with and ran on.
 
-`build/records/<stage>-<key>.json` is written only if the run ended well. It lies beside the outputs and is none of
+`build/records/<stage>-<key>.json` is written only if the run ended well. It is beside the outputs but is not one of
 them, so DVC neither deletes nor restores it. <key> is the digest of what dvc.lock says about the stage's command,
 inputs and parameters: a stage that DVC restored from its cache and that never ran here has no record of that key, and
 one that ran here finds its own again.
@@ -24,6 +24,7 @@ from pydantic import Field
 from kohaku_delta import atomic_files, paths, process_facts, strict_model
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import hashing
+from kohaku_delta.mappings import differing_keys
 from kohaku_delta.printing import print_line
 from kohaku_delta.provenance import dvc_yaml, environment, import_closure, loaded_code
 from kohaku_delta.provenance.dvc_yaml import StageDeclaration
@@ -213,9 +214,7 @@ def _end(run: _Run) -> None:
         outputs=outputs,
         parameters=run.parameters,
         parameters_after=parameters_after,
-        changed_code=sorted(
-            name for name in code_before.keys() | code_after.keys() if code_before.get(name) != code_after.get(name)
-        ),
+        changed_code=differing_keys(code_before, code_after),
         revision=run.revision,
         libraries=run.libraries,
         loaded=Loaded(**loaded_code.describe(run.libraries, run.script.parents[1])),

@@ -3,7 +3,7 @@
 The subjects are all outputs; the resolved dependencies are all verified inputs, the files of the repository and its
 commit; the steps are the stages, each with its materials and products; the byproducts are dvc.yaml, dvc.lock,
 params.yaml, the records and tensors.json (the digests of the weights' tensors). A statement is a function of those
-files: a signed one is believed only if it equals the one that is computed from the files at hand.
+files: a signed one is trusted only if it equals the one that is computed from the files at hand.
 """
 
 import hashlib
@@ -119,7 +119,7 @@ def signed_difference(rebuild: Artifact, key: Path) -> str | None:
     try:
         signed = json.loads(payload)
     except (ValueError, RecursionError):
-        raise UserError(f"{bundles.PROVENANCE}: what was signed is not JSON. Nothing in it is believed.") from None
+        raise UserError(f"{bundles.PROVENANCE}: what was signed is not JSON. Nothing in it is trusted.") from None
     return first_difference(signed, build_statement(rebuild))
 
 

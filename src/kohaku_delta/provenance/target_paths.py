@@ -23,7 +23,7 @@ MAX_FILES = 100_000  # a build has about a hundred
 def check_stage(file: Path, name: str, outs: Iterable[str]) -> None:
     """Raises UserError for a stage of dvc.yaml or dvc.lock whose name is none, or with an output outside the folder."""
     if not STAGE.fullmatch(name):
-        raise UserError(f"{file}: {name!r:.80} is no name of a stage. DVC did not write this {file.name}.")
+        raise UserError(f"{file}: {name!r:.80} is not a name of a stage. DVC did not write this {file.name}.")
     for path in outs:
         if not is_inside(path):
             raise UserError(
@@ -63,7 +63,9 @@ def _check(path: Path, inside: list[str]) -> None:
     except OSError:  # it does not exist, or may not be looked at: its reader says so
         return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise UserError(f"{path} is no regular file (a pipe, a socket or a device), which no stage writes. Remove it.")
+        raise UserError(
+            f"{path} is not a regular file (a pipe, a socket or a device), which no stage writes. Remove it."
+        )
     if any(os.path.commonpath([real, each]) == each for each in inside) or (stat.S_ISREG(mode) and CACHE.search(real)):
         return
     raise UserError(

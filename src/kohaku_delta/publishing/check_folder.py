@@ -4,7 +4,7 @@ folder/files compares every file with bom.json; signature, with model.sig; prove
 provenance.json names; bom and dataset, what bom.json and croissant.json say with each other and with provenance.json;
 build, with the build beside the folder, if there is one.
 
-Without a public key nothing signed is believed: what contradicts it fails, what agrees with it is no PASS.
+Without a public key nothing signed is trusted: what contradicts it fails, what agrees with it is no PASS.
 """
 
 import os
@@ -17,6 +17,7 @@ from kohaku_delta import paths, strict_model
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import hashing
 from kohaku_delta.params import Recipe, Release
+from kohaku_delta.printing import format_some
 from kohaku_delta.provenance import bundles, dvc_yaml, folder_signature
 from kohaku_delta.provenance.artifact import open_artifact
 from kohaku_delta.publishing import bill_of_materials, release_folder
@@ -76,7 +77,7 @@ def check_signature(published: PublishedFolder) -> Check:
             yield f"{name} is missing: the folder is not signed"
         raise Skip("the folder is not signed")
     if not published.key:
-        raise Skip("signed, but without --key nothing in it is believed")
+        raise Skip("signed, but without --key nothing in it is trusted")
     signed = folder_signature.signed_files(published.folder / name, published.key)
     left_out = (name, *folder_signature.GIT_FILES)
     found = {file: sha256 for file, sha256 in published.files.items() if file.split("/")[0] not in left_out}
@@ -100,7 +101,7 @@ def check_provenance(published: PublishedFolder) -> Check:
             agrees = False
             yield fault
     if agrees and not published.key:
-        raise Skip(f"{compared} files agree with it, but without --key nothing in it is believed")
+        raise Skip(f"{compared} files agree with it, but without --key nothing in it is trusted")
     unknown = sorted({*_published_outputs(recipe.release)} - published.outputs.keys())
     not_named = f"; it does not name {', '.join(unknown)}" if unknown else ""
     return f"signed by the key of {published.key}; {compared} files are the outputs that it names{not_named}"
@@ -124,7 +125,7 @@ def _output_faults(published: PublishedFolder, recipe: Recipe) -> Iterator[tuple
             yield ("" if found == signed else f"{names[out]} is not {out} {source}"), 1
         elif out in files:
             found = hashing.folder_digest(files[out])
-            some = f"{', '.join(sorted(files[out])[:3])} …"
+            some = format_some(sorted(files[out]))
             yield ("" if found == signed else f"the files of {out} ({some}) are not {source}"), len(files[out])
 
 
@@ -186,10 +187,10 @@ def check_dataset(published: PublishedFolder) -> Check:
 
 @check("folder/build")
 def check_build(published: PublishedFolder) -> Check:
-    """Where the folder lies beside its build: every file, byte for byte, is the one that the build gives."""
+    """If the folder is beside its build, every file is, byte for byte, the one that the build gives."""
     folder = published.folder.resolve()
     if folder.name != release_folder.FOLDER or not (folder.parent / dvc_yaml.LOCK).exists():
-        raise Skip("no build lies beside the folder")
+        raise Skip("there is no build beside the folder")
     try:
         with open_artifact(folder.parent) as rebuild:
             release_folder.require_locked(rebuild, release_folder.CHECKS)

@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 
 from kohaku_delta.errors import UserError
-from kohaku_delta.hub import client
+from kohaku_delta.hub import connection, hub_errors
 from kohaku_delta.hub.pins import HubFile
+from kohaku_delta.printing import printable
 from kohaku_delta.publishing import release_folder
-from kohaku_delta.strict_model import printable
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 AGAIN = "Run the same command again when the cause is gone: what has arrived is not sent again."
@@ -25,7 +25,7 @@ def list_files(folder: Path) -> dict[str, int]:
         raise UserError(f"{folder} does not exist. Run `kohaku-delta release` in the recipe's folder first.")
     files = release_folder.list_files(folder)
     if release_folder.CARD not in files:
-        raise UserError(f"{folder} has no README.md, so it is no release. Run `kohaku-delta release` again.")
+        raise UserError(f"{folder} has no README.md, so it is not a release. Run `kohaku-delta release` again.")
     return files
 
 
@@ -40,8 +40,8 @@ def upload_folder(folder: Path, repository: str, message: str) -> str:
     UserError.
     """
     check_repository(repository)
-    client.require_online("The upload needs the Hub")
-    if client.token() is None:
+    connection.require_online("The upload needs the Hub")
+    if connection.token() is None:
         raise UserError(f"There is no token: set HF_TOKEN to one of your account. {WRITE}")
     from huggingface_hub import errors
     from huggingface_hub.utils import logging
@@ -49,16 +49,16 @@ def upload_folder(folder: Path, repository: str, message: str) -> str:
     logging.set_verbosity_error()  # its warnings of retries show signed addresses
     target = HubFile(repository, "model", None, "README.md")
     try:
-        with client.translate_errors(target):
+        with hub_errors.translate_errors(target):
             try:
-                info = client.api().upload_folder(
+                info = connection.api().upload_folder(
                     repo_id=repository, folder_path=folder, repo_type="model", commit_message=message
                 )
             except errors.HfHubHTTPError as error:
                 if sentence := _refusal(error, repository):
                     raise UserError(sentence) from None
                 raise
-    except client.TransientError as error:
+    except hub_errors.TransientError as error:
         raise UserError(f"The hub {error}. {AGAIN}") from None
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OSError) as error:
         # an answer that huggingface_hub did not expect, or what its transfer library (hf_xet) raises, without an errno

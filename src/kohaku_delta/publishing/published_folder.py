@@ -63,7 +63,7 @@ class _Croissant(PartialModel):
 
 @dataclass
 class PublishedFolder:
-    """key: the signer's public key; without one, what is signed is not believed."""
+    """key: the signer's public key; without one, what is signed is not trusted."""
 
     folder: Path
     key: Path | None

@@ -3,8 +3,8 @@
 Every file is an output that dvc.lock records, hashed against it first, or is written here from the recipe and such
 outputs: the card, the settings for other programs, the bill of materials, the description of the dataset. Weights are
 not stored twice: files are hard links to the outputs, and copies only if the file system allows no links. The folder
-appears as a whole or not at all. It is no output of a stage, and nothing in it comes from the clock, the host or the
-network. Only the two signatures, which are there if a key was given, vary from signing to signing.
+appears as a whole or not at all. It is not an output of any stage, and nothing in it comes from the clock, the host or
+the network. Only the two signatures, which are there if a key was given, vary from signing to signing.
 """
 
 import errno
@@ -20,12 +20,12 @@ from kohaku_delta import atomic_files, paths
 from kohaku_delta.errors import UserError, first_lines
 from kohaku_delta.formats import hashing
 from kohaku_delta.params import Release
+from kohaku_delta.printing import printable
 from kohaku_delta.provenance import bundles, folder_signature, signature, statement, target_paths
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.publishing import bill_of_materials, dataset_description, kohya_settings
 from kohaku_delta.report import build_summary, model_card
 from kohaku_delta.report.build_summary import Build
-from kohaku_delta.strict_model import printable
 from kohaku_delta.units import format_size
 from kohaku_delta.verify import check_lock, check_lock_records
 from kohaku_delta.verify.findings import PASS, Finding
@@ -65,11 +65,11 @@ def write_release(rebuild: Artifact, say: Callable[[str], object], key: Path | N
     names = [source.name for source in sources] + [*texts, *SIGNATURES]
     if doubled := sorted({name for name in names if _collides(name, names)}):
         raise UserError(
-            f"Two files of the release would have one name, or lie in a file: {', '.join(doubled)}. "
-            "Correct the section release of params.yaml."
+            f"Two files of the release would have one name, or one would be a folder of the other: "
+            f"{', '.join(doubled)}. Correct the section release of params.yaml."
         )
     folder = rebuild.folder / FOLDER
-    unsigned = [name for name in SIGNATURES if (folder / name).exists()]
+    old_signatures = [name for name in SIGNATURES if (folder / name).exists()]
     _refuse_other_files(folder, set(names))
     with atomic_files.atomic_dir(folder) as aside:
         if unlinked := [source for source in sources if not _link(source, aside / source.name)]:
@@ -82,8 +82,8 @@ def write_release(rebuild: Artifact, say: Callable[[str], object], key: Path | N
             (aside / name).write_text(text, encoding="utf-8", newline="\n")
         if key:
             signature.sign(statement.build_statement(rebuild), key, aside / bundles.PROVENANCE)
-    if unsigned and not key:
-        say(f"The folder was signed, and is no longer ({', '.join(unsigned)}): `make proofs` signs it again.")
+    if old_signatures and not key:
+        say(f"The folder was signed, and is no longer ({', '.join(old_signatures)}): `make proofs` signs it again.")
     return {name: (folder / name).stat().st_size for name in sorted(names) if (folder / name).exists()}
 
 
@@ -117,7 +117,7 @@ def list_files(folder: Path) -> dict[str, int]:
         for path in (Path(parent, entry) for entry in folders + names):
             name = path.relative_to(folder).as_posix()
             if any("\ud800" <= letter <= "\udfff" for letter in name) or name.count("/") > MAX_DEPTH:
-                raise UserError(f"{name:.200} is no name that a release has.")
+                raise UserError(f"{name:.200} is not a name that a release has.")
             mode, size = (found := path.lstat()).st_mode, found.st_size
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise UserError(f"{name} is a link or a special file. Only plain files are published.")
@@ -182,7 +182,7 @@ def milestone_file(names: Release, step: int) -> str:
 def _milestone_step(file: str) -> int:
     digits = file.removeprefix("delta-lokr-step").removesuffix(".safetensors")
     if not digits.isdecimal() or paths.milestone_name(int(digits)) != file:
-        raise UserError(f"{paths.MILESTONES}/{printable(file)} is no milestone that train writes. Move it away.")
+        raise UserError(f"{paths.MILESTONES}/{printable(file)} is not a milestone of the train stage. Move it away.")
     return int(digits)
 
 

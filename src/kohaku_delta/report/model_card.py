@@ -81,9 +81,9 @@ def license_link(build: Build) -> str | None:
 def _front_matter(build: Build) -> ModelCardData:
     recipe, name = build.recipe, build.recipe.bake.license
     base_models, datasets = set(), set()
-    for key, pin in recipe.download.inputs.items():
-        first = pin[0] if isinstance(pin, list) else pin
-        if first.url.startswith("hf://"):
+    for key in recipe.download.inputs:
+        first = recipe.download.pins(key)[0]
+        if not first.local_path:
             source = pins.hub_file(first)
             if source.kind == "dataset":
                 datasets.add(source.repo)

@@ -47,7 +47,7 @@ def read_pilot(folder: Path, recipe: Recipe, run: Path, replayed: dict[int, str]
     written = record.outputs.get(paths.LOKR)
     if written is None or written.sha256 != sha256:
         raise UserError(f"{lokr} is not what the train stage wrote. Run `dvc repro` again.")
-    numerics, tars = record.numerics or {}, recipe.download.inputs["tars"]
+    numerics = record.numerics or {}
     steps = _read_log(run / "log.csv")
     lock = folder / recipe.root / "requirements" / f"{recipe.requirements}.txt"
     card = numerics.get("gpu", record.host.get("processor", ""))
@@ -65,7 +65,7 @@ def read_pilot(folder: Path, recipe: Recipe, run: Path, replayed: dict[int, str]
         "changed": record.revision.dirty if record.revision else None,
         "container": record.container,
         "inputs_sha256": _inputs_digest(run),
-        "tars": [pin.url for pin in (tars if isinstance(tars, list) else [tars])],
+        "tars": [pin.url for pin in recipe.download.pins("tars")],
         "steps": len(steps),
         "seconds_per_step": round(statistics.median(seconds for seconds, *_ in steps), 3),
         "peak_mib": max(peak for _, peak, _ in steps),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from kohaku_delta.printing import format_some
 from kohaku_delta.report.build_summary import MISSING, Build
 
 LISTED = 5
@@ -35,7 +36,7 @@ def _audit(build: Build) -> StatusBadge:
     statuses = [finding.status for finding in build.audit.findings]
     counts = [f"{statuses.count(status)} {word}" for status, word in STATUS_WORDS.items() if status in statuses]
     failed = [f"{each.group}/{each.name}: {each.said}" for each in build.audit.findings if each.status == "FAIL"]
-    sentence = f"kohaku-delta audit on this very dvc.lock: {', '.join(counts)}. {_first(failed)}".strip()
+    sentence = f"kohaku-delta audit on this very dvc.lock: {', '.join(counts)}. {format_some(failed, LISTED)}".strip()
     if failed:
         return StatusBadge("bad", "Audit", "failed", sentence)
     if "PASS" in statuses:
@@ -47,7 +48,7 @@ def _stages(build: Build) -> StatusBadge:
     missing = [stage.name for stage in build.stages if not stage.outs]
     status = f"{len(build.stages) - len(missing)} of {len(build.stages)} have run"
     if missing:
-        return StatusBadge("bad", "Stages", status, f"Not in dvc.lock: {_first(missing)}.")
+        return StatusBadge("bad", "Stages", status, f"Not in dvc.lock: {format_some(missing, LISTED)}.")
     return StatusBadge("good", "Stages", status, "dvc.lock has every stage of dvc.yaml.")
 
 
@@ -57,7 +58,7 @@ def _files(build: Build) -> StatusBadge:
     if build.damaged:
         kind: Kind = "open" if set(build.damaged.values()) == {MISSING} else "bad"
         faults = [f"{path}: {fault}" for path, fault in build.damaged.items()]
-        return StatusBadge(kind, "Files", status, _first(faults) + ".")
+        return StatusBadge(kind, "Files", status, format_some(faults, LISTED) + ".")
     sentence = "Each has the size that dvc.lock says; the bytes were not compared."
     return StatusBadge("good" if total else "open", "Files", status, sentence)
 
@@ -65,8 +66,8 @@ def _files(build: Build) -> StatusBadge:
 def _recipe(build: Build) -> StatusBadge:
     if build.changed:
         sentence = (
-            f"Stages ran with other values of {_first(build.changed)} than params.yaml, or than each other. "
-            "This page shows what they ran with."
+            f"Stages ran with other values of {format_some(build.changed, LISTED)} than params.yaml, or than each "
+            "other. This page shows what they ran with."
         )
         return StatusBadge("bad", "Recipe", "changed since", sentence)
     sentence = "params.yaml has the values that dvc.lock says the stages ran with."
@@ -81,7 +82,7 @@ def _inputs(build: Build) -> StatusBadge:
     status = f"{pinned:,} of {len(build.sources):,} pinned"
     bad = [f"{source.name}: {source.pin}" for source in build.sources if not source.good]
     if bad:
-        return StatusBadge("bad", "Inputs", status, _first(bad) + ".")
+        return StatusBadge("bad", "Inputs", status, format_some(bad, LISTED) + ".")
     if pinned == len(build.sources):
         return StatusBadge("good", "Inputs", status, "Each has the size and sha256 that the recipe pins.")
     sentence = "The recipe has no whole sha256 for the others; inputs.json recorded what was found."
@@ -99,7 +100,3 @@ def _published(build: Build) -> StatusBadge:
         return StatusBadge("good", "Release", status, "Base, LoKr and final model have the published sha256.")
     sentence = "A rebuilt file need not have the published sha256: the fidelity table says what cannot be reproduced."
     return StatusBadge("open", "Release", status, sentence)
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED:,} more" if len(names) > LISTED else "")

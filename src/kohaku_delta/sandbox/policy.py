@@ -267,17 +267,12 @@ def _links_in(folder: str) -> list[str]:
 
 def _pinned_files(recipe: Recipe, folder: str) -> list[str]:
     """The files of file:// pins (of a span of files, their folder), and the lists of pins."""
-    inputs = recipe.download.inputs
-    files = [
-        pin.url.removeprefix("file://")
-        for item in inputs.values()
-        for pin in (item if isinstance(item, list) else [item])
-        if pin.url.startswith("file://")
-    ]
+    download = recipe.download
+    files = [pin.local_path for _, pin in download.all_pins if pin.local_path]
     lists = [
         str(paths.pin_list_path(Path(folder), name, place))
-        for name, item in inputs.items()
-        for place in range(len(item) if isinstance(item, list) else 1)
+        for name in download.inputs
+        for place in range(len(download.pins(name)))
     ]
     return [os.path.join(folder, os.path.dirname(path) if "{" in path else path) for path in files] + lists
 

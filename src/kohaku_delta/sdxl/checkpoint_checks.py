@@ -28,7 +28,7 @@ GROUPED = 3  # so many tensors with one first name are listed, more are counted
 
 
 def require_epsilon(file: SafetensorsFile) -> None:
-    """Raises UserError for a file that says, by a tensor or in its metadata, that it is no epsilon-prediction model."""
+    """Raises UserError for a file whose tensors or metadata say that it is not an epsilon-prediction model."""
     tensors = (name for name in file.specs if name.rpartition(".")[2] in MARKERS or name.startswith(EDM))
     kinds = (
         f"{key}: {file.metadata[key]!r:.40}"
@@ -46,9 +46,9 @@ def require_epsilon(file: SafetensorsFile) -> None:
     ]
     if signs:
         raise UserError(
-            f"{file.path} is no epsilon-prediction model: it has {', '.join(signs[:3])}. Everything here (training, "
-            "pictures, the headers that are written) is for epsilon; such a model would become a file that draws "
-            "noise. Name an epsilon model, or, if that mark is wrong, remove it from the file."
+            f"{file.path} is not an epsilon-prediction model: it has {', '.join(signs[:3])}. Everything here "
+            "(training, pictures, the headers that are written) is for epsilon; such a model would become a file that "
+            "draws noise. Name an epsilon model, or, if that mark is wrong, remove it from the file."
         )
 
 
@@ -89,7 +89,7 @@ def extra_tensors(file: SafetensorsFile, drop: bool, remedy: str) -> list[str]:
     extra = outside(file.specs)
     if extra and not drop:
         raise UserError(
-            f"{file.path} holds tensors that are no part of SDXL: {list_names(extra)}. No SDXL program computes with "
+            f"{file.path} holds tensors that are not part of SDXL: {list_names(extra)}. No SDXL program computes with "
             f"them; {remedy} leaves them out."
         )
     return extra

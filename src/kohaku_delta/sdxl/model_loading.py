@@ -7,7 +7,7 @@ size, groups of the norms) comes from the recipe. `load` builds the modules with
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from kohaku_delta.sdxl.tensor_names import (
 )
 
 CLASSES = {"unet": UNet2DConditionModel, "te1": CLIPTextModel, "te2": CLIPTextModelWithProjection, "vae": AutoencoderKL}
+Shape = Callable[[str, str, int], tuple[int, ...]]  # (part, tensor's name in it, least number of axes) → its shape
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
 
 
@@ -50,6 +51,14 @@ def architecture(shapes: Mapping[str, tuple[int, ...]], model: Model) -> dict[st
             )
         return tuple(found)
 
+    return {
+        "unet": _unet_config(layout, shape, model),
+        **_text_encoder_configs(layout, shape, model),
+        "vae": _vae_config(layout, shape, model),
+    }
+
+
+def _unet_config(layout: Layout, shape: Shape, model: Model) -> dict:
     channels = [
         shape("unet", f"input_blocks.{1 + level * (layout.layers + 1)}.0.out_layers.3.weight", 4)[0]
         for level in range(layout.levels)
@@ -64,7 +73,7 @@ def architecture(shapes: Mapping[str, tuple[int, ...]], model: Model) -> dict[st
         tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(layout.depths)),
     )
     vae_side = 2 ** max(layout.vae_levels - 1, 0)
-    unet = {
+    return {
         "sample_size": model.side // vae_side,
         "in_channels": shape("unet", "input_blocks.0.0.weight", 4)[1],
         "out_channels": shape("unet", "out.2.weight", 4)[0],
@@ -82,6 +91,9 @@ def architecture(shapes: Mapping[str, tuple[int, ...]], model: Model) -> dict[st
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": shape("unet", "label_emb.0.0.weight", 2)[1],
     }
+
+
+def _text_encoder_configs(layout: Layout, shape: Shape, model: Model) -> dict[str, dict]:
     te1_words, te1_width = shape("te1", "embeddings.token_embedding.weight", 2)
     te2_words, te2_width = shape("te2", "token_embedding.weight", 2)
     projection = shape("te2", "text_projection", 2)[1]
@@ -97,7 +109,11 @@ def architecture(shapes: Mapping[str, tuple[int, ...]], model: Model) -> dict[st
         "hidden_act": "gelu",
         "projection_dim": projection,
     }
-    vae = {
+    return {"te1": te1, "te2": te2}
+
+
+def _vae_config(layout: Layout, shape: Shape, model: Model) -> dict:
+    return {
         "sample_size": model.side,
         "in_channels": shape("vae", "encoder.conv_in.weight", 4)[1],
         "out_channels": shape("vae", "decoder.conv_out.weight", 4)[0],
@@ -113,10 +129,10 @@ def architecture(shapes: Mapping[str, tuple[int, ...]], model: Model) -> dict[st
         "scaling_factor": model.vae_scaling_factor,
         "force_upcast": True,  # SDXL 1.0's VAE overflows in fp16
     }
-    return {"unet": unet, "te1": te1, "te2": te2, "vae": vae}
 
 
 def _clip(words: int, width: int, inner: int, layers: int, head_dim: int) -> dict:
+    """The constructor arguments that both text encoders have. words: of the vocabulary; inner: width of the MLP."""
     # CLIP's last two tokens are begin and end; the pooled output is taken at the first end
     return {
         "vocab_size": words,
@@ -191,7 +207,7 @@ def require_architecture(path, shapes: Mapping[str, tuple[int, ...]], model: Mod
         raise UserError(f"{path}: {refusal.lines[0]}", *refusal.lines[1:]) from None
     if faults:
         extra = checkpoint_checks.outside(shapes)
-        remedy = ["The merge stage leaves out what is no part of SDXL (merge.extra_tensors: drop)."] if extra else []
+        remedy = ["The merge stage leaves out what is not part of SDXL (merge.extra_tensors: drop)."] if extra else []
         raise UserError(f"{path} is not the SDXL checkpoint that its shapes suggest:", *first_lines(faults), *remedy)
     return configs
 

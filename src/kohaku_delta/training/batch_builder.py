@@ -65,8 +65,7 @@ class BatchBuilder:
     """Builds micro-batches from posts, captions and tars.
 
     posts: post_id, tar, offset, size, width, height; captions: post_id, caption; both ascending by post_id. `folder`
-    holds the tars; the metadata of posts says how images are decoded. `latent_step`: pixels per latent (8 for SDXL's
-    VAE).
+    holds the tars; the metadata of posts says how images are decoded. `pixels_per_latent`: 8 for SDXL's VAE.
     """
 
     def __init__(
@@ -77,12 +76,12 @@ class BatchBuilder:
         tokenizers: tuple[ClipTokenizer, ClipTokenizer],
         parameters: Train,
         separator: str,
-        latent_step: int,
+        pixels_per_latent: int,
     ):
         self.posts, self.captions = posts.combine_chunks(), captions.combine_chunks()
         self.post_ids, self.caption_ids = posts["post_id"].to_numpy(), captions["post_id"].to_numpy()
         self.folder, self.tokenizers = folder, tokenizers
-        self.parameters, self.separator, self.latent_step = parameters, separator, latent_step
+        self.parameters, self.separator, self.pixels_per_latent = parameters, separator, pixels_per_latent
         self.decoding = image.Decoding.of_posts(posts.schema.metadata)
 
     @staticmethod
@@ -124,7 +123,7 @@ class BatchBuilder:
     def batch(self, posts: list[int], visits: list[int], bucket: tuple[int, int]) -> Batch:
         """The micro-batch of these posts. `visits`: the counters that key everything random about each of them."""
         p = self.parameters
-        shape = (LATENT_CHANNELS, bucket[1] // self.latent_step, bucket[0] // self.latent_step)
+        shape = (LATENT_CHANNELS, bucket[1] // self.pixels_per_latent, bucket[0] // self.pixels_per_latent)
         images, time_ids, texts = [], [], []
         for post, visit in zip(posts, visits, strict=True):
             pixels, size = self.pixels(post, bucket)

@@ -7,30 +7,24 @@ tensors have the fingerprints in its journal; one that does not is kept as `step
 is used.
 """
 
-import errno
-import fcntl
 import itertools
 import os
-import re
 import shutil
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from kohaku_delta import atomic_files
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import safetensors_io
-from kohaku_delta.provenance import environment, import_closure
+from kohaku_delta.hub import progress
 from kohaku_delta.training import journal, tensor_fingerprints
 from kohaku_delta.training.journal import Journal
+from kohaku_delta.training.run_folders import saved_steps, state_path
 
-STEP = re.compile(r"^step-(\d{8})$")
-DEPENDS, STATE, JOURNAL = "depends.json", "state.safetensors", "journal.parquet"
+STATE, JOURNAL = "state.safetensors", "journal.parquet"
 
 
 class TrainingState(NamedTuple):
@@ -40,60 +34,9 @@ class TrainingState(NamedTuple):
     journal: Journal
 
 
-def loaded_code_digests(lock: str) -> dict[str, str]:
-    """Digests of all code and libraries of the training, as the stage `code` writes them. lock: cpu or cuda."""
-    root = Path(__file__).resolve().parents[3]
-    code = import_closure.describe_stage(root / "stages" / "train.py", root / "requirements" / f"{lock}.txt")
-    versions = environment.libraries(code.libraries)
-    return {f"code of {name}": digest for name, digest in code.files.items()} | {
-        f"library {name}": f"{versions[name]} {library.hashes}" for name, library in code.libraries.items()
-    }
-
-
-def differing_keys(a: dict, b: dict) -> list[str]:
-    """The keys whose values differ, or that only one of the two has; sorted."""
-    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
-
-
 def format_differing(names: list[str]) -> str:
     """`a, b differ`, with five names at most."""
     return f"{', '.join(names[:5])} {'differs' if len(names) == 1 else 'differ'}"
-
-
-@contextmanager
-def locked(folder: Path, who: str = "training") -> Iterator[None]:
-    """Locks a folder, which is made. Raises UserError if another process of this kind has locked it, or if it cannot be
-    locked.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"Another {who} uses {folder}. Wait for it, stop it, or name another folder with --work."
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-            raise UserError(
-                f"{folder} is on a file system that cannot lock files ({error.strerror}), so that another {who} "
-                "in it would not be noticed. Name a folder on a local disk with --work (or execution.work in "
-                "params.yaml), or mount the file system with locks (Lustre: -o flock; NFS: without nolock)."
-            ) from None
-        yield
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """The numbers of steps after which there is a state in the run's folder, ascending."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(match[1]) for match in (STEP.match(path.name) for path in folder.iterdir()) if match)
-
-
-def state_path(folder: Path, step: int) -> Path:
-    """The folder of the state after `step` steps."""
-    return folder / f"step-{step:08d}"
 
 
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], rows: Journal, keep: int, milestone: int) -> None:
@@ -148,7 +91,7 @@ def set_damaged_aside(folder: Path, faults: dict[int, str]) -> None:
         target = next(name for name in damaged if not os.path.lexists(name))
         with suppress(FileNotFoundError):  # another rank of this machine has renamed it
             os.rename(path, target)
-            tqdm.write(f"train: {fault} It is kept as {target}; an older state is used instead.", file=sys.stderr)
+            progress.log_above_bar(f"train: {fault} It is kept as {target}; an older state is used instead.")
 
 
 def no_sound_state(folder: Path, faults: dict[int, str]) -> str:

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 
 from kohaku_delta.errors import UserError
-from kohaku_delta.training import checkpointing, gradient_reduction, journal
+from kohaku_delta.mappings import differing_keys
+from kohaku_delta.training import checkpointing, gradient_reduction, journal, run_folders
 from kohaku_delta.training.checkpointing import TrainingState
 from kohaku_delta.training.journal import Journal
 
@@ -49,7 +50,7 @@ def broadcast_bytes(content: bytes, source: int, device: str) -> bytes:
 def require_same_run(depends: dict[str, str], ranks: int, device: str) -> None:
     """Abort on every rank if any rank's inputs differ from rank 0's. That rank names what differs."""
     of_rank_0 = json.loads(broadcast_bytes(json.dumps(depends).encode(), 0, device))
-    differing = checkpointing.differing_keys(depends, of_rank_0)
+    differing = differing_keys(depends, of_rank_0)
     others = [rank for rank, count in enumerate(all_gather_int(len(differing), ranks, device)) if count]
     if differing:
         raise UserError(
@@ -70,7 +71,7 @@ def load_newest_state(folder: Path, header: dict, ranks: int, device: str) -> tu
     """
     faults: dict[int, str] = {}  # of this rank
     while True:
-        own = (step for step in checkpointing.saved_steps(folder) if step not in faults)
+        own = (step for step in run_folders.saved_steps(folder) if step not in faults)
         steps = all_gather_int(max(own, default=0), ranks, device)
         done = max(steps)
         if not done:

@@ -1,8 +1,8 @@
-"""When a training has gone wrong for good. It follows from the journal alone, so every rank, a resumed run and an audit
-decide the same. Needs no torch.
+"""When a training has diverged and must stop. It follows from the journal alone, so every rank, a resumed run and an
+audit decide the same. Needs no torch.
 
-A gradient that overflows is mended by a smaller loss scale. A forward loss that is NaN or infinite is not, because the
-scale is applied after it.
+A smaller loss scale fixes a gradient that overflows. It cannot fix a forward loss that is NaN or infinite, because the
+scale is applied after the loss.
 """
 
 from math import isfinite

@@ -38,6 +38,7 @@ class PairwiseSum:
         self.levels: list[tuple[int, torch.Tensor]] = []
 
     def add(self, buffer: torch.Tensor) -> None:
+        """Add the next buffer, flat float32, which belongs to this sum from now on."""
         level = 0
         while self.levels and self.levels[-1][0] == level:
             buffer = self.levels.pop()[1].add_(buffer)
@@ -45,6 +46,7 @@ class PairwiseSum:
         self.levels.append((level, buffer))
 
     def sum(self) -> torch.Tensor:
+        """The sum of all buffers. Raises ValueError unless their number is a power of two."""
         ((_, total),) = self.levels
         return total
 

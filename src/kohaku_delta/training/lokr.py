@@ -87,6 +87,7 @@ class LokrLayer(nn.Module):
         self.layer[0].forward = self.forward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output plus kron(w1, w2)·x, in the dtype of the layer's output. x: as the layer takes it."""
         base = self.original_forward(x)
         # autocast decides the layer's dtype, and with it the LoKr's
         w1, w2, x = self.lokr_w1.to(base.dtype), self.lokr_w2.to(base.dtype), x.to(base.dtype)

@@ -16,17 +16,15 @@ import torch
 
 from kohaku_delta.errors import UserError
 from kohaku_delta.params import Train
-from kohaku_delta.training import divergence
+from kohaku_delta.training import bitsandbytes_versions, divergence
 
-BROKEN = ((0, 36, 0), (0, 41, 0))  # first and last release with wrong 8-bit optimizers, says the model card
 STATE_KEYS = ("absmax1", "state1")
 PIECE = 1 << 24  # numbers whose norm is computed at a time: a float64 copy of 128 MiB
 
 
 def check_bitsandbytes(installed: str) -> None:
     """Raises UserError for bitsandbytes 0.36.0 to 0.41.0."""
-    number = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
-    if BROKEN[0] <= number <= BROKEN[1]:
+    if bitsandbytes_versions.is_broken(installed):
         raise UserError(
             f"bitsandbytes {installed} is installed; the 8-bit optimizers of 0.36.0 to 0.41.0 are broken. "
             "Install the locked version: `make repro` does."
@@ -43,10 +41,10 @@ def norm(gradient: torch.Tensor) -> float:
     return hypot(*(torch.linalg.vector_norm(part, dtype=torch.float64).item() for part in gradient.split(PIECE)))
 
 
-class Scaler:
+class LossScaler:
     """Dynamic loss scaling for fp16, with the defaults of torch's GradScaler, until divergence.py's limits.
 
-    That class refuses fp16 gradients (the release's trainer patched the check away), and never gives up.
+    GradScaler refuses fp16 gradients (the release's trainer patched the check away), and never gives up.
     """
 
     GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000
@@ -95,7 +93,7 @@ class Lion:
             groups, lr=0.0, betas=tuple(parameters.betas), weight_decay=parameters.weight_decay
         )
 
-    def step(self, updates: int, gradient: torch.Tensor, scaler: Scaler) -> tuple[float, float, float]:
+    def step(self, updates: int, gradient: torch.Tensor, scaler: LossScaler) -> tuple[float, float, float]:
         """Update the weights; returns (gradient norm before clipping, U-Net rate, text encoder rate).
 
         gradient: the flat scaled sum, float32, in the order of `trained`; changed in place. updates: number of updates

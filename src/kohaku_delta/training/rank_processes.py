@@ -90,15 +90,15 @@ def leave_terminal() -> None:
                 os.dup2(null, descriptor)
 
 
-def say(line: str) -> None:
-    """Print a line on stderr, past Python's buffers and locks, which the main thread may hold."""
+def write_stderr(line: str) -> None:
+    """Write a line to stderr, past Python's buffers and locks, which the main thread may hold."""
     bar = "\n" if os.isatty(2) else ""
     with suppress(OSError):
         os.write(2, f"{bar}{line}\n".encode())
 
 
 def stop_at_once() -> NoReturn:
-    say(ABANDONED)
+    write_stderr(ABANDONED)
     os._exit(1)
 
 
@@ -168,7 +168,7 @@ def launch_ranks(count: int, arguments: list[str]) -> None:
     requests: list[str] = []
 
     def stop(name: str) -> None:
-        say(STOPPING)
+        write_stderr(STOPPING)
         requests.append(name)
 
     watch_signals(stop, lambda: requests.append("again"))

@@ -3,30 +3,32 @@
 <key> is the digest of everything that the run depends on, which depends.json in the folder lists by name. A finished
 run stays in its folder. While another run is unfinished, no new one starts, except in DVC's experiments and in CI: its
 inputs may have changed by mistake. `kohaku-delta set-aside` renames its folder to <key>.set-aside, and a later training
-with that key renames it back.
+with that key renames it back. Needs no torch.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from pydantic import Field
-from tqdm import tqdm
 
 from kohaku_delta import atomic_files, strict_model
 from kohaku_delta.errors import UserError
-from kohaku_delta.printing import printable
+from kohaku_delta.hub import progress
+from kohaku_delta.mappings import differing_keys
+from kohaku_delta.printing import format_some, printable
 from kohaku_delta.strict_model import StrictModel
-from kohaku_delta.training import checkpointing
-from kohaku_delta.training.checkpointing import DEPENDS
 
 KEY = re.compile(r"[0-9a-f]{16}")
+STEP = re.compile(r"^step-(\d{8})$")
+DEPENDS = "depends.json"
 SET_ASIDE = ".set-aside"
 MAX_BYTES = 1 << 20  # of depends.json; the release's has 20 kB
 MAX_NAMES, MAX_NAME, MAX_VALUE = 5, 100, 40  # of what differs, in a message
@@ -50,13 +52,49 @@ class UnfinishedRun(NamedTuple):
         return f"{self.done} of {self.inputs.steps if self.inputs else 'an unknown number of'} steps"
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """The numbers of steps after which there is a state in the run's folder, ascending."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(match[1]) for match in (STEP.match(path.name) for path in folder.iterdir()) if match)
+
+
+def state_path(folder: Path, step: int) -> Path:
+    """The folder of the state after `step` steps."""
+    return folder / f"step-{step:08d}"
+
+
+@contextmanager
+def locked(folder: Path, who: str = "training") -> Iterator[None]:
+    """Locks a folder, which is made. Raises UserError if another process of this kind has locked it, or if it cannot be
+    locked.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"Another {who} uses {folder}. Wait for it, stop it, or name another folder with --work."
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            raise UserError(
+                f"{folder} is on a file system that cannot lock files ({error.strerror}), so that another {who} "
+                "in it would not be noticed. Name a folder on a local disk with --work (or execution.work in "
+                "params.yaml), or mount the file system with locks (Lustre: -o flock; NFS: without nolock)."
+            ) from None
+        yield
+
+
 def run_key(depends: dict[str, str]) -> str:
     """The name of the folder of the run that depends on these named values."""
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run_folder(work: Path, depends: dict[str, str], steps: int, rank: int) -> Path:
-    """The folder of the run that depends on these named values; rank 0 makes it, or takes it up if it was set aside.
+    """The folder of the run that depends on these named values; rank 0 makes it, or renames one that was set aside.
 
     Raises UserError if it is new and `work` holds another run that is unfinished.
     """
@@ -66,9 +104,11 @@ def run_folder(work: Path, depends: dict[str, str], steps: int, rank: int) -> Pa
         return folder if folder.is_dir() or not aside.is_dir() else aside
     if not folder.is_dir() and aside.is_dir():
         os.rename(aside, folder)
-        done = max(checkpointing.saved_steps(folder), default=0)
-        say(f"{aside} was set aside and is taken up again as {folder}: {done} of {steps} steps are done.")
-    if not checkpointing.saved_steps(folder):
+        done = max(saved_steps(folder), default=0)
+        progress.log_above_bar(
+            f"train: {aside} was set aside and is resumed as {folder}: {done} of {steps} steps are done."
+        )
+    if not saved_steps(folder):
         for other in unfinished_runs(work):
             if other.folder != folder:
                 _keep_or_refuse(other, folder, depends)
@@ -90,7 +130,7 @@ def _keep_or_refuse(other: UnfinishedRun, folder: Path, depends: dict[str, str])
     )
     holds = f"{other.folder} holds an unfinished training, {other.progress}, {why}"
     if os.environ.get("DVC_EXP_NAME") or os.environ.get("CI", "").lower() not in ("", "0", "false"):
-        say(f"{holds} It is kept there; this run has a folder of its own, {folder}.")
+        progress.log_above_bar(f"train: {holds} It is kept there; this run has a folder of its own, {folder}.")
         return
     restore = "Restore them to go on with it; or set" if other.inputs else "Set"
     raise UserError(
@@ -101,21 +141,22 @@ def _keep_or_refuse(other: UnfinishedRun, folder: Path, depends: dict[str, str])
 
 def describe_differences(old: dict[str, str], new: dict[str, str]) -> str:
     """What differs by name, parameters first, with short values as `old → new`; five names at most."""
-    names = checkpointing.differing_keys(old, new)
+    names = differing_keys(old, new)
     names.sort(key=lambda name: name.startswith(("code of ", "library ")))
-    texts = []
-    for name in names[:MAX_NAMES]:
+
+    def describe(name: str) -> str:
         values = (old.get(name, "none"), new.get(name, "none"))
         short = all(len(value) <= MAX_VALUE for value in values)
         name = name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}…"
-        texts.append(printable(f"{name}: {values[0]} → {values[1]}" if short else name))
-    return ", ".join(texts) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
+        return printable(f"{name}: {values[0]} → {values[1]}" if short else name)
+
+    return format_some(map(describe, names), MAX_NAMES)
 
 
 def unfinished_runs(work: Path) -> Iterator[UnfinishedRun]:
     """The runs in `work` that have saved steps and are not finished, without those that were set aside."""
     for folder in sorted(work.iterdir()) if work.is_dir() else []:
-        done = max(checkpointing.saved_steps(folder), default=0) if KEY.fullmatch(folder.name) else 0
+        done = max(saved_steps(folder), default=0) if KEY.fullmatch(folder.name) else 0
         if not done:
             continue
         try:
@@ -144,7 +185,7 @@ def set_aside(work: Path) -> list[UnfinishedRun]:
         for run in runs:
             if os.path.lexists(target := set_aside_path(run.folder)):
                 raise UserError(f"{target} exists already. Move it to another folder; then run this command again.")
-            locks.enter_context(checkpointing.locked(run.folder))
+            locks.enter_context(locked(run.folder))
         for run in runs:
             os.rename(run.folder, set_aside_path(run.folder))
     return runs
@@ -152,8 +193,3 @@ def set_aside(work: Path) -> list[UnfinishedRun]:
 
 def set_aside_path(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}{SET_ASIDE}")
-
-
-def say(sentence: str) -> None:
-    """Print a sentence of rank 0 above the progress bar."""
-    tqdm.write(f"train: {sentence}", file=sys.stderr)

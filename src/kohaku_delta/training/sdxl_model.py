@@ -52,7 +52,7 @@ class Sdxl:
         self.models = {name: model.requires_grad_(False) for name, model in models.items()}
         self.end_token, self.vae_scaling, self.gamma = end_token, vae_scaling, gamma
         self.device, self.precision = device, precision
-        self.acp = diffusion.alphas_cumprod().to(device)
+        self.alphas_cumprod = diffusion.alphas_cumprod().to(device)
         self.amplitudes = diffusion.amplitudes(precision, device)
         self.set_form(form)
 
@@ -114,4 +114,6 @@ class Sdxl:
             (predicted,) = self.models["unet"](
                 noisy, batch.time_steps, context, added_cond_kwargs=added, return_dict=False
             )
-        return diffusion.losses(predicted, batch.noise, diffusion.weights(batch.time_steps, self.acp, self.gamma))
+        return diffusion.losses(
+            predicted, batch.noise, diffusion.weights(batch.time_steps, self.alphas_cumprod, self.gamma)
+        )

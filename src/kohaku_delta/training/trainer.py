@@ -13,181 +13,27 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.compute as pc
 from tqdm import tqdm
 
 from kohaku_delta import atomic_files, numerics
-from kohaku_delta.danbooru import tars as tar_files
 from kohaku_delta.errors import UserError
-from kohaku_delta.formats import parquet, safetensors_io
-from kohaku_delta.formats.hashing import hash_file
-from kohaku_delta.hub import inputs_manifest
-from kohaku_delta.params import NETWORK_WEIGHTS, Recipe
-from kohaku_delta.sdxl.tokenizer import ClipTokenizer
-from kohaku_delta.training import event_log, journal
-from kohaku_delta.weights import lokr_format
+from kohaku_delta.formats import parquet
+from kohaku_delta.hub import progress
+from kohaku_delta.params import Recipe
+from kohaku_delta.training import event_log, journal, run_inputs
 
-if TYPE_CHECKING:  # these import torch, which must find the numerics fixed
-    import torch
-
-    from kohaku_delta.training.sdxl_model import ConditioningForm, Sdxl
-    from kohaku_delta.training.training_loop import TrainingContext, TrainingLoop
+if TYPE_CHECKING:  # it imports torch, which must find the numerics fixed
+    from kohaku_delta.training.training_loop import TrainingLoop
 
 LOG = "step,seconds,images_per_second,peak_mib,ranks\n"
 NO_MEMORY = (
     "The machine's memory is full. Saved steps are kept. End other programs, give it more memory, or set fewer "
     "execution.workers, which changes no bits; then run the stage again."
 )
-Tokenizers = tuple[ClipTokenizer, ClipTokenizer]
-
-
-def result_parameters(recipe: Recipe) -> dict:
-    """The parameters that decide the weights and the journal: {section.key: value}, with values as YAML has them."""
-    sections = {
-        "schedule": recipe.schedule.model_dump(),
-        "lokr": recipe.lokr.model_dump(),
-        "model": recipe.model.model_dump(),
-        "train": recipe.train.model_dump(exclude={"milestone_every"}),
-        "caption": {"separator": recipe.caption.separator},
-    }
-    return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
-
-
-def run_dependencies(recipe: Recipe, files: dict[str, Path], texts: list[Path], tars: list[Path]) -> dict[str, str]:
-    """Everything that decides the outputs, by name: files, code, parameters, numerics, libraries.
-
-    Of tars given by hand (--tars), their names and sizes. `texts`: the tokenizers' files.
-    """
-    from kohaku_delta.training import checkpointing
-
-    start = network_weights(files)
-    return {
-        **{name: hash_file(files[name]) for name in ("base", "posts", "captions", "schedule")},
-        **checkpointing.loaded_code_digests(recipe.requirements),
-        **{name: str(value) for name, value in result_parameters(recipe).items()},
-        "train.milestone_every": str(recipe.train.milestone_every),
-        "tokenizers": str([hash_file(path) for path in texts]),
-        "tars": str(
-            [(path.name, path.stat().st_size) for path in tars]
-            if files["tars"]
-            else inputs_manifest.sha256s(files["inputs"], "tars")
-        ),
-        **{f"numerics {name}": value for name, value in numerics.describe(recipe.train.device).items()},
-        **({NETWORK_WEIGHTS: hash_file(start)} if start else {}),
-    }
-
-
-def load_tokenizers(files: dict[str, Path]) -> tuple[list[Path], Tokenizers]:
-    """The four files of both tokenizers, and the tokenizers."""
-    first, second = (
-        inputs_manifest.tokenizer(files["inputs"], name, files[name]) for name in ("tokenizer", "tokenizer_2")
-    )
-    return [*first, *second], (ClipTokenizer(*first), ClipTokenizer(*second))
-
-
-def tar_paths(files: dict[str, Path]) -> dict[int, Path]:
-    """The tars by number, from the folder given by hand (--tars) or from the verified inputs."""
-    if files["tars"]:
-        return tar_files.tars_in(files["tars"])
-    return tar_files.tars_by_number(inputs_manifest.paths(files["inputs"], "tars"))
-
-
-def network_weights(files: dict[str, Path]) -> Path | None:
-    """The LoKr file that the training begins with, given by hand or of the verified inputs; None: it begins anew."""
-    by_hand = files.get("network_weights")
-    if by_hand or not files["inputs"].is_file():
-        return by_hand
-    return inputs_manifest.optional_path(files["inputs"], NETWORK_WEIGHTS)
-
-
-def describe_start(start: Path, base: Path) -> str:
-    """What is said of a LoKr that the training begins with."""
-    with safetensors_io.open_file(start) as file:
-        known = lokr_format.base_digest(file)
-    unknown = f" It does not say on which base it was trained: it is taken for that of {base}."
-    return f"the LoKr begins with {start}, the optimizer and the learning rates anew.{'' if known else unknown}"
-
-
-def load_sdxl(
-    recipe: Recipe,
-    checkpoint: Path,
-    tokenizers: Tokenizers,
-    device: str,
-    precision: "torch.dtype",
-    form: "ConditioningForm | None" = None,
-) -> "Sdxl":
-    """The model of a checkpoint on a device. `form`: how conditions reach the U-Net; None: as the recipe trains.
-
-    Raises UserError if a tokenizer has more tokens than its text encoder has embeddings.
-    """
-    from kohaku_delta.sdxl import model_loading
-    from kohaku_delta.training.sdxl_model import ConditioningForm, Sdxl
-
-    models: dict[str, Any] = model_loading.load(checkpoint, recipe.model, dtype=precision)
-    for name, tokenizer in zip(("te1", "te2"), tokenizers, strict=True):
-        embeddings = models[name].config.vocab_size
-        if len(tokenizer) > embeddings:
-            raise UserError(
-                f"{checkpoint}: text encoder {name[-1]} has {embeddings} token embeddings and its tokenizer "
-                f"{len(tokenizer)} tokens. They are of different models."
-            )
-    models["vae"].float()
-    return Sdxl(
-        {name: model.to(device) for name, model in models.items()},
-        tokenizers[1].eos_token_id,
-        recipe.model.vae_scaling_factor,
-        recipe.train.min_snr_gamma,
-        device,
-        precision,
-        form or ConditioningForm.of(recipe.train),
-    )
-
-
-def latent_step(model: "Sdxl") -> int:
-    """Pixels per latent: 8 for SDXL's VAE."""
-    return 2 ** (len(model.models["vae"].config.block_out_channels) - 1)
-
-
-def build_context(
-    recipe: Recipe, files: dict[str, Path], tokenizers: Tokenizers, tars: dict[int, Path], device: str
-) -> "TrainingContext":
-    """Model, adapter, batch builder, schedule and the journal's header, from declared files, on a device.
-
-    Raises UserError if there are no tars, and for a LoKr to begin with that is not of this recipe and this base.
-    """
-    import torch
-
-    from kohaku_delta.training.batch_builder import BatchBuilder
-    from kohaku_delta.training.lokr import LokrAdapter
-    from kohaku_delta.training.training_loop import TrainingContext
-
-    if not tars:
-        raise UserError(f"{files['tars']} holds no tar (data-0000.tar …). Name the folder of the tars with --tars.")
-    with safetensors_io.open_file(files["base"]) as base:
-        base_digest = base.digest()
-    header = {"base": base_digest, "parameters": result_parameters(recipe)}
-    model = load_sdxl(recipe, files["base"], tokenizers, device, getattr(torch, recipe.train.precision))
-    if recipe.train.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    adapter = LokrAdapter(model.models, recipe.lokr, getattr(torch, recipe.train.weights)).to(device)
-    if start := network_weights(files):
-        with safetensors_io.open_file(start) as lokr:
-            lokr_format.require_base(lokr, base_digest, files["base"])
-            adapter.load(lokr, recipe.lokr.alpha)
-        header[NETWORK_WEIGHTS] = hash_file(start)
-    builder = BatchBuilder(
-        parquet.read(files["posts"], ["post_id", "tar", "offset", "size", "width", "height"]),
-        parquet.read(files["captions"], ["post_id", "caption"]),
-        next(iter(tars.values())).parent,
-        tokenizers,
-        recipe.train,
-        recipe.caption.separator,
-        latent_step(model),
-    )
-    return TrainingContext(model, adapter, builder, parquet.read(files["schedule"]), header)
 
 
 def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
@@ -201,24 +47,24 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
     numerics.enforce(device)
     import torch.distributed as dist
 
-    from kohaku_delta.training import checkpointing, gradient_reduction, rank_processes, run_folders
+    from kohaku_delta.training import gradient_reduction, rank_processes, run_folders, training_context
     from kohaku_delta.training.training_loop import TrainingLoop
 
     gradient_reduction.lanes_of_rank(recipe.schedule.lanes, rank, ranks)
     if device == "cuda":
         with readable_errors(work, rank):
             select_gpu(rank)
-    tokenizer_files, tokenizers = load_tokenizers(files)
-    tars = tar_paths(files)
-    depends = run_dependencies(recipe, files, tokenizer_files, list(tars.values()))
+    tokenizer_files, tokenizers = run_inputs.load_tokenizers(files)
+    tars = run_inputs.tar_paths(files)
+    depends = run_inputs.run_dependencies(recipe, files, tokenizer_files, list(tars.values()))
     steps = int(parquet.read(files["schedule"], ["step"])["step"][-1].as_py()) + 1
     folder = run_folders.run_folder(work, depends, steps, rank)
-    with nullcontext() if rank else checkpointing.locked(folder), readable_errors(work, rank):
+    with nullcontext() if rank else run_folders.locked(folder), readable_errors(work, rank):
         if rank == 0:
             atomic_files.clear_left_overs(folder)
-            if start := network_weights(files):
-                run_folders.say(describe_start(start, files["base"]))
-        context = build_context(recipe, files, tokenizers, tars, device)
+            if start := run_inputs.network_weights(files):
+                progress.log_above_bar(f"train: {run_inputs.describe_start(start, files['base'])}")
+        context = training_context.build_context(recipe, files, tokenizers, tars, device)
         if ranks > 1:
             connect_ranks(depends, rank, ranks, device)
         loop = TrainingLoop(recipe, context, folder, rank, ranks)
@@ -233,7 +79,7 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
             )
         if rank:
             return None
-        tar_paths(files)  # compare the tars again: they may have been changed during the weeks of a training
+        run_inputs.tar_paths(files)  # compare the tars again: they may have been changed during the weeks of a training
         return write_outputs(loop, files)
 
 

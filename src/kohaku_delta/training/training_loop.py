@@ -12,7 +12,6 @@ from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from math import isfinite
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,28 +31,14 @@ from kohaku_delta.training import (
     gradient_reduction,
     optimizer,
     rank_processes,
+    run_folders,
     tensor_fingerprints,
 )
 from kohaku_delta.training import journal as journals
-from kohaku_delta.training.batch_builder import Batch, BatchBuilder
+from kohaku_delta.training.batch_builder import Batch
 from kohaku_delta.training.checkpointing import TrainingState
-from kohaku_delta.training.lokr import LokrAdapter
-from kohaku_delta.training.sdxl_model import Sdxl
+from kohaku_delta.training.training_context import TrainingContext
 from kohaku_delta.weights import lokr_format
-
-
-class TrainingContext(NamedTuple):
-    """What a rank trains with."""
-
-    model: Sdxl
-    adapter: LokrAdapter
-    builder: BatchBuilder
-    schedule: pa.Table
-    header: dict  # of the journal
-
-    @property
-    def steps(self) -> int:
-        return int(self.schedule["step"][-1].as_py()) + 1
 
 
 class TrainingLoop:
@@ -69,7 +54,7 @@ class TrainingLoop:
         self.starts = self.schedule["step"].to_numpy().searchsorted(range(self.steps + 1))
         self.trained = context.adapter.trained()
         self.optimizer = optimizer.Lion(self.trained, recipe.train)
-        self.scaler = optimizer.Scaler(recipe.train.precision == "float16")
+        self.scaler = optimizer.LossScaler(recipe.train.precision == "float16")
         self.journal = journals.Journal(context.header)
         self.updates = 0  # steps that changed the weights: one that overflowed does not advance the warm-up
         self.stop_requested = False  # this rank got a signal
@@ -92,9 +77,10 @@ class TrainingLoop:
         return done
 
     def load_state(self, step: int, state: TrainingState) -> None:
+        """Go on from a state after `step` steps. The loss scale and the warm-up follow from its journal."""
         self.journal = state.journal
         norms = [row["gradient_norm"] for row in state.journal.rows]
-        self.updates, self.scaler = sum(map(isfinite, norms)), optimizer.Scaler(self.scaler.enabled)
+        self.updates, self.scaler = sum(map(isfinite, norms)), optimizer.LossScaler(self.scaler.enabled)
         for norm in norms:
             self.scaler.update(isfinite(norm))
         weights = checkpointing.select_prefix(state.tensors, "weights/")
@@ -108,10 +94,14 @@ class TrainingLoop:
             return
         if step % self.recipe.train.milestone_every == 0:
             self.write_lokr(self.folder / paths.milestone_name(step), self.adapter.tensors(), step)
-        tensors = {f"weights/{name}": tensor for name, tensor in self.adapter.tensors().items()}
-        tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.tensors().items()}
         keep, milestone = self.recipe.execution.keep_states, self.recipe.train.milestone_every
-        checkpointing.save(self.folder, step, tensors, self.journal, keep, milestone)
+        checkpointing.save(self.folder, step, self.state_tensors(), self.journal, keep, milestone)
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """What a saved state holds (TrainingState.tensors), still on the device."""
+        return {f"weights/{name}": tensor for name, tensor in self.adapter.tensors().items()} | {
+            f"optimizer/{name}": tensor for name, tensor in self.optimizer.tensors().items()
+        }
 
     def write_lokr(self, path: Path, tensors: dict[str, torch.Tensor], step: int) -> WriteResult:
         """Write the weights after `step` steps as a LoKr file."""
@@ -129,7 +119,7 @@ class TrainingLoop:
         for step in range(every, self.steps + 1, every):
             path = self.folder / paths.milestone_name(step)
             if not _is_milestone(path, base, step):
-                if not checkpointing.state_path(self.folder, step).is_dir():
+                if not run_folders.state_path(self.folder, step).is_dir():
                     raise UserError(
                         f"{path} is missing or damaged, and there is no saved state after {step} steps to write it "
                         "from. The training itself is finished and saved: put file or state back (from the machine of "
@@ -178,23 +168,40 @@ class TrainingLoop:
         before the exchange, it raises its error, and the others a UserError.
         """
         rows = self.micro_batches(step)
-        divisor = self.recipe.schedule.micro_batches if self.recipe.train.last_step_divisor == "full" else len(rows)
-        lanes, places = rows["lane"].to_numpy(), rows["place"].to_numpy()
         lane_count = self.recipe.schedule.lanes
         # the losses' bits by place, the lanes' fingerprints, the ranks that got a signal, the ranks that failed
         shared = torch.zeros(len(rows) + lane_count + 2 * self.ranks, dtype=torch.int64, device=self.model.device)
         tree = gradient_reduction.PairwiseSum()
         failure: Exception | None = None
         try:
-            for lane in self.lanes:
-                lane_losses: list[torch.Tensor] = []
-                total = self.lane_gradient(int((lanes == lane).sum()), batches, divisor, lane_losses)
-                shared[len(rows) + lane] = tensor_fingerprints.tensor_fingerprint(total)
-                for place, loss in zip(places[lanes == lane].tolist(), lane_losses, strict=True):
-                    shared[place] = loss.view(torch.int32)
-                tree.add(total)
-        except Exception as error:  # also memory that has ended
+            self.add_lanes(rows, batches, tree, shared)
+        except Exception as error:  # also a full memory
             failure = error
+        self.exchange(step, shared, failure)
+        losses = shared[: len(rows)].to(torch.int32).view(torch.float32).tolist()
+        self.check_losses(step, losses)
+        gradient = gradient_reduction.all_reduce_tree(tree.sum(), self.ranks)
+        fingerprints = shared[len(rows) : len(rows) + lane_count].tolist()
+        return gradient, losses, [value & tensor_fingerprints.MASK for value in fingerprints]
+
+    def add_lanes(
+        self, rows: pa.Table, batches: Iterator[Batch], tree: gradient_reduction.PairwiseSum, shared: torch.Tensor
+    ) -> None:
+        """Add the gradients of this rank's lanes to `tree`, and write their losses and fingerprints into `shared`."""
+        divisor = self.recipe.schedule.micro_batches if self.recipe.train.last_step_divisor == "full" else len(rows)
+        lanes, places = rows["lane"].to_numpy(), rows["place"].to_numpy()
+        for lane in self.lanes:
+            lane_losses: list[torch.Tensor] = []
+            total = self.lane_gradient(int((lanes == lane).sum()), batches, divisor, lane_losses)
+            shared[len(rows) + lane] = tensor_fingerprints.tensor_fingerprint(total)
+            for place, loss in zip(places[lanes == lane].tolist(), lane_losses, strict=True):
+                shared[place] = loss.view(torch.int32)
+            tree.add(total)
+
+    def exchange(self, step: int, shared: torch.Tensor, failure: Exception | None) -> None:
+        """Add up `shared` over the ranks, in place. Raises `failure`, the error of this rank, or a LostRanksError if
+        another rank failed.
+        """
         shared[self.rank - 2 * self.ranks] = int(self.stop_requested)
         shared[self.rank - self.ranks] = int(failure is not None)
         if self.ranks > 1:
@@ -206,15 +213,14 @@ class TrainingLoop:
             rank = failures.index(1)
             raise failure or rank_processes.LostRanksError(f"Rank {rank} failed in step {step}; it says why.")
         self.stopping = any(stops)
-        losses = shared[: len(rows)].to(torch.int32).view(torch.float32).tolist()
+
+    def check_losses(self, step: int, losses: list[float]) -> None:
+        """Raises UserError, on every rank alike, if the losses of the step show that the training diverged."""
         wrong = divergence.non_finite_places(losses)
         before = [row["losses"] for row in self.journal.rows[-divergence.NON_FINITE_LOSSES :]]
         if divergence.losses_diverged([*before, losses]) or (wrong and not self.scaler.enabled):
             self.failed_together = True
             raise UserError(self.describe_divergence(step, wrong))
-        gradient = gradient_reduction.all_reduce_tree(tree.sum(), self.ranks)
-        fingerprints = shared[len(rows) : len(rows) + lane_count].tolist()
-        return gradient, losses, [value & tensor_fingerprints.MASK for value in fingerprints]
 
     def describe_divergence(self, step: int, places: list[int]) -> str:
         """What to tell about a step whose losses are not finite at these places."""
@@ -223,9 +229,9 @@ class TrainingLoop:
         batch = self.builder.batch(row["posts"], row["visits"], (row["width"], row["height"]))
         first = first_non_finite.first_non_finite(self.model, self.adapter, batch)
         return (
-            f"Step {step}: the loss of {len(places)} of {len(rows)} micro-batches is NaN or infinite, which no smaller "
-            f"loss scale mends. In micro-batch {places[0]} (posts {', '.join(map(str, row['posts']))}) {first}. Check "
-            "the base, and whether its values fit train.precision."
+            f"Step {step}: the loss of {len(places)} of {len(rows)} micro-batches is NaN or infinite, which a smaller "
+            f"loss scale cannot fix. In micro-batch {places[0]} (posts {', '.join(map(str, row['posts']))}) {first}. "
+            "Check the base, and whether its values fit train.precision."
         )
 
     def step(self, step: int, batches: Iterator[Batch]) -> None:
@@ -297,16 +303,16 @@ class TrainingLoop:
 
     def request_stop(self, signal_name: str) -> None:
         if self.ranks == 1:  # of several, the launcher says it
-            rank_processes.say(rank_processes.STOPPING)
+            rank_processes.write_stderr(rank_processes.STOPPING)
         self.stop_requested = True
 
     def save_finished_step(self, done: int) -> None:
         """After a failure, save the state after `done` steps, unless it is saved, or changed by an update."""
-        if self.rank or not done or done in checkpointing.saved_steps(self.folder):
+        if self.rank or not done or done in run_folders.saved_steps(self.folder):
             return
-        state = {f"weights/{name}": tensor for name, tensor in self.adapter.tensors().items()}
-        state |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.tensors().items()}
-        if len(self.journal.rows) == done and not checkpointing.fingerprint_mismatch(state, self.journal):
+        if len(self.journal.rows) == done and not checkpointing.fingerprint_mismatch(
+            self.state_tensors(), self.journal
+        ):
             self.save(done)
 
 

@@ -17,10 +17,11 @@ from kohaku_delta import paths
 from kohaku_delta.dataset import dataset_statistics
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
+from kohaku_delta.mappings import differing_keys
 from kohaku_delta.params import NETWORK_WEIGHTS
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.regular_files import read_regular
-from kohaku_delta.training import divergence, schedule, trainer
+from kohaku_delta.training import divergence, run_inputs, schedule
 from kohaku_delta.training import journal as journals
 from kohaku_delta.training.journal import Journal
 from kohaku_delta.verify.findings import FAIL, PASS, SKIP, Check, Finding, Skip, check
@@ -153,10 +154,9 @@ def check_trained_parameters(rebuild: Artifact, journal: Journal | None) -> Chec
     """The journal was trained with the parameters of params.yaml."""
     trained = require_journal(journal).header.get("parameters")
     trained = trained if isinstance(trained, dict) else {}
-    current = json.loads(json.dumps(trainer.result_parameters(rebuild.recipe)))
-    for key in sorted(current.keys() | trained.keys()):
-        if current.get(key) != trained.get(key):
-            yield f"the journal was trained with another {key} than params.yaml has"
+    current = json.loads(json.dumps(run_inputs.result_parameters(rebuild.recipe)))
+    for key in differing_keys(current, trained):
+        yield f"the journal was trained with another {key} than params.yaml has"
     return f"{len(current)} parameters that decide bits are those of params.yaml"
 
 
@@ -191,7 +191,7 @@ def check_numbers(rebuild: Artifact, journal: Journal | None) -> Check:
     for step, row in enumerate(rows):
         wrong += len(divergence.non_finite_places(row["losses"]))
         if divergence.losses_diverged(losses[max(0, step - divergence.NON_FINITE_LOSSES) : step + 1]):
-            yield f"step {step} has losses that are NaN or infinite, too many for a smaller loss scale to mend"
+            yield f"step {step} has losses that are NaN or infinite, too many for a smaller loss scale to fix"
         updated = isfinite(row["gradient_norm"])
         overflows = 0 if updated else overflows + 1
         if overflows >= divergence.LONGEST_OVERFLOW or row["scale"] < divergence.LOWEST_SCALE:

@@ -6,8 +6,9 @@ from math import inf, prod
 
 from kohaku_delta import paths
 from kohaku_delta.params import Recipe
+from kohaku_delta.printing import format_some
 from kohaku_delta.provenance.artifact import Artifact
-from kohaku_delta.verify.findings import Check, Skip, check, format_some
+from kohaku_delta.verify.findings import Check, Skip, check
 
 LAYER = re.compile(r"lora_te1_text_model_encoder_layers_(\d{1,3})_")
 LARGEST = 1 << 26  # numbers of a lokr_w2; the release's have up to 1.6 million

@@ -9,12 +9,13 @@ from pathlib import Path
 from kohaku_delta import paths
 from kohaku_delta.formats import hashing
 from kohaku_delta.formats.hashing import Digest
+from kohaku_delta.printing import format_some
 from kohaku_delta.provenance import bundles, dvc_yaml, statement
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.provenance.bundles import Bundle
 from kohaku_delta.provenance.dvc_lock import LockedPath
 from kohaku_delta.verify import known_code
-from kohaku_delta.verify.findings import Check, Skip, check, format_some
+from kohaku_delta.verify.findings import Check, Skip, check
 from kohaku_delta.yaml_file import read_yaml
 
 
@@ -30,7 +31,7 @@ def check_bundle(rebuild: Artifact, bundle: Bundle) -> Check:
     places = (*rebuild.writers, paths.RECORDS)
     for path in sorted(present):
         if path.startswith(f"{paths.BUILD}/") and not any(f"{path}/".startswith(f"{place}/") for place in places):
-            yield f"{path} is no output of a stage"
+            yield f"{path} is not an output of any stage"
     common = sorted(present & bundle.files.keys())
     digests = hashing.digest_paths((rebuild.folder / path for path in common), md5=False)
     for path, digest in zip(common, digests, strict=True):

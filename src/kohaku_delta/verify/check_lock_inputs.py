@@ -1,4 +1,4 @@
-"""The checks lock/code, libraries, pins and data: what the stages ran and read from outside the pipeline."""
+"""The checks lock/code, libraries, loaded, pins and data: what the stages ran and read from outside the pipeline."""
 
 import json
 import posixpath
@@ -12,12 +12,14 @@ from kohaku_delta import paths
 from kohaku_delta.danbooru import posts_json
 from kohaku_delta.formats import hashing
 from kohaku_delta.hub import inputs_manifest, pins
+from kohaku_delta.mappings import differing_keys
 from kohaku_delta.params import Pin, Recipe
+from kohaku_delta.printing import format_some
 from kohaku_delta.provenance import bundles, import_closure, stage_record
 from kohaku_delta.provenance.artifact import MAX_INPUTS, Artifact, is_library_locks
 from kohaku_delta.regular_files import read_regular
 from kohaku_delta.verify import known_code
-from kohaku_delta.verify.findings import Check, Skip, check, format_some
+from kohaku_delta.verify.findings import Check, Skip, check
 from kohaku_delta.verify.known_code import KnownCode
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -63,8 +65,7 @@ def _differing_files(rebuild: Artifact, known: KnownCode) -> list[str]:
     named = {name: code.files for name, code in rebuild.code.items()}
     differing = [f"{paths.CODE}/{name}.json" for name in named.keys() ^ known.files.keys()]
     for name in named.keys() & known.files.keys():
-        one, other = named[name], known.files[name]
-        differing += [file for file in one.keys() | other.keys() if one.get(file) != other.get(file)]
+        differing += differing_keys(named[name], known.files[name])
     return sorted(set(differing))
 
 
@@ -257,13 +258,13 @@ def _entry_faults(entry: dict[str, Any], pin: Pin, known: str) -> Iterator[str]:
 
 @check("lock/data")
 def check_data(rebuild: Artifact, hashed: bool) -> Check:
-    """The inputs lie where inputs.json says, with the right sizes; with `hashed` their content is compared too."""
+    """The inputs are where inputs.json says, with the right sizes; with `hashed` their content is compared too."""
     if rebuild.bundle:
         raise Skip("a bundle holds no inputs")
     files = [Path(posixpath.normpath(rebuild.folder / paths.BUILD / entry["path"])) for entry in rebuild.inputs]
     present = [(path, entry) for path, entry in zip(files, rebuild.inputs, strict=True) if path.is_file()]
     if not present:
-        raise Skip("the inputs are not on this machine" if files else f"no {paths.INPUTS} says where the inputs lie")
+        raise Skip("the inputs are not on this machine" if files else f"no {paths.INPUTS} says where the inputs are")
     for path in files:
         if not path.is_file():
             yield f"{path} does not exist"

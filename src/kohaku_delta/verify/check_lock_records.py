@@ -1,4 +1,5 @@
-"""The checks lock/records, unrecorded, during, provenance and chain/stages: the records that stages left when they ran.
+"""The checks lock/records, unrecorded, during, revision, sandbox, provenance and chain/stages: the records that
+stages left when they ran.
 
 A record counts as that of the run that dvc.lock describes only if every hash in it agrees.
 """
@@ -7,10 +8,12 @@ from pathlib import Path
 
 from kohaku_delta import paths
 from kohaku_delta.formats import hashing
+from kohaku_delta.mappings import differing_keys
+from kohaku_delta.printing import format_some
 from kohaku_delta.provenance import bundles, stage_record, statement
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.provenance.stage_record import Record
-from kohaku_delta.verify.findings import FAIL, SKIP, Check, Finding, Skip, check, format_some
+from kohaku_delta.verify.findings import FAIL, SKIP, Check, Finding, Skip, check
 
 CONFINED = "audit hook"  # how the sandbox begins to describe itself
 COMPUTING = ("train", "preview", "milestones")  # stages that enforce the numerics contract
@@ -76,7 +79,7 @@ def check_unrecorded(rebuild: Artifact) -> str:
         others = [name for name in missing if name in left]
         raise Skip(
             f"no record of {', '.join(missing)}: restored from DVC's cache, or run elsewhere"
-            + (f"; the records of {', '.join(others)} that lie there are of other runs" if others else "")
+            + (f"; the records of {', '.join(others)} in that folder are of other runs" if others else "")
         )
     return "every stage has a record"
 
@@ -87,11 +90,7 @@ def check_unchanged_during_run(rebuild: Artifact) -> Check:
     for name, record in rebuild.records.items():
         changed = [path for path, read in sorted(record.inputs.items()) if read.before != read.after]
         changed += record.changed_code
-        changed += [
-            f"{key} in params.yaml"
-            for key in sorted(record.parameters.keys() | record.parameters_after.keys())
-            if record.parameters.get(key) != record.parameters_after.get(key)
-        ]
+        changed += [f"{key} in params.yaml" for key in differing_keys(record.parameters, record.parameters_after)]
         for what in changed:
             yield f"{what} was changed while {name} ran"
     if not rebuild.records:
@@ -102,8 +101,8 @@ def check_unchanged_during_run(rebuild: Artifact) -> Check:
 
 @check("lock/revision")
 def check_revision(rebuild: Artifact, code: Finding) -> Check:
-    """All stages ran at one commit, with its files. Elsewise the code must be known without it: code is the finding of
-    lock/code, which compares every file that a stage runs.
+    """All stages ran at one commit, with its files; otherwise lock/code must not fail. code: the finding of lock/code,
+    which compares every file that a stage runs.
     """
     revisions = {name: record.revision for name, record in rebuild.records.items()}
     known = {name: revision for name, revision in revisions.items() if revision}
@@ -151,7 +150,7 @@ def check_signature(rebuild: Artifact, key: Path | None) -> Check:
     """The signature of the public key `key` holds, and the signed statement is that of the files at hand."""
     if key is None:
         signed = (rebuild.folder / bundles.PROVENANCE).is_file()
-        raise Skip("signed, but without --key nothing in it is believed" if signed else "not signed")
+        raise Skip("signed, but without --key nothing in it is trusted" if signed else "not signed")
     if difference := statement.signed_difference(rebuild, key):
         yield f"{bundles.PROVENANCE}: {difference} was signed with another value than the files here give"
     return f"signed by the key of {key}, {len(rebuild.records)} stages, and every file here is as it was signed"

@@ -20,13 +20,15 @@ from kohaku_delta.danbooru.database import Database
 from kohaku_delta.dataset import captions, dataset_statistics, selection, tag_counts
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import hashing, parquet, safetensors_io
+from kohaku_delta.mappings import differing_keys
+from kohaku_delta.printing import format_some
 from kohaku_delta.provenance.artifact import Artifact, read_inputs
 from kohaku_delta.regular_files import read_regular
 from kohaku_delta.sdxl.tokenizer import ClipTokenizer
 from kohaku_delta.training import journal as journals
 from kohaku_delta.training.journal import Journal
 from kohaku_delta.verify.check_chain import ID, read_columns, require_journal, require_output
-from kohaku_delta.verify.findings import Check, Skip, check, format_some
+from kohaku_delta.verify.findings import Check, Skip, check
 
 TABLES = ("selection", "posts", "dropped", "captions")
 MAX_TEXT = 256 << 20  # bytes of a text that is compared
@@ -39,7 +41,7 @@ def find_inputs(rebuild: Artifact, own: Path | None, name: str) -> list[Path]:
     """
     folder = own or (None if rebuild.bundle else rebuild.folder)
     if folder is None:
-        raise Skip(f"a bundle holds no inputs ({name}): name a recipe's folder of yours by --own")
+        raise Skip(f"a bundle holds no inputs ({name}): name your own recipe folder with --own")
     listed = [entry for entry in rebuild.inputs if entry["name"] == name]
     found = {entry["sha256"]: entry for entry in read_inputs(folder / paths.INPUTS)}
     files = []
@@ -84,7 +86,7 @@ def _differing(rebuild: Artifact, made: Mapping[str, Path]) -> Iterator[str]:
         expected, found = hashing.digest_path(path, md5=False), rebuild.digests.get(out)
         if found is not None and found.sha256 != expected.sha256:
             files, here = expected.files or {}, found.files or {}
-            names = sorted(name for name in files.keys() | here.keys() if files.get(name) != here.get(name))
+            names = differing_keys(files, here)
             yield f"{out} is not what it was made of gives" + (f": {format_some(names)}" if names else "")
 
 
@@ -161,16 +163,15 @@ def check_final(rebuild: Artifact) -> Check:
     from kohaku_delta.weights import bake
 
     with bake.plan_bake(base, lokr, rebuild.recipe.bake, rebuild.recipe.model.side) as plan:
-        expected = safetensors_io.expect(plan.specs, plan.produce, plan.metadata, bake.CONTENT_HASH)
+        expected = safetensors_io.expected_file(plan.specs, plan.produce, plan.metadata, bake.CONTENT_HASH)
     found = {name: tensor.sha256 for name, tensor in rebuild.tensors[paths.FINAL].tensors.items()}
-    names = sorted(expected.tensors.keys() | found.keys())
-    if differing := [name for name in names if expected.tensors.get(name) != found.get(name)]:
+    if differing := differing_keys(expected.tensors, found):
         yield f"{paths.FINAL} is not base + LoKr: {len(differing):,} tensors differ, {format_some(differing)}"
     else:
         with safetensors_io.open_file(final) as file:
             if file.header_bytes() != expected.header:
                 yield f"{paths.FINAL} has another header than bake writes"
-    return f"{len(names):,} tensors, {plan.tensors:,} of them changed, baked again from base and LoKr: the same"
+    return f"{len(found):,} tensors, {plan.tensors:,} of them changed, baked again from base and LoKr: the same"
 
 
 @check("chain/diffusers", paths.DIFFUSERS)
@@ -196,10 +197,10 @@ def check_diffusers(rebuild: Artifact) -> Check:
         for name, content in plan.files.items():
             expected[name] = hashlib.sha256(content).hexdigest()
         for name, (specs, produce) in plan.weights.items():
-            expected[name] = safetensors_io.expect(specs, produce, export_diffusers.METADATA).sha256 or ""
+            expected[name] = safetensors_io.expected_file(specs, produce, export_diffusers.METADATA).sha256 or ""
     for name in sorted(expected.keys() | found.keys()):
         if name not in expected:
-            yield f"{paths.DIFFUSERS}/{name} is no file that export writes"
+            yield f"{paths.DIFFUSERS}/{name} is not a file that export writes"
         elif name not in found:
             yield f"{paths.DIFFUSERS}/{name} does not exist"
         elif found[name] != expected[name]:

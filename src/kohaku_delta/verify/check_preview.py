@@ -17,13 +17,14 @@ from kohaku_delta.errors import UserError
 from kohaku_delta.preview import measurement_files, samples
 from kohaku_delta.preview.image_grid import Grid
 from kohaku_delta.preview.measurement_files import Measurement
+from kohaku_delta.printing import format_some
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.regular_files import read_regular
 from kohaku_delta.training.journal import Journal
 from kohaku_delta.verify import check_outputs
 from kohaku_delta.verify.check_chain import require_journal, require_output
 from kohaku_delta.verify.check_outputs import MAX_TEXT
-from kohaku_delta.verify.findings import Check, Skip, check, format_some
+from kohaku_delta.verify.findings import Check, Skip, check
 
 MODELS = {"base": paths.BASE, "final": paths.FINAL}  # in the order of the grid; the reference drawings follow
 MAX_MODELS = 100  # in milestones.png
@@ -46,7 +47,7 @@ def check_samples(rebuild: Artifact) -> Check:
     }
     found = {file.name for file in folder.iterdir()}
     for name in sorted(found ^ expected.keys()):
-        yield f"{paths.SAMPLES}/{name} {'is no picture of the preview' if name in found else 'does not exist'}"
+        yield f"{paths.SAMPLES}/{name} {'is not a picture of the preview' if name in found else 'does not exist'}"
     hashes = {model: rebuild.sha256(out) for model, out in MODELS.items()}
     for name in sorted(found & expected.keys()):
         number, model, index = expected[name]

@@ -13,10 +13,11 @@ from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
 from kohaku_delta.formats.hashing import hash_file
 from kohaku_delta.params import PublishedDataset, PublishedFile, Recipe
+from kohaku_delta.printing import format_some
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.verify import compare_tensors
 from kohaku_delta.verify.check_chain import require_output
-from kohaku_delta.verify.findings import SKIP, Check, Finding, Skip, check, format_some
+from kohaku_delta.verify.findings import SKIP, Check, Finding, Skip, check
 
 OUTS = {"base": paths.BASE, "lokr": paths.LOKR, "final": paths.FINAL}
 UNORDERED = "the release summed its gradients in no fixed order on several GPUs, so nobody can compute its bits again"
@@ -121,12 +122,7 @@ def published_hashes(recipe: Recipe) -> list[PublishedHash]:
     files = [(name, file) for name, file in recipe.published if isinstance(file, PublishedFile)]
     files += [(f"milestones.{step}", file) for step, file in recipe.published.milestones.items()]
     published = [(f"published.{name}", file.sha256) for name, file in files if file.sha256]
-    inputs = [
-        (f"download.inputs.{name}", pin.sha256)
-        for name, pins in recipe.download.inputs.items()
-        for pin in (pins if isinstance(pins, list) else [pins])
-        if pin.sha256
-    ]
+    inputs = [(f"download.inputs.{name}", pin.sha256) for name, pin in recipe.download.all_pins if pin.sha256]
     return [PublishedHash(name, sha256) for name, sha256 in published + inputs]
 
 

@@ -166,9 +166,7 @@ def _nothing_replayed(rebuild: Artifact, journal: Journal | None, count: int | N
     if not count:
         raise Skip("no step was computed again: --replay N --seed S draws N of them")
     require_journal(journal)
-    raise Skip(
-        "a bundle holds no weights and no images: name a recipe's folder of yours, with inputs and base, by --own"
-    )
+    raise Skip("a bundle holds no weights and no images: name your own recipe folder, with inputs and base, with --own")
 
 
 def numerics_differences(rebuild: Artifact) -> list[str]:
@@ -195,9 +193,9 @@ def _files(rebuild: Artifact, own: Path) -> Files:
 
 
 def _work_folder(recipe: Recipe, rebuild: Artifact, own: Path) -> Path:
-    """Raises Skip for a target whose states lie outside of it."""
+    """Raises Skip for a target whose states are outside of it."""
     if own == rebuild.folder and rebuild.work is None:
-        raise Skip("execution.work lies outside the recipe's folder: the states there are not read")
+        raise Skip("execution.work is outside the recipe's folder: the states there are not read")
     return own / recipe.execution.work
 
 
@@ -244,7 +242,7 @@ def _check_losses(rebuild: Artifact, own: Path, count: int, seed: int, differing
         raise Skip(f"{reason}; and there is no milestone's LoKr file to compute losses from")
     milestone = milestones[replay_training.sample_steps(len(milestones), 1, seed)[0]]
     try:
-        step, pairs = replay_training.losses(recipe, _files(rebuild, own), milestone, "cpu", count, seed)
+        step, pairs = replay_training.compare_losses(recipe, _files(rebuild, own), milestone, "cpu", count, seed)
     except UserError as error:
         raise Skip(f"could not be computed: {error.message}") from None
     distance = replay_training.rms_relative_error(pairs)

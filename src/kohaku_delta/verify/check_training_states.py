@@ -14,12 +14,14 @@ import numpy as np
 from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import safetensors_io
+from kohaku_delta.mappings import differing_keys
 from kohaku_delta.params import NETWORK_WEIGHTS
+from kohaku_delta.printing import format_some
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.training import journal
 from kohaku_delta.training.journal import Journal
 from kohaku_delta.verify.check_chain import require_journal
-from kohaku_delta.verify.findings import Check, Skip, check, format_some
+from kohaku_delta.verify.findings import Check, Skip, check
 
 INPUTS = {"base": paths.BASE, "posts": paths.POSTS, "captions": paths.CAPTIONS, "schedule": paths.SCHEDULE}
 
@@ -35,29 +37,29 @@ def check_saved_states(rebuild: Artifact, own_journal: Journal | None) -> Check:
         raise Skip("a bundle holds no states")
     work = rebuild.work
     if work is None:
-        raise Skip("execution.work lies outside the recipe's folder: the states there are not read")
+        raise Skip("execution.work is outside the recipe's folder: the states there are not read")
     own_journal = require_journal(own_journal)
-    from kohaku_delta.training import checkpointing, run_folders
+    from kohaku_delta.training import run_folders
 
     foreign, count = [], 0
-    for depends in sorted(work.glob(f"*/{checkpointing.DEPENDS}")):
+    for depends in sorted(work.glob(f"*/{run_folders.DEPENDS}")):
         folder = depends.parent
         try:
             digests = run_folders.read_dependencies(folder).depends
         except (UserError, OSError):
-            yield f"{folder.name}: its {checkpointing.DEPENDS} cannot be read"
+            yield f"{folder.name}: its {run_folders.DEPENDS} cannot be read"
             continue
         differing = _differing_inputs(rebuild, digests)
         if run_folders.run_key(digests) != folder.name.removesuffix(run_folders.SET_ASIDE):
             yield (
-                f"{folder.name}: its name does not follow from its {checkpointing.DEPENDS}: "
+                f"{folder.name}: its name does not follow from its {run_folders.DEPENDS}: "
                 "it is of another run, or was edited"
             )
         elif differing:
             verb = "differ" if len(differing) > 1 else "differs"
             foreign.append((len(differing), f"{folder.name} ({format_some(differing)} {verb})"))
         else:
-            for step in checkpointing.saved_steps(folder):
+            for step in run_folders.saved_steps(folder):
                 count += 1
                 yield from _state_faults(rebuild, folder, step, own_journal)
     others = format_some(text for _, text in sorted(foreign))  # the fewest differences first
@@ -70,7 +72,7 @@ def check_saved_states(rebuild: Artifact, own_journal: Journal | None) -> Check:
 
 def _differing_inputs(rebuild: Artifact, digests: dict[str, str]) -> list[str]:
     """The inputs, parameters and code of this rebuild's training that a run that depends on `digests` did not have."""
-    from kohaku_delta.training.trainer import result_parameters
+    from kohaku_delta.training.run_inputs import result_parameters
 
     ours: dict[str, str | None] = {NETWORK_WEIGHTS: rebuild.start}
     ours |= {name: rebuild.digests[out].sha256 for name, out in INPUTS.items() if out in rebuild.digests}
@@ -121,7 +123,8 @@ def check_milestones(rebuild: Artifact, own_journal: Journal | None) -> Check:
     steps = {paths.milestone_name(step): step for step in range(every, last + 1, every)}
     found = {file.name for file in folder.iterdir()}
     for name in sorted(found ^ steps.keys()):
-        yield f"{paths.MILESTONES}/{name} {'is no milestone of this training' if name in found else 'does not exist'}"
+        fault = "is not a milestone of this training" if name in found else "does not exist"
+        yield f"{paths.MILESTONES}/{name} {fault}"
     if not steps:
         raise Skip(f"none was due: train.milestone_every is {every:,}, the journal has {last:,} steps")
     unproved = []
@@ -162,9 +165,7 @@ def _compare_weights(rebuild: Artifact, own_journal: Journal, path: Path, step: 
             weights = {name[8:]: file.read(name) for name in file.specs if name.startswith("weights/")}
         rounded = {name: array.astype(np.float16).tobytes() for name, array in weights.items()}
         stored = {name: array.tobytes() for name, array in lokr.items()}
-        if differing := sorted(
-            name for name in rounded.keys() | stored.keys() if rounded.get(name) != stored.get(name)
-        ):
+        if differing := differing_keys(rounded, stored):
             faults.append(
                 f"{out} is not the state saved after {step:,} steps rounded to float16: {format_some(differing)}"
             )
@@ -178,10 +179,10 @@ def _compare_weights(rebuild: Artifact, own_journal: Journal, path: Path, step: 
 
 def _saved_state(rebuild: Artifact, own_journal: Journal, step: int) -> Path | None:
     """The folder of the state of this journal after `step` steps."""
-    from kohaku_delta.training import checkpointing
+    from kohaku_delta.training import checkpointing, run_folders
 
     for folder in sorted(rebuild.work.glob("*") if rebuild.work else []):
-        state = checkpointing.state_path(folder, step)
+        state = run_folders.state_path(folder, step)
         try:
             rows = journal.read_journal(state / checkpointing.JOURNAL).rows
         except UserError:

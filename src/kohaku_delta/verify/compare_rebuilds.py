@@ -18,14 +18,15 @@ import pyarrow.compute as pc
 from kohaku_delta import paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
+from kohaku_delta.mappings import differing_keys
 from kohaku_delta.params import NETWORK_WEIGHTS
+from kohaku_delta.printing import format_some
 from kohaku_delta.provenance import dvc_yaml
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.provenance.stage_record import Record
 from kohaku_delta.training import journal as journals
 from kohaku_delta.training.schedule import SCHEMA as SCHEDULE
 from kohaku_delta.verify import check_chain, check_lock, known_code, replay_training
-from kohaku_delta.verify.findings import format_some
 
 MAX_TEXT = 160  # characters shown of a value
 Line = tuple[str, str]  # kind, sentence; what is before “|” is the first rebuild's
@@ -114,11 +115,6 @@ def stage_differences(a: Artifact, b: Artifact) -> Iterator[Line]:
     yield from _schedule(a, b)
     yield from _steps(a, b)
     yield from _tensors(a, b)
-
-
-def differing_keys(one: dict, other: dict) -> list:
-    """The keys whose values differ, or that only one of the two has; sorted."""
-    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
 
 
 def _inputs(a: Artifact, b: Artifact) -> Iterator[Line]:

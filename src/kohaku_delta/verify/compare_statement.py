@@ -8,16 +8,17 @@ import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 
+from kohaku_delta.mappings import differing_keys
+from kohaku_delta.printing import format_some
 from kohaku_delta.provenance import signature
 from kohaku_delta.provenance.artifact import Artifact
 from kohaku_delta.provenance.signed_statement import SignedStatement, parse_statement
-from kohaku_delta.verify.compare_rebuilds import Line, differing_keys, parameter_differences
-from kohaku_delta.verify.findings import format_some
+from kohaku_delta.verify.compare_rebuilds import Line, parameter_differences
 
 
 def read_signed(path: Path, key: Path) -> SignedStatement:
     """The signed statement in a file. Raises UserError if the owner of the public key `key` did not sign it."""
-    return parse_statement(str(path), signature.verify_signature(path, key), "Nothing in it is believed.")
+    return parse_statement(str(path), signature.verify_signature(path, key), "Nothing in it is trusted.")
 
 
 def differing_outputs(rebuild: Artifact, signed: SignedStatement) -> dict[str, list[str]]:

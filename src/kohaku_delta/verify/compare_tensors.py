@@ -15,6 +15,7 @@ import numpy as np
 
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import dtypes
+from kohaku_delta.mappings import differing_keys
 from kohaku_delta.parallel import THREADS, ordered_map
 from kohaku_delta.sdxl.tensor_names import NO_PARAMETER
 from kohaku_delta.verify.tensor_sources import LazyTensor, ReadPart, TensorSource, open_tensor_source
@@ -41,10 +42,6 @@ class Difference:
     def only_cast(self) -> bool:
         """Whether the values are equal once they are rounded to the coarser dtype, and finite."""
         return self.cast is not None and not self.ulps and self.largest < inf
-
-    @property
-    def equal_share(self) -> float:
-        return 1 - self.unequal / self.count if self.count else 1.0
 
 
 @dataclass
@@ -205,8 +202,8 @@ def _container_differences(a: TensorSource, b: TensorSource) -> list[str]:
         return [
             f"{what} differ: {', '.join(places)}"
             for what, places in (
-                ("other files", _differing_keys(*contents)),
-                ("headers or places", _differing_keys(*headers)),
+                ("other files", differing_keys(*contents)),
+                ("headers or places", differing_keys(*headers)),
             )
             if places
         ]
@@ -217,15 +214,11 @@ def _container_differences(a: TensorSource, b: TensorSource) -> list[str]:
     if a.is_lokr and b.is_lokr and set(a.stored()) == set(b.stored()) and set(one.specs) != set(other.specs):
         renamed = len(one.specs.keys() - other.specs.keys())
         sentences.append(f"{renamed:,} tensors have the names of another trainer, of the same layers")
-    if keys := _differing_keys(one.metadata, other.metadata):
+    if keys := differing_keys(one.metadata, other.metadata):
         sentences.append(f"metadata differ: {', '.join(keys)}")
     if not sentences and one.specs == other.specs:
         sentences.append("the headers differ in the order or spacing of their entries")
     return sentences
-
-
-def _differing_keys(one: Mapping, other: Mapping) -> list:
-    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
 
 
 def _not_in_folder(a: TensorSource, b: TensorSource) -> str:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from functools import wraps
 
 from kohaku_delta.errors import UserError
+from kohaku_delta.printing import format_some
 from kohaku_delta.provenance.artifact import Artifact
 
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 NECESSARY = ("lock/pipeline", "lock/code")  # what was run: without these no PASS of another check means anything
-SHOWN = 3  # faults and names listed; the others are counted
+SHOWN = 3  # faults listed; the others are counted
 
 Check = Generator[str, None, str]
 
@@ -67,12 +68,6 @@ def check(name: str, *outputs: str) -> Callable[[Callable[..., Check | str]], Ca
         return run
 
     return decorate
-
-
-def format_some(names: Iterable[str], shown: int = SHOWN) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def not_looked_at(findings: list[Finding], outputs: Iterable[str]) -> list[str]:

@@ -33,7 +33,7 @@ def known_codes(rebuild: Artifact) -> Iterator[KnownCode]:
     Raises Skip if this program does not run from a checkout.
     """
     if not (REPOSITORY / dvc_yaml.PIPELINE).is_file():
-        raise Skip(f"{REPOSITORY} is no checkout of the code: it has no {dvc_yaml.PIPELINE} to compare with")
+        raise Skip(f"{REPOSITORY} is not a checkout of the code: it has no {dvc_yaml.PIPELINE} to compare with")
     yield _at_hand(REPOSITORY)
     if rebuild.commit and (known := _of_commit(REPOSITORY, rebuild.commit)):
         yield known

@@ -1,8 +1,8 @@
 """Training computed again from a saved state and compared with the journal.
 
 A state serves if the journal continues its rows, which the chain shows; it does not matter whose work folder it is
-from. `losses` needs no state and no GPU: from a milestone's LoKr file it computes, forward only and in float32, the
-losses of some micro-batches of the step that follows.
+from. `compare_losses` needs no state and no GPU: from a milestone's LoKr file it computes, forward only and in
+float32, the losses of some micro-batches of the step that follows.
 
 torch is imported inside functions, after numerics.enforce() has fixed the environment.
 """
@@ -17,15 +17,16 @@ import pyarrow.compute as pc
 from kohaku_delta import numerics
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import safetensors_io
+from kohaku_delta.mappings import differing_keys
 from kohaku_delta.params import NETWORK_WEIGHTS, Recipe
+from kohaku_delta.printing import format_some
 from kohaku_delta.training import journal as journals
-from kohaku_delta.training import trainer
+from kohaku_delta.training import run_inputs
 from kohaku_delta.training.journal import Journal
-from kohaku_delta.verify.findings import format_some
 
 if TYPE_CHECKING:
     from kohaku_delta.training.lokr import LokrAdapter
-    from kohaku_delta.training.training_loop import TrainingContext
+    from kohaku_delta.training.training_context import TrainingContext
 
 Files = dict[str, Any]  # paths of inputs, base, posts, captions, schedule, journal; tars, tokenizers if given by hand
 Step = tuple[int, str | None]  # a step, and how it differs from the journal
@@ -88,8 +89,10 @@ def replay_steps(recipe: Recipe, files: Files, work: Path, first: int, last: int
 
 
 def _context(recipe: Recipe, files: Files, device: str) -> "TrainingContext":
-    _, texts = trainer.load_tokenizers(files)
-    return trainer.build_context(recipe, files, texts, trainer.tar_paths(files), device)
+    from kohaku_delta.training import training_context
+
+    _, tokenizers = run_inputs.load_tokenizers(files)
+    return training_context.build_context(recipe, files, tokenizers, run_inputs.tar_paths(files), device)
 
 
 def require_same_run(recorded: dict, current: dict, files: Files, may_differ: Set[str] = frozenset()) -> None:
@@ -105,11 +108,8 @@ def require_same_run(recorded: dict, current: dict, files: Files, may_differ: Se
             f"{files['journal']} began with {began}, and this recipe begins with {begins}. Name its inputs.json with "
             "--inputs."
         )
-    ours, theirs = current["parameters"], recorded.get("parameters", {})
-    differing = sorted(
-        key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key) and key not in may_differ
-    )
-    if differing:
+    differing = differing_keys(current["parameters"], recorded.get("parameters", {}))
+    if differing := [key for key in differing if key not in may_differ]:
         raise UserError(
             f"{files['journal']} was trained with other parameters than the recipe has: {', '.join(differing)}. "
             "Name its params.yaml with --params."
@@ -120,17 +120,14 @@ def nearest_state(work: Path, journal: Journal, first: int) -> tuple[Path, int]:
     """(folder, steps) of the latest state that this journal continues and that is not after step `first`; (work, 0) if
     there is none.
     """
-    from kohaku_delta.training import checkpointing
+    from kohaku_delta.training import checkpointing, run_folders
 
     states = [
-        (step, folder)
-        for folder in sorted(work.glob("*"))
-        for step in checkpointing.saved_steps(folder)
-        if step <= first
+        (step, folder) for folder in sorted(work.glob("*")) for step in run_folders.saved_steps(folder) if step <= first
     ]
     for step, folder in sorted(states, reverse=True):
         try:
-            rows = journals.read_journal(checkpointing.state_path(folder, step) / checkpointing.JOURNAL).rows
+            rows = journals.read_journal(run_folders.state_path(folder, step) / checkpointing.JOURNAL).rows
         except UserError:
             continue
         if rows and rows[-1]["chain"] == journal.rows[step - 1]["chain"]:
@@ -196,7 +193,9 @@ def confidence(sampled: int, steps: int) -> str:
     )
 
 
-def losses(recipe: Recipe, files: Files, lokr: Path, device: str, sample: int, seed: int) -> tuple[int, list[LossPair]]:
+def compare_losses(
+    recipe: Recipe, files: Files, lokr: Path, device: str, sample: int, seed: int
+) -> tuple[int, list[LossPair]]:
     """(step, losses) of `sample` micro-batches, drawn by `seed`, of the step that follows a milestone's LoKr file."""
     numerics.enforce(device)
     import torch

@@ -21,6 +21,7 @@ from kohaku_delta.formats.safetensors_header import TensorSpec, content_digest
 from kohaku_delta.formats.safetensors_io import SafetensorsFile, WriteResult
 from kohaku_delta.parallel import THREADS, ordered_map
 from kohaku_delta.params import Bake
+from kohaku_delta.printing import format_some
 from kohaku_delta.sdxl import checkpoint_checks
 from kohaku_delta.sdxl.tensor_names import Layout, TensorMapping, TensorNameMap
 from kohaku_delta.weights import lokr_format
@@ -120,7 +121,7 @@ def plan_bake(
         embeddings = lokr_format.embeddings(trained)
         if embeddings and not drop_extra:
             raise UserError(
-                f"{lokr_file} bundles embeddings, which are no part of a model: "
+                f"{lokr_file} bundles embeddings, which are not part of a model: "
                 f"{checkpoint_checks.list_names(embeddings)}. --drop-extra leaves them out."
             )
         updates, left_out = plan_updates(model, trained, force)
@@ -140,7 +141,7 @@ def plan_bake(
             dtype, shape = model.specs[name].dtype, model.specs[name].shape
             if not here:
                 raw = model.read_bytes(name, start, stop - start)
-                if not dtypes.finite(np.frombuffer(raw, dtypes.NUMPY[dtype]), dtype):
+                if not dtypes.all_finite(np.frombuffer(raw, dtypes.NUMPY[dtype]), dtype):
                     raise UserError(f"{name} holds NaN or infinity: {base} is damaged. Run the stage that writes it.")
                 return name, raw, raw
             row = prod(shape[1:]) * dtypes.BYTES[dtype]
@@ -149,7 +150,7 @@ def plan_bake(
             for update in here:
                 apply_update(values.reshape(stop - start, *shape[1:]), start, update, scale, trained)
             stored = dtypes.from_float32(values, dtype)
-            if not dtypes.finite(stored, dtype):
+            if not dtypes.all_finite(stored, dtype):
                 raise UserError(
                     f"{name} would hold NaN or infinity as {dtype}: {base} is damaged, or {lokr_file} does not belong "
                     "to it."
@@ -209,9 +210,8 @@ def plan_updates(
                 WeightUpdate(entry, module, kind, parts, shape, shape[0] * entry.third, magnitude)
             )
     if left_out and not force:
-        rest = f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
         raise UserError(
-            f"{trained.path}: {', '.join(left_out[:SHOWN])}{rest} match no tensor of {model.path}. "
+            f"{trained.path}: {format_some(left_out, SHOWN)} match no tensor of {model.path}. "
             "It was trained on a model of another kind; pass --force to leave them out."
         )
     return updates, left_out

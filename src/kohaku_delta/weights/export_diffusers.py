@@ -132,7 +132,7 @@ def _tensors(file: SafetensorsFile, part: str, names: TensorNameMap) -> tuple[di
     def produce(order: list[str]) -> Iterator[tuple[str, np.ndarray]]:
         for name in order:
             stored = file.read(entries[name].key)
-            if not dtypes.finite(stored, specs[name].dtype):
+            if not dtypes.all_finite(stored, specs[name].dtype):
                 raise UserError(
                     f"{file.path}: {entries[name].key} holds NaN or infinity; no program can draw with such a model. "
                     "Run the stage that writes it again."

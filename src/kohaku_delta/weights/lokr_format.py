@@ -23,7 +23,7 @@ from kohaku_delta.formats.safetensors_io import SafetensorsFile, WriteResult
 from kohaku_delta.params import Recipe
 
 BASE_DIGEST, STEPS, CONTENT_HASH = "ss_base_digest", "ss_steps", "sshs_model_hash"
-START = "ss_network_weights"  # sha256 of the LoKr file that the training began with, if it did not begin anew
+START = "ss_network_weights"  # sha256 of the LoKr file that the training began with, if it did not start from scratch
 # the suffixes of an entry's tensors by its kind, which either of the first two decides
 KINDS = {
     "lokr": tuple("lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 alpha dora_scale".split()),  # noqa: SIM905
@@ -150,7 +150,7 @@ def group_by_module(file: SafetensorsFile) -> dict[str, tuple[str, dict[str, str
         unknown = [suffix for suffix in parts if kind is None or suffix not in KINDS[kind]]
         if kind is None or unknown:
             raise UserError(
-                f"{file.path}: {parts[unknown[0]]!r:.160} is no part of a LoKr, a norm difference or a full "
+                f"{file.path}: {parts[unknown[0]]!r:.160} is not part of a LoKr, a norm difference or a full "
                 "difference. Name a LoKr file."
             )
         found[module] = kind, parts
@@ -189,7 +189,7 @@ def read_weights(
         raise UserError(
             f"{file.path} is not a LoKr of this recipe's section lokr on a model of its base's shapes:",
             *first_lines(faults),
-            "Name a LoKr that was trained with these modules and factors, or take over the section lokr of its recipe.",
+            "Name a LoKr that was trained with these modules and factors, or copy the section lokr of its recipe.",
         )
     for name in sorted(shapes):
         values = file.float32(name)

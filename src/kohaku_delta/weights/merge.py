@@ -84,7 +84,7 @@ def merge(
             stored = dtypes.from_float32(
                 weighted_sum(parts, list(recipe.weights.values()), recipe.compute_dtype), dtype
             )
-            if not dtypes.finite(stored, dtype):
+            if not dtypes.all_finite(stored, dtype):
                 raise UserError(
                     f"{name}: the sum holds NaN or infinity. One of {_join([donor, *parents.values()])} is damaged, or "
                     f"its values are too large for {recipe.output_dtype}."
@@ -186,7 +186,7 @@ def _finite_sha256(file: SafetensorsFile, name: str) -> str:
     digest, dtype = hashlib.sha256(), file.specs[name].dtype
     for piece in file.iter_chunks(name):
         digest.update(piece)
-        if not dtypes.finite(np.frombuffer(piece, dtypes.NUMPY[dtype]), dtype):
+        if not dtypes.all_finite(np.frombuffer(piece, dtypes.NUMPY[dtype]), dtype):
             raise UserError(f"{file.path}: {name} holds NaN or infinity: the file is damaged. Fetch it again.")
     return digest.hexdigest()
 
@@ -218,7 +218,7 @@ def _check(
         _raise_mismatch(file.path, sorted(set(parameters) - set(own)), sorted(set(own) - set(parameters)), other)
     unknown = [name for name in recipe.donor_embeddings if name not in parameters]
     if unknown:
-        raise UserError(f"merge.donor_embeddings names {_join(unknown)}, which is no tensor of {base.path}.")
+        raise UserError(f"merge.donor_embeddings names {_join(unknown)}, which is not a tensor of {base.path}.")
     return kept[base], notes
 
 

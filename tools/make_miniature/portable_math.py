@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 
-def root(values: torch.Tensor) -> torch.Tensor:
+def square_root(values: torch.Tensor) -> torch.Tensor:
     """√ of a tensor without a gradient."""
     return torch.from_numpy(np.asarray(np.sqrt(values.detach().numpy())))
 
 
-def spread(values: torch.Tensor, dim=None) -> torch.Tensor:
+def standard_deviation(values: torch.Tensor, dim=None) -> torch.Tensor:
     """The standard deviation, over all of a tensor or over `dim`."""
-    return root(values.detach().var(dim=dim))
+    return square_root(values.detach().var(dim=dim))
 
 
 def timestep_embedding(

@@ -3,7 +3,7 @@ x86-64 host with AVX2 and FMA.
 
 The portable branch of torch's own library (SSE2) is three to six times slower, and training three models would take
 hours with it. So for this process alone, convolutions, linear layers and attention go through numpy's OpenBLAS, whose
-kernels a variable fixes, and their derivatives are written out here. `hold()` must run before numpy is imported.
+kernels a variable fixes, and their derivatives are written out here. `fix_openblas()` must run before numpy is imported.
 """
 
 import math
@@ -12,18 +12,20 @@ import os
 FIXED = {"OPENBLAS_CORETYPE": "Haswell", "OPENBLAS_NUM_THREADS": "1"}
 
 
-def hold() -> None:
+def fix_openblas() -> None:
     """Fixes OpenBLAS's kernels; call it first of all."""
     import sys
 
     if "numpy" in sys.modules and any(os.environ.get(key) != value for key, value in FIXED.items()):
-        raise RuntimeError("numpy was loaded before its OpenBLAS was fixed: call products.hold() first")
+        raise RuntimeError(
+            "numpy was loaded before its OpenBLAS was fixed: call portable_products.fix_openblas() first"
+        )
     os.environ.update(FIXED)
 
 
-def take_over() -> None:
+def replace_torch_functions() -> None:
     """From now on torch.nn.functional's conv2d, linear and scaled_dot_product_attention are the ones below, and
-    diffusers' sinusoids those of roots.py.
+    diffusers' sinusoids those of portable_math.py.
     """
     import torch
     import torch.nn.functional as F
@@ -54,7 +56,7 @@ def take_over() -> None:
 
     from diffusers.models import embeddings
 
-    from make_miniature.roots import timestep_embedding
+    from make_miniature.portable_math import timestep_embedding
 
     embeddings.get_timestep_embedding = timestep_embedding
 

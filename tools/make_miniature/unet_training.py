@@ -2,7 +2,7 @@
 ids, its noise.
 
 The U-Net learns from nothing (the donor) or from the donor (beta, gamma), on latents made beforehand; the text encoders
-come from the reader.
+come from text_encoder_training.
 """
 
 import numpy as np
@@ -57,7 +57,7 @@ LAST = (
 )
 
 
-def fresh() -> dict[str, torch.nn.Module]:
+def new_models() -> dict[str, torch.nn.Module]:
     """U-Net and text encoders before the first step."""
     torch.manual_seed(2)
     models = {
@@ -140,7 +140,7 @@ def mixed(course: Course, world: Course, step: int):
     return latents, *course.ids(texts), time_ids
 
 
-def learn(
+def train_unet(
     models: dict, course: Course, world: Course, *, steps: int, rate: float, rate_of_others: float, seed: int, say=print
 ) -> None:
     """Trains the U-Net in place; the text encoders stay as they are (as long as the U-Net does not listen, their
@@ -179,6 +179,6 @@ def learn(
         optimizer.step(rate * part, rate_of_others * part)
         total += square.mean().item()
         if step % 100 == 99:
-            say(f"painter {step + 1}: mean square error {total / 100:.4f}")
+            say(f"U-Net {step + 1}: mean square error {total / 100:.4f}")
             total = 0.0
     unet.eval()

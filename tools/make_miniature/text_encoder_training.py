@@ -1,4 +1,4 @@
-"""Trains both text encoders to predict what a caption's image looks like, before the U-Net is trained (painter.py).
+"""Trains both text encoders to predict what a caption's image looks like, before the U-Net is trained (unet_training.py).
 
 As CLIP is trained before the U-Net: a small head, discarded afterwards, must predict the image's latents at 8 × 8 from
 the two states that the U-Net is conditioned on (text encoder 1's penultimate state at the end token, text encoder 2's
@@ -11,17 +11,17 @@ from torch import nn
 
 from make_miniature.autoencoder import rate_at
 from make_miniature.muon import Muon
-from make_miniature.roots import spread
+from make_miniature.portable_math import standard_deviation
 from make_miniature.words import draws
 
 BATCH, SIDE = 32, 8
 
 
-def learn(te1, te2, course, *, steps: int, rate: float, rate_of_others: float, say=print) -> None:
+def train_text_encoders(te1, te2, course, *, steps: int, rate: float, rate_of_others: float, say=print) -> None:
     """Train the encoders in place on a course's examples."""
     torch.manual_seed(3)
     targets = torch.stack([F.adaptive_avg_pool2d(each, SIDE).flatten() for each in course.latents])
-    targets = (targets - targets.mean(dim=0)) / spread(targets)
+    targets = (targets - targets.mean(dim=0)) / standard_deviation(targets)
     head = nn.Sequential(
         nn.Linear(te1.config.hidden_size + te2.config.projection_dim, 256), nn.SiLU(), nn.Linear(256, targets.shape[1])
     )
@@ -45,7 +45,7 @@ def learn(te1, te2, course, *, steps: int, rate: float, rate_of_others: float, s
         optimizer.step(rate * part, rate_of_others * part)
         total += loss.item()
         if step % 100 == 99:
-            say(f"reader {step + 1}: unexplained part {total / 100:.4f}")
+            say(f"text encoders {step + 1}: unexplained part {total / 100:.4f}")
             total = 0.0
     for model in (te1, te2):
         model.requires_grad_(False).eval()

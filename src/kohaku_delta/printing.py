@@ -5,11 +5,13 @@ right-to-left marks) are printed as Python writes them in a string, and long lin
 """
 
 import json
+import sys
 import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
 import click
+from tqdm import tqdm
 
 MAX_LINE = 4000  # characters
 IN_A_PAGE = "\n\t"  # characters that only separate words in HTML and Markdown
@@ -50,3 +52,8 @@ def print_line(text: str = "", *, style: str = "", err: bool = False) -> None:
 def print_json(content: Any) -> None:
     """Print JSON in ASCII: a program reads the very text, a terminal sees its escapes."""
     click.echo(json.dumps(content, indent=1))
+
+
+def log_above_bar(sentence: str) -> None:
+    """Prints a sentence to stderr above a progress bar, escaped as print_line does."""
+    tqdm.write(printable(sentence), file=sys.stderr)

@@ -29,6 +29,7 @@ from kohaku_delta.hub.pins import HubFile
 from kohaku_delta.hub.verified_files import Stamp
 from kohaku_delta.parallel import map_all, ordered_map
 from kohaku_delta.params import Pin
+from kohaku_delta.printing import log_above_bar
 
 GAP = 1 << 18  # bytes; a smaller gap is downloaded rather than making another request
 RANGE = 1 << 25  # bytes of one request, except for a larger member
@@ -185,7 +186,7 @@ def _fetch_rows(
                 return stamp
             rows = np.array(wrong, np.int64)
             advance(-int(tar.size[rows].sum()))
-            progress.log_above_bar(
+            log_above_bar(
                 f"{tar.pin.url}: {len(rows):,} members arrived with other bytes than the index says; "
                 "they are downloaded again"
             )

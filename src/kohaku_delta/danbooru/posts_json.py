@@ -31,6 +31,7 @@ from kohaku_delta.atomic_files import atomic_dir
 from kohaku_delta.errors import UserError
 from kohaku_delta.hub import file_download, progress, verified_files
 from kohaku_delta.hub.verified_files import VerifiedFile
+from kohaku_delta.printing import log_above_bar
 from kohaku_delta.provenance import import_closure
 from kohaku_delta.strict_model import PartialModel, StrictModel
 
@@ -196,9 +197,9 @@ def write_database(
     if not lines:
         raise UserError(f"{source} has no post. {LAYOUT}")
     if lines > posts_written:
-        progress.log_above_bar(f"{source}: {lines - posts_written:,} lines are of posts that a later line has again")
+        log_above_bar(f"{source}: {lines - posts_written:,} lines are of posts that a later line has again")
     if not general:
-        progress.log_above_bar(
+        log_above_bar(
             f"{source}: no post has the rating g (general). In files from before 2022 the letter s means safe, not "
             "sensitive; such a file would be misread."
         )

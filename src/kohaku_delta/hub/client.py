@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from kohaku_delta.errors import UserError
-from kohaku_delta.hub import connection, progress
+from kohaku_delta.hub import connection
 from kohaku_delta.hub.hub_errors import (
     CORRECT_ENDPOINT,
     Cancelled,
@@ -24,6 +24,7 @@ from kohaku_delta.hub.hub_errors import (
     translate_parse_errors,
 )
 from kohaku_delta.hub.pins import HubFile
+from kohaku_delta.printing import log_above_bar
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds, doubled from try to try
 TRIES = 12  # in a row without progress: six minutes of waiting
@@ -195,6 +196,6 @@ def retry(attempt: Callable[[], Result], file: str, stop: threading.Event) -> Re
                     f"{file}: the hub {error} and asks to wait {wait:.0f} seconds. What arrived is kept: "
                     "run the download again then."
                 ) from None
-            progress.log_above_bar(f"{file}: the hub {error}; next try in {wait:.0f} s")
+            log_above_bar(f"{file}: the hub {error}; next try in {wait:.0f} s")
         if stop.wait(wait):
             raise Cancelled

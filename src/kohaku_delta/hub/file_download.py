@@ -18,11 +18,12 @@ from pathlib import Path
 
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats.hashing import hash_file
-from kohaku_delta.hub import client, progress, verified_files
+from kohaku_delta.hub import client, verified_files
 from kohaku_delta.hub.client import RemoteFile
 from kohaku_delta.hub.pins import hub_file
 from kohaku_delta.hub.verified_files import VerifiedFile
 from kohaku_delta.params import Pin
+from kohaku_delta.printing import log_above_bar
 
 ATTEMPTS = 3  # that a whole file, or a member of a tar, may arrive with wrong bytes
 
@@ -79,7 +80,7 @@ def download_file(
                 return VerifiedFile(found, verified_files.stamp(target))
             os.truncate(descriptor, 0)
             advance(-remote.size)
-        progress.log_above_bar(
+        log_above_bar(
             f"{pin.url}: {remote.size:,} bytes arrived with the wrong sha256 {found}; the file is downloaded again"
         )
         remote = client.retry(lambda: client.head_file(hub_file(pin)), pin.url, stop)

@@ -21,6 +21,7 @@ from kohaku_delta.hub import client, file_download, pins, progress, verified_fil
 from kohaku_delta.hub.verified_files import VerifiedFile
 from kohaku_delta.parallel import map_all, ordered_map
 from kohaku_delta.params import Download, Pin
+from kohaku_delta.printing import log_above_bar
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,9 @@ def verify_local(files: list[InputFile], other_mirrors: Sequence[Path] = ()) -> 
                 try:
                     found = verify_file(path, file.pin, advance)
                 except UserError as error:
-                    progress.log_above_bar(f"{error.message} It is not used.")
+                    log_above_bar(f"{error.message} It is not used.")
                 except OSError as error:
-                    progress.log_above_bar(f"{path} cannot be read ({error.strerror}). It is not used.")
+                    log_above_bar(f"{path} cannot be read ({error.strerror}). It is not used.")
                 else:
                     if path != file.path:
                         file_download.link(file.path, path)
@@ -183,7 +184,7 @@ def _report_mirror(mirror: Path, is_used: bool) -> None:
     if not mirror.is_dir():
         raise UserError(f"--mirror {mirror} is not a folder that exists.")
     if not is_used:
-        progress.log_above_bar(
+        log_above_bar(
             f"--mirror {mirror} has none of the inputs, neither as a mirror (kind/owner/name/revision/file), nor as a "
             "Hugging Face cache (models--owner--name/snapshots/…), nor, for inputs with a sha256, as a folder of files."
         )

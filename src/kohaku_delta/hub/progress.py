@@ -1,13 +1,10 @@
-"""One progress bar of bytes for many threads, and messages that do not break it."""
+"""One progress bar of bytes for many threads."""
 
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
-
-from kohaku_delta.printing import printable
 
 
 @contextmanager
@@ -23,8 +20,3 @@ def progress_bar(description: str, total: int, initial: int = 0) -> Iterator[Cal
                 bar.update(count)
 
         yield advance
-
-
-def log_above_bar(sentence: str) -> None:
-    """Prints a sentence to stderr above the bar, escaped as printing.print_line does."""
-    tqdm.write(printable(sentence), file=sys.stderr)

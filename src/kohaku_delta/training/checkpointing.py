@@ -19,7 +19,7 @@ import torch
 from kohaku_delta import atomic_files
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import safetensors_io
-from kohaku_delta.hub import progress
+from kohaku_delta.printing import log_above_bar
 from kohaku_delta.training import journal, tensor_fingerprints
 from kohaku_delta.training.journal import Journal
 from kohaku_delta.training.run_folders import saved_steps, state_path
@@ -91,7 +91,7 @@ def set_damaged_aside(folder: Path, faults: dict[int, str]) -> None:
         target = next(name for name in damaged if not os.path.lexists(name))
         with suppress(FileNotFoundError):  # another rank of this machine has renamed it
             os.rename(path, target)
-            progress.log_above_bar(f"train: {fault} It is kept as {target}; an older state is used instead.")
+            log_above_bar(f"train: {fault} It is kept as {target}; an older state is used instead.")
 
 
 def no_sound_state(folder: Path, faults: dict[int, str]) -> str:

@@ -21,9 +21,8 @@ from pydantic import Field
 
 from kohaku_delta import atomic_files, strict_model
 from kohaku_delta.errors import UserError
-from kohaku_delta.hub import progress
 from kohaku_delta.mappings import differing_keys
-from kohaku_delta.printing import format_some, printable
+from kohaku_delta.printing import format_some, log_above_bar, printable
 from kohaku_delta.strict_model import StrictModel
 
 KEY = re.compile(r"[0-9a-f]{16}")
@@ -105,9 +104,7 @@ def run_folder(work: Path, depends: dict[str, str], steps: int, rank: int) -> Pa
     if not folder.is_dir() and aside.is_dir():
         os.rename(aside, folder)
         done = max(saved_steps(folder), default=0)
-        progress.log_above_bar(
-            f"train: {aside} was set aside and is resumed as {folder}: {done} of {steps} steps are done."
-        )
+        log_above_bar(f"train: {aside} was set aside and is resumed as {folder}: {done} of {steps} steps are done.")
     if not saved_steps(folder):
         for other in unfinished_runs(work):
             if other.folder != folder:
@@ -130,7 +127,7 @@ def _keep_or_refuse(other: UnfinishedRun, folder: Path, depends: dict[str, str])
     )
     holds = f"{other.folder} holds an unfinished training, {other.progress}, {why}"
     if os.environ.get("DVC_EXP_NAME") or os.environ.get("CI", "").lower() not in ("", "0", "false"):
-        progress.log_above_bar(f"train: {holds} It is kept there; this run has a folder of its own, {folder}.")
+        log_above_bar(f"train: {holds} It is kept there; this run has a folder of its own, {folder}.")
         return
     restore = "Restore them to go on with it; or set" if other.inputs else "Set"
     raise UserError(

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from kohaku_delta import atomic_files, numerics
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
-from kohaku_delta.hub import progress
 from kohaku_delta.params import Recipe
+from kohaku_delta.printing import log_above_bar
 from kohaku_delta.training import event_log, journal, run_inputs
 
 if TYPE_CHECKING:  # it imports torch, which must find the numerics fixed
@@ -63,7 +63,7 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
         if rank == 0:
             atomic_files.clear_left_overs(folder)
             if start := run_inputs.network_weights(files):
-                progress.log_above_bar(f"train: {run_inputs.describe_start(start, files['base'])}")
+                log_above_bar(f"train: {run_inputs.describe_start(start, files['base'])}")
         context = training_context.build_context(recipe, files, tokenizers, tars, device)
         if ranks > 1:
             connect_ranks(depends, rank, ranks, device)

@@ -16,6 +16,10 @@ REMEDIES = {
     errno.EACCES: "Check the permissions, or give another path by the option. "
     "A stage may open only what it declares (docs/sandbox.md).",
     errno.EROFS: "The file system is read-only: give another path by the option.",
+    errno.ENOTDIR: "Check the path: a part of it is a file, not a folder.",
+    errno.EISDIR: "Check the path: a file was expected there.",
+    errno.ELOOP: "Check the path: its links lead back to themselves.",
+    errno.ENAMETOOLONG: "Give a shorter path.",
     errno.ENOENT: "Check the path, or run the stage that writes it.",
 }
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from kohaku_delta import atomic_files, numerics
+from kohaku_delta import atomic_files, numerics, paths
 from kohaku_delta.danbooru import tars as tar_files
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet, safetensors_io
@@ -215,6 +215,7 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
     folder = run_folders.run_folder(work, depends, steps, rank)
     with nullcontext() if rank else checkpointing.locked(folder), readable_errors(work, rank):
         if rank == 0:
+            atomic_files.refuse_other_files(files["milestones"], paths.is_milestone_name)
             atomic_files.clear_left_overs(folder)
             if start := network_weights(files):
                 run_folders.say(describe_start(start, files["base"]))
@@ -327,7 +328,7 @@ def run_steps(loop: "TrainingLoop") -> int:
 
 def write_outputs(loop: "TrainingLoop", files: dict[str, Path]) -> str:
     """Write milestones, LoKr, journal (sealed with the LoKr's digest) and curves. Returns the stage's summary line."""
-    with atomic_files.atomic_dir(files["milestones"]) as folder:
+    with atomic_files.atomic_dir(files["milestones"], paths.is_milestone_name) as folder:
         loop.copy_milestones(folder)
     lokr = loop.write_lokr(files["out"], loop.adapter.tensors(), loop.steps)
     loop.journal.lokr = lokr.digest

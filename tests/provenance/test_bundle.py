@@ -191,6 +191,12 @@ def test_a_key_that_is_none_is_refused_before_any_check_and_read_up_to_a_limit(b
         assert code == 2 and f"{path} " in message and "openssl" in message and "PASS" not in message
 
 
+def test_a_bundle_of_a_build_that_is_not_whole_says_what_is_missing(copy, tmp_path):
+    (copy / "build/journal.parquet").unlink()
+    code, message = ask("bundle", tmp_path / "half.tar", "--recipe", copy)
+    assert code == 0 and "so not in the bundle: build/journal.parquet" in message
+
+
 def test_a_bundle_replaces_nothing_but_a_bundle(copy, monkeypatch, tmp_path):
     before = sorted(copy.rglob("*"))
     for place in (copy, copy.parent):

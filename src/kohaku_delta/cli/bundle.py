@@ -46,6 +46,11 @@ def bundle(out: Path, folder: Path, key: Path | None) -> None:
         gathered = Path(temporary) / "bundle"
         gathered.mkdir()
         left_out = _gather(rebuild, gathered)
+        missing = [out for out in rebuild.writers if out not in rebuild.digests]
+        if not (gathered / bundles.LIBRARIES).is_dir():
+            missing.append("the lock files of the libraries")
+        if missing:
+            print_line(f"not in {folder}, and so not in the bundle: {', '.join(missing)}", err=True)
         provenance = rebuild.folder / bundles.PROVENANCE
         if key:
             signature.sign(statement.build_statement(rebuild), key, gathered / bundles.PROVENANCE)

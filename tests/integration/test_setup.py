@@ -201,6 +201,19 @@ def test_ctrl_c_is_one_line(tmp_path):
         assert re.fullmatch(r"Error: Interrupted\..*\n", process.stderr.read())
 
 
+def test_a_reader_that_stops_reading_ends_a_command_without_a_word():
+    code = (
+        "import click; from kohaku_delta.cli.stage_command import StageCommand; "
+        "click.command(cls=StageCommand)(lambda: [click.echo('x' * 99) for _ in range(100_000)])()"
+    )
+    done = subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" | head -1; echo ${PIPESTATUS[0]}', sys.executable, code],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["x" * 99, "141"] and done.stderr == ""
+
+
 def test_ctrl_c_amid_imports_is_one_line():
     code = "import kohaku_delta, os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
     done = subprocess.run(

@@ -126,7 +126,6 @@ lock:
 
 # The virtual environment of one lock (LOCK=cpu or cuda; WHEELS=folder: without a network).
 environment:
-	@rm -f $(VENV)/requirements.txt
 	@VENV="$(VENV)" PYTHON="$(PYTHON)" LOCK=$(or $(LOCK),cpu) WHEELS="$(WHEELS)" tools/setup_environment.sh
 
 $(VENV)/requirements.txt: requirements/cpu.txt pyproject.toml

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from kohaku_delta import atomic_files
+from kohaku_delta.errors import UserError
 
 WRITER = """
 import sys
@@ -103,3 +104,55 @@ def test_new_files_have_the_modes_of_ordinary_ones(tmp_path):
     (tmp_path / "ordinary").write_text("")
     write(tmp_path / "out", "file")
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def test_a_folder_with_a_file_of_another_kind_is_never_replaced(tmp_path):
+    (tmp_path / "pictures" / "sub").mkdir(parents=True)
+    (tmp_path / "pictures" / "sub" / "mine.png").write_text("mine")
+    with (
+        pytest.raises(UserError, match="holds sub/mine.png, which was not written by this command"),
+        atomic_files.atomic_dir(tmp_path / "pictures", {"new"}.__contains__),
+    ):
+        pytest.fail("it is refused before anything is written")
+    assert names(tmp_path) == ["pictures"] and (tmp_path / "pictures" / "sub" / "mine.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize("path", [".", "..", "../work", "/"])
+def test_the_working_folder_and_those_around_it_are_never_replaced(tmp_path, monkeypatch, path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "state").write_text("weeks")
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(UserError, match="in which this command runs, or one around it"), atomic_files.atomic_dir(path):
+        pytest.fail("it is refused before anything is written")
+    assert names(tmp_path) == ["work"] and names(tmp_path / "work") == ["state"]
+
+
+def test_a_link_to_a_folder_stays_and_the_folder_that_it_leads_to_is_replaced(tmp_path):
+    (tmp_path / "disk" / "out").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")
+    write(tmp_path / "out", "folder")
+    assert (tmp_path / "out").is_symlink() and names(tmp_path / "disk" / "out") == ["new"]
+    assert names(tmp_path / "disk") == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_path_of_the_other_kind_is_refused_before_anything_is_written(tmp_path, kind):
+    (tmp_path / "out").mkdir() if kind == "file" else (tmp_path / "out").write_text("mine")
+    with pytest.raises(IsADirectoryError if kind == "file" else NotADirectoryError) as error:
+        write(tmp_path / "out", kind)
+    assert error.value.filename == str(tmp_path / "out") and names(tmp_path) == ["out"]
+
+
+def test_an_old_folder_is_whole_until_the_new_one_is_there(tmp_path, monkeypatch):
+    write(tmp_path / "out", "folder")
+    rename = os.rename
+
+    def fail(source, target):
+        if str(target) == str(tmp_path / "out") and ".0." in str(source):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="Input/output"), atomic_files.atomic_dir(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["new"]

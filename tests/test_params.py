@@ -203,6 +203,31 @@ def test_what_is_no_recipe_is_refused(tmp_path, content):
         load(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    {
+        "Windows-1252": (b"root: .\ntitle: caf\xe9\n", "line 2 has the byte 0xe9, which is not UTF-8"),
+        "UTF-16": ("root: .\n".encode("utf-16"), "line 1 has the byte 0xff"),
+        "twice": (b"root: .\na: 1\nroot: ..\n", 'line 3, column 1: found duplicate key "root"'),
+        "a tab": (b"a:\n\tb: 1\n", "line 2, column 1: found character '\\t'"),
+        "5,000 digits": (b"root: .\nseed: " + b"9" * 5000, "line 2: 9999"),
+        "deep": (b"a: " + b"[" * 5000, "nested too deeply"),
+        "half a character": (b'a:\n  b: "\\ud800"\n', "a.b holds half of a surrogate pair"),
+        "an overflow": (b"train:\n  clip: 1e999\n", "train.clip is inf, and every number must be finite"),
+        "not a number": (b"clip: .nan\n", "clip is nan"),
+        "a date": (b"a:\n  b: 2024-01-01\n", "a.b is of YAML's type date, which DVC does not write: put it in quotes"),
+        "a number as a key": (b"1: a\n", 'read: the key 1 needs quotes ("1")'),
+    }.values(),
+)
+def test_a_fault_of_yaml_is_named_with_its_line_or_key(tmp_path, content, sentence):
+    (tmp_path / "params.yaml").write_bytes(content)
+    with pytest.raises(UserError) as refusal:
+        load(tmp_path / "params.yaml")
+    message = refusal.value.message
+    assert sentence in message and "params.yaml" in message
+    assert not any(word in message for word in ("unicode string", "suppress", "set_int_max_str_digits", "https:"))
+
+
 def test_a_strangers_recipe_cannot_fill_the_memory_or_control_the_terminal(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n")

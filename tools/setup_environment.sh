@@ -22,6 +22,8 @@ locked() { sed -n "/^$1==/,/[^\\\\]\$/p" "$lock"; }
 
 [ -f "$lock" ] || fail "$lock is not there. Use LOCK=cpu or LOCK=cuda."
 [ -z "$wheels" ] || [ -d "$wheels" ] || fail "the folder of wheels $wheels is not there. \`make wheels LOCK=$name\` fills build/wheels-$name on a machine with a network."
+# It would be cleared.
+[ ! -e "$venv" ] || [ -f "$venv/pyvenv.cfg" ] || [ -z "$(ls -A "$venv")" ] || fail "VENV=$venv is not a virtual environment, and all that is in it would be deleted. Name another folder, or delete it yourself."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 trap 'echo "Error: the setup was interrupted; the next \`make\` starts it again." >&2; exit 130' INT TERM

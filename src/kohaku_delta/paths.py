@@ -3,6 +3,7 @@
 Strings, not Paths: DVC's files hold the same strings, and the stages use them as the defaults of their options.
 """
 
+import re
 from pathlib import Path
 
 BUILD = "build"
@@ -38,6 +39,11 @@ RECORDS = "build/records"  # every stage: a record of its run; no DVC output
 def milestone_name(step: int) -> str:
     """The file of the LoKr after `step` steps, in build/milestones and in the run's work folder."""
     return f"delta-lokr-step{step:08d}.safetensors"
+
+
+def is_milestone_name(name: str) -> bool:
+    """Whether a file has the name of such a LoKr."""
+    return re.fullmatch(r"delta-lokr-step\d{8,}\.safetensors", name) is not None
 
 
 def stamps_path(inputs: Path) -> Path:

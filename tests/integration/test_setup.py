@@ -86,6 +86,7 @@ def test_a_setup_that_failed_does_not_look_finished(tmp_path):
     fake(tmp_path, "uv", UV.replace("--version)", "*--require-hashes*) exit 1 ;;\n    --version)"))
     (tmp_path / "venv").mkdir()
     (tmp_path / "venv" / "requirements.txt").touch()
+    (tmp_path / "venv" / "pyvenv.cfg").touch()
     done = setup(tmp_path, PYTHON="no-such-python")
     assert done.returncode == 1 and not (tmp_path / "venv" / "requirements.txt").exists()
     assert done.stderr.count("Error: ") == 1 and "WHEELS=folder" in done.stderr
@@ -102,6 +103,18 @@ def test_what_is_not_there_is_refused_in_one_line(tmp_path, environment, message
         and done.stderr.count("\n") == 1
         and message in done.stderr
     )
+
+
+def test_a_folder_that_is_no_virtual_environment_is_never_cleared(tmp_path):
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv" / "requirements.txt").write_text("mine")
+    done = setup(tmp_path)
+    assert done.returncode == 1 and "is not a virtual environment" in done.stderr
+    assert (tmp_path / "venv" / "requirements.txt").read_text() == "mine"
+    done = subprocess.run(
+        ["make", "--no-print-directory", f"VENV={tmp_path / 'venv'}", "environment"], cwd=ROOT, capture_output=True
+    )
+    assert done.returncode and (tmp_path / "venv" / "requirements.txt").read_text() == "mine"
 
 
 def test_what_builds_source_archives_is_in_both_locks_and_uv_is_hash_locked():
@@ -143,6 +156,21 @@ def test_each_command_has_a_short_help_and_a_version(words):
     assert re.fullmatch(r"kohaku-delta \d+\.\d+\.\d+\n", CliRunner().invoke(main, [*words, "--version"]).output)
 
 
+def test_the_command_of_the_stages_has_a_help_anywhere_and_leaves_options_to_the_stage(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from kohaku_delta.cli import stage
+    from kohaku_delta.cli.main import main
+
+    started = []
+    monkeypatch.setattr(stage.os, "execv", lambda program, arguments: started.append(arguments))
+    monkeypatch.chdir(ROOT / "miniature")
+    assert CliRunner().invoke(main, ["stage", "caption", "--help", "-h", "--out", "x"]).exit_code == 0
+    assert started[0][2:] == ["--help", "-h", "--out", "x"]
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(main, ["stage", "--help"]).output.startswith("Usage: ")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_stage_has_a_short_help_and_a_version(stage):
@@ -171,6 +199,19 @@ def test_ctrl_c_is_one_line(tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
         assert re.fullmatch(r"Error: Interrupted\..*\n", process.stderr.read())
+
+
+def test_a_reader_that_stops_reading_ends_a_command_without_a_word():
+    code = (
+        "import click; from kohaku_delta.cli.stage_command import StageCommand; "
+        "click.command(cls=StageCommand)(lambda: [click.echo('x' * 99) for _ in range(100_000)])()"
+    )
+    done = subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" | head -1; echo ${PIPESTATUS[0]}', sys.executable, code],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["x" * 99, "141"] and done.stderr == ""
 
 
 def test_ctrl_c_amid_imports_is_one_line():

@@ -223,11 +223,21 @@ def test_exit_codes_colours_and_remedies(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["RTX 3090", "0x RTX 3090", "2x", "2x RTX 3090, 24", "2x RTX 3090, memory lots", "2x Voodoo 2"]
-)
+    "text",
+    ["", "RTX 3090", "0x RTX 3090", "99999999999x RTX 3090", "2x", "2x RTX 3090, 24", "2x RTX 3090, memory lots",
+     "2x Voodoo 2", "2x RTX 3090, memory 64 GB, memory 32 GB"],
+)  # fmt: skip
 def test_a_description_that_says_nothing_is_refused_with_an_example(text):
     done = run("--simulate", text)
     assert done.exit_code == 2 and "RTX 3090" in done.output and "Traceback" not in done.output
+
+
+def test_what_a_description_does_not_name_is_said_and_a_time_must_be_a_number():
+    done = run("--simulate", "2x RTX 3090, disk 2 TB")
+    assert "not checked, because --simulate does not name it: memory\n" in done.output
+    for seconds in ("nan", "inf"):
+        done = run("--simulate", "2x RTX 3090", "--seconds-per-step", seconds)
+        assert done.exit_code == 2 and "a number of seconds" in done.output
 
 
 def test_this_host_can_make_the_miniature_and_dvc_asks_first():

@@ -180,6 +180,41 @@ def test_a_wrong_key_is_refused_and_an_unnamed_one_believes_nothing(bundle, keys
     assert code == 2 and "Sign it when you pack it" in message
 
 
+@pytest.mark.parametrize("path", ["/nope", "/dev/zero", "/dev/null", "."])
+def test_a_key_that_is_none_is_refused_before_any_check_and_read_up_to_a_limit(bundle, untampered_rebuild, path):
+    for arguments in (
+        ("audit", bundle, "--key", path),
+        ("provenance", bundle, "--verify", path),
+        ("provenance", untampered_rebuild, "--key", path),
+    ):
+        code, message = ask(*arguments)
+        assert code == 2 and f"{path} " in message and "openssl" in message and "PASS" not in message
+
+
+def test_a_bundle_of_a_build_that_is_not_whole_says_what_is_missing(copy, tmp_path):
+    (copy / "build/journal.parquet").unlink()
+    code, message = ask("bundle", tmp_path / "half.tar", "--recipe", copy)
+    assert code == 0 and "so not in the bundle: build/journal.parquet" in message
+
+
+def test_a_bundle_replaces_nothing_but_a_bundle(copy, monkeypatch, tmp_path):
+    before = sorted(copy.rglob("*"))
+    for place in (copy, copy.parent):
+        monkeypatch.chdir(place)
+        for out in (".", "..", copy, copy / "build"):
+            code, message = ask("bundle", out, "--recipe", copy)
+            assert code == 1 and "would be replaced as a whole" in message
+    assert sorted(copy.rglob("*")) == before
+    out = tmp_path / "bundle"
+    assert ask("bundle", out, "--recipe", copy)[0] == 0
+    assert ask("bundle", out, "--recipe", copy)[0] == 0, "its own bundle is replaced"
+    (out / "notes.txt").write_text("mine")
+    code, message = ask("bundle", out, "--recipe", copy)
+    assert code == 1 and "notes.txt" in message and (out / "notes.txt").read_text() == "mine"
+    code, message = ask("bundle", tmp_path / "mini.tar.gz", "--recipe", copy)
+    assert code == 1 and "a bundle is a file .tar, or a folder" in message
+
+
 def envelope(payload: bytes, key, **more) -> str:
     """A DSSE envelope by its definition, signed by hand."""
     kind = b"application/vnd.in-toto+json"

@@ -93,6 +93,17 @@ def test_the_states_between_two_milestones_share_the_rows_before_them_and_each_i
     assert [pq.read_metadata(journal_file(tmp_path, 7, first)).num_rows for first in (0, 4)] == [4, 3]
 
 
+def test_a_hidden_file_that_another_program_left_costs_no_state(tmp_path):
+    rows = journal.Journal(HEADER)
+    for steps in (1, 2):
+        save(tmp_path, steps, rows, milestone=4)
+    folder = checkpointing.state_path(tmp_path, 2)
+    for name in (".DS_Store", ".nfs0000000000000001", ".a", ".b"):
+        (folder / name).write_text("")
+        (folder / checkpointing.JOURNAL / name).write_text("")
+    assert checkpointing.load_newest_state(tmp_path, HEADER)[0] == 2
+
+
 def _refuse_links(*_):
     raise PermissionError("Operation not permitted")
 

@@ -80,6 +80,31 @@ def test_the_journal_of_a_saved_state_is_replayed_too(trained):
     assert "1 of 3 steps" in done.stdout
 
 
+@pytest.mark.ci
+@pytest.mark.parametrize("file", ["state.safetensors", "journal.parquet"])
+@pytest.mark.parametrize("how", ["missing", "empty", "a folder"])
+def test_a_state_that_cannot_be_read_is_passed_over_and_said(trained, tmp_path, file, how):
+    folder = copied(trained, tmp_path)
+    rows = journal.read_journal(folder / "build/journal.parquet")
+    run, steps = replay_training.nearest_state(folder / "work", rows, 2)
+    assert steps == 2
+    damaged = run / "step-00000002" / file
+    shutil.rmtree(damaged) if damaged.is_dir() else damaged.unlink()
+    if how != "missing":
+        damaged.write_bytes(b"") if how == "empty" else damaged.mkdir()
+    said = []
+    assert replay_training.nearest_state(folder / "work", rows, 2, said.append) == (run, 1)
+    assert len(said) == 1 and str(damaged.parent) in said[0] and "is passed over" in said[0]
+
+
+@pytest.mark.ci
+def test_a_replay_says_from_where_it_computes_and_refuses_a_folder_of_states_that_does_not_exist(trained):
+    done = replay(trained, "--from", 1, "--to", 1)
+    assert "1 steps are computed, 1 to 1, from the state after 1 steps in work/" in done.stderr
+    done = replay(trained, "--from", 1, "--to", 1, "--work", "nowhere")
+    assert done.returncode == 2 and "nowhere is not a folder" in done.stderr
+
+
 @pytest.mark.slow
 def test_a_changed_caption_is_found_at_its_step_lane_and_posts(trained, tmp_path):
     folder = copied(trained, tmp_path)

@@ -12,7 +12,7 @@ from kohaku_delta.cli.exit_codes import ComparisonCommand
 from kohaku_delta.cli.stage_command import FILE
 from kohaku_delta.formats import hashing
 from kohaku_delta.printing import print_json, print_line, printable
-from kohaku_delta.provenance import dvc_yaml
+from kohaku_delta.provenance import dvc_yaml, signature
 from kohaku_delta.provenance.artifact import open_artifact
 
 COLORS = {"PASS": "green", "FAIL": "red", "SKIP": "yellow"}
@@ -44,6 +44,8 @@ def audit(target: Path, as_json: bool, **options) -> None:
         raise click.UsageError(
             "Give --replay and --seed together: a sample only means something if nobody could foresee it."
         )
+    if options["key"] and not options["key"].is_fifo():  # a mistyped path is no fault of the target
+        signature.read_public_key(options["key"])
     numerics.prepare()
     from kohaku_delta.publishing import check_folder
     from kohaku_delta.verify import audit as checks

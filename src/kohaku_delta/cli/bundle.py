@@ -14,6 +14,8 @@ from kohaku_delta.printing import print_line
 from kohaku_delta.provenance import bundles, dvc_yaml, signature, stage_record, statement
 from kohaku_delta.provenance.artifact import Artifact, is_library_locks, open_artifact
 
+ARCHIVES = (".gz", ".tgz", ".xz", ".bz2", ".zst", ".zip")
+
 
 @click.command(cls=StageCommand)
 @click.argument("out", type=FILE)
@@ -29,12 +31,26 @@ def bundle(out: Path, folder: Path, key: Path | None) -> None:
 
     The bytes depend only on those of the rebuild.
     """
+    if out.suffix in ARCHIVES:
+        raise UserError(f"{out}: a bundle is a file .tar, or a folder. Compress the .tar afterwards.")
+    own = set()
+    if out.suffix != ".tar":
+        if (out / bundles.MANIFEST).is_file():
+            own = {bundles.MANIFEST, *bundles.read_manifest(out).files}
+        atomic_files.refuse_other_files(out, own.__contains__)
+    if key and not key.is_fifo():  # what comes through a pipe can be read once
+        signature.read_private_key(key)
     with open_artifact(folder) as rebuild, tempfile.TemporaryDirectory(prefix="kohaku-delta-") as temporary:
         if rebuild.bundle:
             raise UserError(f"{folder} is a bundle already.")
         gathered = Path(temporary) / "bundle"
         gathered.mkdir()
         left_out = _gather(rebuild, gathered)
+        missing = [out for out in rebuild.writers if out not in rebuild.digests]
+        if not (gathered / bundles.LIBRARIES).is_dir():
+            missing.append("the lock files of the libraries")
+        if missing:
+            print_line(f"not in {folder}, and so not in the bundle: {', '.join(missing)}", err=True)
         provenance = rebuild.folder / bundles.PROVENANCE
         if key:
             signature.sign(statement.build_statement(rebuild), key, gathered / bundles.PROVENANCE)
@@ -45,7 +61,7 @@ def bundle(out: Path, folder: Path, key: Path | None) -> None:
             with atomic_files.atomic_write(out) as file:
                 bundles.pack_bundle(gathered, file)
         else:
-            with atomic_files.atomic_dir(out) as target:
+            with atomic_files.atomic_dir(out, own.__contains__) as target:
                 shutil.copytree(gathered, target, dirs_exist_ok=True)
         count = sum(path.is_file() for path in gathered.rglob("*"))
     print_line(f"{count} files, {sum(left_out.values()):,} bytes of weights left out → {out}")

@@ -28,10 +28,14 @@ def preflight(params: Path, simulate: str | None, seconds_per_step: float | None
     """Check that this host can build the recipe: libraries, numerics, GPUs, memory, disk.
 
     Exit code 0: all checks passed; 1: some failed, and say what to do; 2: the host cannot be checked."""
-    if seconds_per_step and not simulate:
+    if seconds_per_step is not None and simulate is None:
         raise click.UsageError("--seconds-per-step needs --simulate.")
+    if seconds_per_step is not None and not seconds_per_step < 1e6:  # NaN too
+        raise click.UsageError(
+            f"--seconds-per-step {seconds_per_step:g}: a number of seconds below a million is needed."
+        )
     recipe = recipes.load(params)
-    if simulate:
+    if simulate is not None:
         numerics.prepare()
         model = parameter_counts.count_parameters(recipe, params.parent)
         host = build_plan.parse_host(simulate, host_facts.locked_versions(recipe, params.parent), model)
@@ -42,6 +46,8 @@ def preflight(params: Path, simulate: str | None, seconds_per_step: float | None
     _print_results(results)
     if host.model is None and not simulate:
         print_line(f"memory and disk are not checked: {build_plan.unknown_size(recipe)}")
+    if simulate is not None and (left_out := build_plan.not_described(host)):
+        print_line(f"not checked, because --simulate does not name it: {', '.join(left_out)}")
     failed = [result.name for result in results if not result.ok]
     note = f"; red: {', '.join(failed)}" if failed else ""
     print_line(f"preflight: {len(results) - len(failed)} of {len(results)} are green{note}")

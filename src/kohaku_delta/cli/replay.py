@@ -1,5 +1,6 @@
 """kohaku-delta replay: computes a range of training steps again and compares it with the journal."""
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -9,6 +10,7 @@ from kohaku_delta import numerics, paths
 from kohaku_delta import params as recipes
 from kohaku_delta.cli.exit_codes import DIFFERENT, EQUAL, ComparisonCommand
 from kohaku_delta.cli.stage_command import FILE
+from kohaku_delta.errors import UserError
 from kohaku_delta.printing import print_line
 from kohaku_delta.training.journal import read_journal
 from kohaku_delta.verify import replay_training
@@ -59,8 +61,11 @@ def replay(
         raise SystemExit(EQUAL if _compare_losses(recipe, files, lokr, device, sample, seed) else DIFFERENT)
     if loss_only or lokr or first is None or last is None:
         raise click.UsageError("Give --from and --to, or --loss-only and --lokr.")
+    if work and not work.is_dir():
+        raise UserError(f"{work} is not a folder. Name the folder of the saved states with --work.")
+    say = partial(print_line, err=True)
     with tqdm(desc="replay", unit="step", disable=None) as bar:
-        steps = replay_training.replay_steps(recipe, files, work or Path(recipe.execution.work), first, last)
+        steps = replay_training.replay_steps(recipe, files, work or Path(recipe.execution.work), first, last, say)
         for step, difference in steps:
             bar.update()
             if difference:

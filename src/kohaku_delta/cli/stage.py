@@ -9,8 +9,11 @@ import click
 from kohaku_delta import params as recipes
 from kohaku_delta.errors import UserError
 
+# options after NAME are the script's, --help too
+CONTEXT = {"allow_interspersed_args": False, "help_option_names": ["-h", "--help"]}
 
-@click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+
+@click.command(context_settings=CONTEXT)
 @click.argument("name")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def stage(name: str, options: tuple[str, ...]) -> None:

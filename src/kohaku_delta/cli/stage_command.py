@@ -1,6 +1,8 @@
 """The base class of the stages and of most commands: errors become one sentence, and files are sandboxed."""
 
 import errno
+import os
+import select
 from pathlib import Path
 
 import click
@@ -17,9 +19,14 @@ REMEDIES = {
     errno.EACCES: "Check the permissions, or give another path by the option. "
     "A stage may open only what it declares (docs/sandbox.md).",
     errno.EROFS: "The file system is read-only: give another path by the option.",
+    errno.ENOTDIR: "Check the path: a part of it is a file, not a folder.",
+    errno.EISDIR: "Check the path: a file was expected there.",
+    errno.ELOOP: "Check the path: its links lead back to themselves.",
+    errno.ENAMETOOLONG: "Give a shorter path.",
     errno.ENOENT: "Check the path, or run the stage that writes it.",
 }
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}
+NOBODY_READS = 141  # the shell's: 128 + SIGPIPE
 FILE = click.Path(path_type=Path)  # of options that name a file or a folder
 
 
@@ -37,6 +44,7 @@ class StageCommand(click.Command):
             with stage_record.recorded(context), sandbox.confined(self, context):
                 return super().invoke(context)
         except OSError as error:
+            _end_if_nobody_reads(error)
             path = f" at {error.filename}" if error.filename else ""
             remedy = REMEDIES.get(
                 error.errno or 0, "No partial output was left; run the stage again when the cause is fixed."
@@ -46,6 +54,17 @@ class StageCommand(click.Command):
             raise Interrupted from None
         except MemoryError:
             raise UserError("There was not enough memory. No partial output was left.") from None
+
+
+def _end_if_nobody_reads(error: OSError) -> None:
+    """Ends the process without a word if its standard output is a pipe whose reader is gone (`| head`)."""
+    if error.errno != errno.EPIPE:
+        return
+    standard_output = select.poll()
+    standard_output.register(1, select.POLLOUT)
+    if any(event & (select.POLLERR | select.POLLHUP) for _, event in standard_output.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(NOBODY_READS) from None
 
 
 def print_summary(stage: str, line: str) -> None:

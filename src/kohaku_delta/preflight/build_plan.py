@@ -14,6 +14,7 @@ from kohaku_delta.preflight.host_facts import DiskFolder, Gpu, Host
 from kohaku_delta.preflight.parameter_counts import ParameterCounts, architecture_pins
 from kohaku_delta.units import format_duration, format_size
 
+MAX_GPUS = 1024
 UNITS = {"GB": GB, "TB": 1000 * GB}
 EXAMPLE = 'An example: "2x RTX 3090, 24 GB, memory 64 GB, disk 2 TB".'
 
@@ -28,8 +29,8 @@ class PlanRow:
 def parse_host(text: str, locked: dict[str, str], model: ParameterCounts | None) -> Host:
     """The host of a description; what it does not mention is not known."""
     gpus, *rest = [part.strip() for part in text.split(",")]
-    match = re.fullmatch(r"(\d+)\s*[x×]\s*(.+)", gpus)
-    if not match or not int(match[1]):
+    match = re.fullmatch(r"(\d{1,9})\s*[x×]\s*(.+)", gpus)
+    if not match or not 0 < int(match[1]) <= MAX_GPUS:
         raise UserError(f"--simulate: {gpus!r} is not a number of GPUs. {EXAMPLE}")
     name = match[2].strip()
     sizes: dict[str, int] = {}
@@ -37,6 +38,8 @@ def parse_host(text: str, locked: dict[str, str], model: ParameterCounts | None)
         size = re.fullmatch(r"(?:(memory|disk)\s+)?(\d+(?:\.\d+)?)\s*(GB|TB)", part)
         if not size:
             raise UserError(f"--simulate: {part!r} is not a size. {EXAMPLE}")
+        if (size[1] or "gpu") in sizes:
+            raise UserError(f"--simulate: {part!r} is a second size of the same thing. {EXAMPLE}")
         sizes[size[1] or "gpu"] = int(float(size[2]) * UNITS[size[3]])
     if name not in KNOWN_GPUS and "gpu" not in sizes:
         known = ", ".join(KNOWN_GPUS)
@@ -47,6 +50,11 @@ def parse_host(text: str, locked: dict[str, str], model: ParameterCounts | None)
         folders = {name: DiskFolder(name, 0, sizes["disk"], 0) for name in ("mirror", "build", "cache", "work")}
     gpu = Gpu(name, sizes.get("gpu", memory * GB), *details)
     return Host(locked, model, gpus=(gpu,) * int(match[1]), memory=sizes.get("memory"), folders=folders)
+
+
+def not_described(host: Host) -> list[str]:
+    """What a description did not mention."""
+    return [name for name, value in (("memory", host.memory), ("disk", host.folders)) if value is None]
 
 
 def plan_rows(recipe: Recipe, host: Host, seconds: float | None) -> list[PlanRow]:

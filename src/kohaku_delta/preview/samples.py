@@ -27,6 +27,11 @@ def sample_name(model: str, index: int) -> str:
     return f"{model}-{index:02d}.png"
 
 
+def is_sample(name: str) -> bool:
+    """Whether a file has the name of such a picture."""
+    return re.fullmatch(r"(base|final)-\d{2,}\.png", name) is not None
+
+
 def parameters_text(preview: Preview, index: int, checkpoint: str, sha256: str) -> str:
     """The text of one picture. checkpoint: its file's name without the suffix."""
     settings = {
@@ -53,7 +58,7 @@ def write_samples(
     """Replace `folder` by one PNG per model and prompt. pictures: model → one per prompt, uint8 RGB (H, W, 3);
     checkpoints: model → (file name without suffix, sha256).
     """
-    with atomic_files.atomic_dir(folder) as aside:
+    with atomic_files.atomic_dir(folder, is_sample) as aside:
         for model, (checkpoint, sha256) in checkpoints.items():
             for index, picture in enumerate(pictures[model]):
                 text = PngImagePlugin.PngInfo()

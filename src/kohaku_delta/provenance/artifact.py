@@ -146,8 +146,9 @@ def open_artifact(path: Path) -> Iterator[Artifact]:
     if path.name == "build" and not (path / dvc_yaml.LOCK).exists():
         path = path.parent
     if not path.is_dir():
+        found = "is neither a folder nor a file" if path.exists() else "does not exist"
         raise UserError(
-            f"{path} does not exist. Name a recipe's folder (with dvc.yaml, params.yaml and dvc.lock), or a bundle."
+            f"{path} {found}. Name a recipe's folder (with dvc.yaml, params.yaml and dvc.lock), or a bundle."
         )
     yield _read(name, path)
 

@@ -15,6 +15,7 @@ from kohaku_delta.regular_files import read_regular
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 MAX_BYTES = 16 << 20
+MAX_KEY = 1 << 20  # the largest RSA keys have some kilobytes
 ENVELOPE_FIELDS, SIGNATURE_FIELDS = {"payload", "payloadType", "signatures"}, {"keyid", "sig"}
 
 
@@ -23,14 +24,25 @@ NOT_PRIVATE = f"is not a private key that can sign: an unencrypted PEM file was 
 NOT_PUBLIC = "is not a public key that can be used: a PEM file was expected (openssl pkey -in key.pem -pubout)."
 
 
+def _read_key(key: Path) -> bytes:
+    """The content of a key's file, which may be a pipe: `--key <(…)`. Raises ValueError for a folder or a long file."""
+    if key.is_dir():
+        raise ValueError
+    with key.open("rb") as file:
+        content = file.read(MAX_KEY + 1)
+    if len(content) > MAX_KEY:
+        raise ValueError
+    return content
+
+
 def read_private_key(key: Path) -> Any:
     """The key in a PEM file, of whatever kind. Raises UserError if there is none, or it is encrypted."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
-        return load_pem_private_key(key.read_bytes(), None)
-    except FileNotFoundError:
+        return load_pem_private_key(_read_key(key), None)
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{key} does not exist. `{MAKE_KEY}` makes a key; keep it out of the repository.") from None
     except (ValueError, TypeError, UnsupportedAlgorithm):  # the library's message may quote the key
         raise UserError(f"{key} {NOT_PRIVATE}") from None
@@ -42,8 +54,8 @@ def read_public_key(key: Path) -> Any:
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     try:
-        return load_pem_public_key(key.read_bytes())
-    except FileNotFoundError:
+        return load_pem_public_key(_read_key(key))
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{key} does not exist. Name the signer's public key; `openssl pkey -in key.pem -pubout` gives the one of "
             "a private key."

@@ -185,7 +185,8 @@ class _Part(NamedTuple):
 
 
 def _read_folder(folder: Path) -> list[_Part]:
-    names = sorted(entry.name for entry in itertools.islice(os.scandir(folder), 3))
+    visible = (entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))  # .DS_Store, .nfs…
+    names = sorted(itertools.islice(visible, 3))
     parts = [_read_part(folder / name) for name in names[:2]]
     expected = [_part_name(0), _part_name(len(parts[0].rows))] if parts else []
     if not names or names != expected[: len(names)] or parts[0].header != parts[-1].header:

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from kohaku_delta import atomic_files, numerics
+from kohaku_delta import atomic_files, numerics, paths
 from kohaku_delta.errors import UserError
 from kohaku_delta.formats import parquet
 from kohaku_delta.params import Recipe
@@ -61,6 +61,7 @@ def train(recipe: Recipe, files: dict[str, Path], work: Path) -> str | None:
     folder = run_folders.run_folder(work, depends, steps, rank)
     with nullcontext() if rank else run_folders.locked(folder), readable_errors(work, rank):
         if rank == 0:
+            atomic_files.refuse_other_files(files["milestones"], paths.is_milestone_name)
             atomic_files.clear_left_overs(folder)
             if start := run_inputs.network_weights(files):
                 log_above_bar(f"train: {run_inputs.describe_start(start, files['base'])}")
@@ -173,7 +174,7 @@ def run_steps(loop: "TrainingLoop") -> int:
 
 def write_outputs(loop: "TrainingLoop", files: dict[str, Path]) -> str:
     """Write milestones, LoKr, journal (sealed with the LoKr's digest) and curves. Returns the stage's summary line."""
-    with atomic_files.atomic_dir(files["milestones"]) as folder:
+    with atomic_files.atomic_dir(files["milestones"], paths.is_milestone_name) as folder:
         loop.copy_milestones(folder)
     lokr = loop.write_lokr(files["out"], loop.adapter.tensors(), loop.steps)
     loop.journal.lokr = lokr.digest

@@ -7,7 +7,7 @@ float32, the losses of some micro-batches of the step that follows.
 torch is imported inside functions, after numerics.enforce() has fixed the environment.
 """
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kohaku_delta.training.training_context import TrainingContext
 
 Files = dict[str, Any]  # paths of inputs, base, posts, captions, schedule, journal; tars, tokenizers if given by hand
+Say = Callable[[str], object]
 Step = tuple[int, str | None]  # a step, and how it differs from the journal
 
 NUMBERS = {
@@ -51,9 +52,11 @@ class LossPair(NamedTuple):
     ours: float
 
 
-def replay_steps(recipe: Recipe, files: Files, work: Path, first: int, last: int) -> Iterator[Step]:
+def replay_steps(
+    recipe: Recipe, files: Files, work: Path, first: int, last: int, say: Say = lambda line: None
+) -> Iterator[Step]:
     """Trains from the nearest saved state to step `last`. Yields (step, None) per equal step; ends with (step, how it
-    differs) at the first other one.
+    differs) at the first other one. say: takes a sentence on where the computation begins, and on states passed over.
     """
     numerics.enforce(recipe.train.device)
     from kohaku_delta.training import batch_builder
@@ -67,7 +70,9 @@ def replay_steps(recipe: Recipe, files: Files, work: Path, first: int, last: int
         )
     context = _context(recipe, files, recipe.train.device)
     require_same_run(journal.header, context.header, files)
-    folder, begin = nearest_state(work, journal, first)
+    folder, begin = nearest_state(work, journal, first, say)
+    state = f"the state after {begin} steps in {folder}" if begin else f"step 0: {work} has no state for this journal"
+    say(f"{last + 1 - begin} steps are computed, {begin} to {last}, from {state}")
     loop = TrainingLoop(recipe, context, folder)
     if begin:
         try:
@@ -116,9 +121,9 @@ def require_same_run(recorded: dict, current: dict, files: Files, may_differ: Se
         )
 
 
-def nearest_state(work: Path, journal: Journal, first: int) -> tuple[Path, int]:
+def nearest_state(work: Path, journal: Journal, first: int, say: Say = lambda line: None) -> tuple[Path, int]:
     """(folder, steps) of the latest state that this journal continues and that is not after step `first`; (work, 0) if
-    there is none.
+    there is none. say: takes a sentence on each later state that cannot be read.
     """
     from kohaku_delta.training import checkpointing, run_folders
 
@@ -126,9 +131,13 @@ def nearest_state(work: Path, journal: Journal, first: int) -> tuple[Path, int]:
         (step, folder) for folder in sorted(work.glob("*")) for step in run_folders.saved_steps(folder) if step <= first
     ]
     for step, folder in sorted(states, reverse=True):
+        state = run_folders.state_path(folder, step)
         try:
-            rows = journals.read_journal(run_folders.state_path(folder, step) / checkpointing.JOURNAL).rows
-        except UserError:
+            rows = journals.read_journal(state / checkpointing.JOURNAL).rows
+            with safetensors_io.open_file(state / checkpointing.STATE):
+                pass
+        except UserError as error:
+            say(f"The state {state} is passed over: {error.message.split('. ')[0].rstrip('.')}.")
             continue
         if rows and rows[-1]["chain"] == journal.rows[step - 1]["chain"]:
             return folder, step

@@ -81,7 +81,10 @@ def export(
     for NaN and infinity, for dtypes that are not computed with, and for tokenizers with more tokens than the text
     encoders.
     """
-    with plan_export(checkpoint, tokenizers, model, drop_extra) as plan, atomic_files.atomic_dir(out) as aside:
+    with (
+        plan_export(checkpoint, tokenizers, model, drop_extra) as plan,
+        atomic_files.atomic_dir(out, lambda name: name in plan.files or name in plan.weights) as aside,
+    ):
         for name, content in plan.files.items():
             (aside / name).parent.mkdir(exist_ok=True)
             (aside / name).write_bytes(content)

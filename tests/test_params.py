@@ -156,6 +156,7 @@ def test_every_recipe_is_valid_and_has_the_same_keys(recipe):
             lambda c: c["selection"]["ranges"][1].update(below=3000000),
             "selection.ranges.1: from is 3000000 and below is 3000000, so no id lies between",
         ),
+        (lambda c: c["selection"].update(seed=-1), "selection.seed is -1; it must be greater than or equal to 0"),
         (lambda c: c["lokr"].update(seed=-1), "lokr.seed is -1; it must be greater than or equal to 0"),
         (lambda c: c["train"].update(seed=1 << 53), f"train.seed is {1 << 53}; it must be less than {1 << 53}"),
         (lambda c: c["train"].update(precision="bfloat16"), "train: weights is float16 and precision is bfloat16"),

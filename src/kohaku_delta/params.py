@@ -109,7 +109,7 @@ class Range(StrictModel):
 
 
 class Selection(StrictModel):
-    seed: int
+    seed: Count  # Python's random draws with -1 what it draws with 1
     replacement: bool
     ranges: Annotated[list[Range], Field(min_length=1)]
 

@@ -99,6 +99,7 @@ def trust_fake_hub(monkeypatch):
             "HF_HUB_OFFLINE": False,
             "HF_HUB_DOWNLOAD_TIMEOUT": 0.5,
             "HF_TOKEN_PATH": "/nowhere",
+            "HF_HUB_DISABLE_TELEMETRY": True,  # as connection.py has it in a process of its own
         }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(client, "FIRST_WAIT", 0.01)

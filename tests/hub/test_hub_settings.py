@@ -70,6 +70,13 @@ def arrived(done):
     assert "download: 1 files" in done.stdout
 
 
+def test_nothing_is_asked_of_the_hub_but_the_files(download):
+    arrived(download())
+    (path,) = {path for server, _, path, *_ in download.hub.asked if server == "hub"}
+    assert "/resolve/" in path
+    assert not any(path.is_file() for path in download.home.rglob("*"))
+
+
 def refused(done, *words):
     assert done.returncode == 1 and all(word in done.stderr for word in words), done.stderr
 

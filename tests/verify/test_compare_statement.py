@@ -41,6 +41,14 @@ def test_equal_bytes_are_equal_to_what_was_signed(own, signed, keys):
     assert output.count("\n") == 1, output
 
 
+def test_other_code_with_equal_outputs_is_equal_and_said(own, signed, keys):
+    (own / "build" / "code" / "bake.json").write_text("{}")
+    code, output = ask("compare", own, signed[1], "--key", keys[1])
+    first, second, *_ = output.splitlines()
+    assert code == 0 and first.startswith("equal: 34 outputs have the sha256 that ")
+    assert second == "  code         other code was run: build/code/bake.json"
+
+
 @pytest.mark.parametrize("path", sorted(Path("rebuilds").glob("*.json")), ids=lambda path: path.stem)
 def test_a_known_rebuild_is_signed_by_its_key_and_its_row_says_what_was_signed(path):
     signed = compare_statement.read_signed(path, path.with_suffix(".pub"))

@@ -27,7 +27,7 @@ def compare(a: Path, b: Path, key: Path | None) -> None:
     differ; 2: they cannot be compared, or not wholly.
 
     B may be the signed provenance of a known rebuild (rebuilds/NAME.json, with --key rebuilds/NAME.pub): the outputs of
-    A are hashed, and compared with what was signed.
+    A are hashed, and compared with what was signed. Other code with equal outputs is equal, and said.
     """
     if b.suffix == ".json":
         if not key:
@@ -85,10 +85,14 @@ def compare_signed(a: Path, b: Path, key: Path) -> NoReturn:
     """Compare a rebuild with a signed provenance, and exit."""
     with open_artifact(a) as rebuild:
         signed = compare_statement.read_signed(b, key)
-        unequal = {name: outs for name, outs in compare_statement.differing_outputs(rebuild, signed).items() if outs}
+        differing = compare_statement.differing_outputs(rebuild, signed)
+        code = list(filter(compare_statement.describes_code, chain(*differing.values())))
+        unequal = {name: rest for name, outs in differing.items() if (rest := [out for out in outs if out not in code])}
         unmatched = compare_statement.unmatched_outputs(rebuild, signed)
         rows = [("outputs", line) for line in unmatched] + list(compare_statement.causes(rebuild, signed))
         stages = signed.stages
+        if code:
+            rows.insert(0, ("code", f"other code was run: {format_some(code)}"))
         if unequal:
             print_line(f"different from the stage {next(iter(unequal))} on: {', '.join(chain(*unequal.values()))}")
             equal = ", ".join(name for name in stages if name not in unequal) or "no stage"
@@ -96,8 +100,9 @@ def compare_signed(a: Path, b: Path, key: Path) -> NoReturn:
         elif unmatched:
             print_line("cannot be judged: no output differs, but not all could be compared")
         else:
-            count = sum(map(len, stages.values()))
-            print_line(f"equal: all {count} outputs of {len(stages)} stages have the sha256 that {key} signed")
+            count = sum(map(len, stages.values())) - len(code)
+            outputs = f"{count} outputs" if code else f"all {count} outputs of {len(stages)} stages"
+            print_line(f"equal: {outputs} have the sha256 that {key} signed")
         for kind, text in rows:
             _row(kind, text)
     raise SystemExit(DIFFERENT if unequal else CANNOT_COMPARE if unmatched else EQUAL)

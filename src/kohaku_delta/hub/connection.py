@@ -2,7 +2,8 @@
 HF_TOKEN, HF_HUB_OFFLINE, HTTPS_PROXY, SSL_CERT_FILE and their relatives).
 
 huggingface_hub reads its environment when it is imported, and only a download or an upload needs it, so it is imported
-inside functions.
+inside functions. Its telemetry is off, unless the user's environment says otherwise: before its first request it would
+ask the Hub for a list of programs, read the answer whatever its length, and keep it in the user's home directory.
 """
 
 import os
@@ -11,6 +12,7 @@ import re
 from kohaku_delta.errors import UserError
 
 TOKEN = re.compile(r"[\x21-\x7e]+")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def token() -> str | None:

@@ -8,6 +8,7 @@ import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 
+from kohaku_delta import paths
 from kohaku_delta.mappings import differing_keys
 from kohaku_delta.printing import format_some
 from kohaku_delta.provenance import signature
@@ -28,6 +29,11 @@ def differing_outputs(rebuild: Artifact, signed: SignedStatement) -> dict[str, l
         stage: [out for out in outs if out in digests and digests[out].sha256 != signed_digests.get(out)]
         for stage, outs in signed.stages.items()
     }
+
+
+def describes_code(out: str) -> bool:
+    """Whether an output says which code a stage runs, and nothing of what it computed."""
+    return posixpath.dirname(out) == paths.CODE
 
 
 def unmatched_outputs(rebuild: Artifact, signed: SignedStatement) -> list[str]:

@@ -36,6 +36,7 @@ def figures(tmp_path_factory):
     return checked(tmp_path_factory.mktemp("check"))
 
 
+@pytest.mark.ci
 def test_a_step_again_saved_and_loaded_and_as_two_ranks_is_the_same(figures):
     assert [figures["checks"][name] for name in OF_STEPS] == [True] * len(OF_STEPS)
     assert len(set(figures["fingerprints"].values())) == 3 and figures["journal_cost"] > 0
@@ -47,6 +48,7 @@ def test_what_is_drawn_is_the_same_in_every_run(figures, tmp_path):
     assert checked(tmp_path)["fingerprints"] == figures["fingerprints"]
 
 
+@pytest.mark.ci
 def test_a_card_that_computes_otherwise_the_second_time_is_found(tmp_path, monkeypatch):
     drawn, seen = gpu_check.drawn_batch, set()
 
@@ -113,6 +115,7 @@ def test_every_form_of_the_lokr_is_timed_with_one_model_in_memory_at_a_time(figu
     assert "| peak of a step (planned) | not measured (not measured) |" in table  # of a GPU's memory
 
 
+@pytest.mark.ci
 def test_without_a_card_one_line_says_what_is_not_measured():
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py")]

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 STEP = """
 import hashlib, sys
@@ -32,6 +34,7 @@ def run(code, **environment):
     )
 
 
+@pytest.mark.ci
 def test_the_hosts_settings_change_no_bit_of_a_step():
     plain = run(STEP)
     other = run(

@@ -240,6 +240,7 @@ def test_what_a_description_does_not_name_is_said_and_a_time_must_be_a_number():
         assert done.exit_code == 2 and "a number of seconds" in done.output
 
 
+@pytest.mark.ci
 def test_this_host_can_make_the_miniature_and_dvc_asks_first():
     stage = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]["download"]
     assert stage["cmd"] == "kohaku-delta preflight && kohaku-delta stage download"

@@ -175,6 +175,7 @@ def test_every_file_that_a_stage_loads_is_described(tmp_path):
         assert {Path(each).relative_to(ROOT).as_posix() for each in loaded} <= description.keys()
 
 
+@pytest.mark.ci
 def test_the_stage_writes_a_file_per_stage_and_is_refused_what_the_lock_lacks(tmp_path, copy):
     import runpy
 

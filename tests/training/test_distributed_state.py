@@ -65,6 +65,7 @@ def test_the_newest_state_of_any_machine_reaches_all_bit_for_bit(tmp_path):
     assert first.endswith(" b")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("newest", [0, 1])
 def test_a_damaged_newest_state_is_kept_by_its_machine_and_all_ranks_go_on_from_the_newest_sound_one(tmp_path, newest):
     other, own = tmp_path / str(1 - newest), tmp_path / str(newest)

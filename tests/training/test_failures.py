@@ -536,6 +536,7 @@ def ranks(tmp_path):
     return begin
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("do", ["fail", "freeze"])
 def test_the_launcher_names_the_rank_that_failed_and_ends_the_others(ranks, tmp_path, do):
     output = end(ranks(do), tmp_path)

@@ -272,6 +272,7 @@ def test_the_unet_gets_noisy_latents_and_six_sinusoids_and_the_loss_is_min_snr(s
     assert weight[0] < 0.1 and weight[1] == 1
 
 
+@pytest.mark.ci
 def test_the_journals_losses_and_norm_are_those_of_one_graph(tmp_path):
     """The first step as one expression: Σ of the micro-batches' mean losses / 4, differentiated at once."""
     from kohaku_delta.training import run_inputs

@@ -149,6 +149,15 @@ def test_where_two_rebuilds_part_is_told_by_its_place(untampered_rebuild, copy, 
     )
 
 
+def test_two_builds_by_other_code_differ_from_the_code_on(untampered_rebuild, copy):
+    path = copy / "build" / "code" / "bake.json"
+    path.write_text(path.read_text().replace('"stages/bake.py": "', '"stages/bake.py": "0'))
+    rehash_everything(copy)
+    code, message = ask("compare", untampered_rebuild, copy)
+    assert code == 1 and "different from the stage code on: build/code/bake.json" in message
+    assert "\n  code         stages/bake.py\n" in message
+
+
 def test_a_flipped_pixel_is_told_by_its_input_and_its_step_lane_and_posts(untampered_rebuild, copy):
     """What a rebuild leaves whose data has one other pixel: another tar, and from its step on another journal."""
     picture(copy)
